@@ -1,0 +1,257 @@
+"""A layer's view of the cache inside a step: what a model writes to and reads from."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..ops.append_swa import append_swa
+from ..ops.compress import CompressorWeights, compress, compress_indexer
+from ..ops.ordering import after as ordered_after
+from ..ops.read_entries import decode_keys, read_blocks, read_selected
+from ..ops.read_window import read_window
+from ..ops.record import Record, decode_record, encode_record
+from ..ops.segments import per_token, to_segments
+from .kv_cache import KVCache
+from .paged_cache import PagedKVPool
+from .plan import StepPlan
+from .schema import CacheSchema
+from .state_cache import StateCachePool
+
+Array = jax.Array
+
+
+class SWAView(NamedTuple):
+    """The sliding window of every token. S segments (S = T in a decode step), N rows, T tokens."""
+
+    kv: Array  # (S, N, head_dim), zero where no token of the segment sees the row
+    positions: Array  # (S, N) int32, -1 where the row holds nothing
+    valid: Array  # (T, N) bool: whether the token sees the row of its segment
+
+
+class ClassicalView(NamedTuple):
+    """Compressed entries: all of a request (shared by its segment), or those selected for each token."""
+
+    kv: Array  # (S, E, head_dim), or (T, K, head_dim) when selected
+    positions: Array  # (S, E) or (T, K) int32: position of the entry's first token, -1 where there is no entry
+    valid: Array  # (T, E) or (T, K) bool: whether the token sees it
+
+
+class IndexerView(NamedTuple):
+    """Indexer keys of all entries of a request."""
+
+    keys: Array  # (S, E, index_head_dim) float32
+    positions: Array  # (S, E) int32, -1 where there is no entry
+    valid: Array  # (T, E) bool
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["cache", "plan", "pending"], meta_fields=["layer_idx", "unallocated"]
+)
+@dataclass(frozen=True)
+class LayerCacheHandle:
+    """(cache, plan, static layer index): making one allocates nothing; a write returns a new handle.
+
+    A decode step writes its token, then reads the window. A step that brings several tokens of a slot overwrites ring rows
+    which its own first tokens still need: it reads first (`read_swa_view(kv)`) and writes after
+    (`write_swa(kv, after=output)`), which keeps the update in place. Writing first is right too (the handle keeps what
+    is needed), but may cost a copy of the ring.
+    """
+
+    cache: KVCache
+    plan: StepPlan
+    layer_idx: int
+    pending: SWAView | None = None  # the window as of a multi-token write
+    unallocated: str | None = None  # why entries cannot be written, known when the host made the plan
+
+    @property
+    def schema(self) -> CacheSchema:
+        """Geometry of this layer."""
+        return self.cache.schemas[self.layer_idx]
+
+    @property
+    def state(self) -> StateCachePool:
+        """This layer's ring and tails (a slice of the stack)."""
+        return self.cache.state[self.schema.kind].layer(self._index)
+
+    @property
+    def paged(self) -> PagedKVPool | None:
+        """This layer's pool (a slice of the stack); None for an SWA layer."""
+        if self.schema.kind not in self.cache.paged:
+            return None
+        return self.cache.paged[self.schema.kind].layer(self._index)
+
+    @property
+    def _index(self) -> int:
+        return self.cache.layers[self.layer_idx]
+
+    def _check(self, name: str, x: Array, width: int) -> None:
+        expected = (self.plan.slots.shape[0], width)
+        if x.shape != expected:
+            raise ValueError(
+                f"layer {self.layer_idx}: {name} has shape {x.shape}, expected {expected} (a row for each token of the "
+                "plan)"
+            )
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"layer {self.layer_idx}: {name} has dtype {x.dtype}, expected float32 or bfloat16")
+
+    def _need(self, kind: tuple[str, ...], what: str) -> None:
+        if self.schema.kind not in kind:
+            raise ValueError(f"layer {self.layer_idx} is {self.schema.kind.upper()}: it has no {what}")
+
+    # The window.
+
+    def write_swa(self, kv: Array, *, after: Array | None = None) -> "LayerCacheHandle":
+        """Stores kv (T, head_dim) float32 | bfloat16 (normed, rotated) at the plan's slots and positions.
+
+        after: what was computed from `read_swa_view(kv)`, so that the update can come after the read. Raises ValueError
+        for another shape or dtype.
+        """
+        self._check("kv", kv, self.schema.head_dim)
+        pending = None
+        slots = jnp.asarray(self.plan.slots)
+        if not self.plan.one_token_per_slot:
+            if after is None:
+                pending = self.read_swa_view(kv)
+                after = pending.kv
+            slots = ordered_after(slots, after)
+        ring = append_swa(
+            self.cache.state[self.schema.kind].ring,
+            kv,
+            slots,
+            jnp.asarray(self.plan.positions),
+            layer=self._index,
+            one_token_per_slot=self.plan.one_token_per_slot,
+        )
+        return replace(self, cache=self.cache.with_state(self.schema.kind, ring=ring), pending=pending)
+
+    def read_swa_view(self, fresh: Array | None = None, dtype: jnp.dtype = jnp.float32) -> SWAView:
+        """The window of every token, the step's own tokens included.
+
+        fresh: kv (T, head_dim) of the step, where it is not written yet; its rows follow the ring's (N = W + C).
+        """
+        if fresh is None and self.pending is not None:
+            return self.pending._replace(kv=self.pending.kv.astype(dtype))
+        segments = self.plan.segments
+        ring = self.cache.state[self.schema.kind].ring
+        newest = segments.starts - 1 if fresh is not None else segments.starts + segments.counts - 1
+        window = self.schema.swa_window_size
+        kv, positions = read_window(ring, segments.slots, newest, layer=self._index, window=window, dtype=dtype)
+        if fresh is not None:
+            self._check("fresh", fresh, self.schema.head_dim)
+            # What is read back after storing, so that results do not depend on where a prompt is cut.
+            stored = decode_record(encode_record(fresh, Record(ring.nope, ring.rope, ring.inv_scale)), dtype)
+            offset = jnp.arange(segments.tokens.shape[1], dtype=jnp.int32)[None]
+            own = jnp.where(offset < segments.counts[:, None], segments.starts[:, None] + offset, -1)
+            kv = jnp.concatenate([kv, to_segments(stored, segments)], axis=1)
+            positions = jnp.concatenate([positions, own], axis=1)
+        row = per_token(positions, segments)
+        token = jnp.asarray(self.plan.positions)[:, None]
+        live = (jnp.asarray(self.plan.slots) >= 0)[:, None]
+        return SWAView(kv, positions, live & (row >= 0) & (row <= token) & (row > token - window))
+
+    # Compressed entries.
+
+    def _writable(self) -> None:
+        if self.unallocated:
+            raise RuntimeError(self.unallocated)
+
+    def write_compressed(
+        self, kv: Array, gate: Array, weights: CompressorWeights, *, eps: float = 1e-6
+    ) -> "LayerCacheHandle":
+        """Takes the compressor's raw projections (T, lanes * head_dim) and stores the entries of windows that close.
+
+        Raises ValueError for another shape or dtype or an SWA layer, RuntimeError when the plan was made without the
+        blocks that these entries need.
+        """
+        self._need(("csa", "hca"), "compressed entries")
+        self._writable()
+        kind, schema = self.schema.kind, self.schema
+        lanes = 2 if schema.overlap else 1
+        self._check("kv", kv, lanes * schema.head_dim)
+        self._check("gate", gate, lanes * schema.head_dim)
+        entries, tail = compress(
+            self.cache.paged[kind].entries, self.cache.state[kind].tail, kv, gate, weights, *self._where(),
+            layer=self._index, eps=eps,
+        )  # fmt: skip
+        return replace(self, cache=self.cache.with_paged(kind, entries=entries).with_state(kind, tail=tail))
+
+    def write_indexer(
+        self, kv: Array, gate: Array, weights: CompressorWeights, *, eps: float = 1e-6
+    ) -> "LayerCacheHandle":
+        """As `write_compressed`, for the indexer's keys: kv, gate (T, 2 * index_head_dim); CSA layers only."""
+        self._need(("csa",), "indexer keys")
+        self._writable()
+        kind, schema = self.schema.kind, self.schema
+        self._check("kv", kv, 2 * schema.index_head_dim)
+        self._check("gate", gate, 2 * schema.index_head_dim)
+        keys, tail = compress_indexer(
+            self.cache.paged[kind].indexer, self.cache.state[kind].indexer_tail, kv, gate, weights, *self._where(),
+            format=schema.indexer_dtype, layer=self._index, eps=eps,
+        )  # fmt: skip
+        return replace(self, cache=self.cache.with_paged(kind, indexer=keys).with_state(kind, indexer_tail=tail))
+
+    def _where(self):
+        plan = self.plan
+        return jnp.asarray(plan.slots), jnp.asarray(plan.positions), plan.segments, self._table
+
+    @property
+    def _table(self) -> Array:
+        return self.cache.block_table[self.schema.kind]
+
+    @property
+    def max_entries(self) -> int:
+        """Entries of a request that readers look at: a static bound."""
+        columns = self._table.shape[1] if self.plan.max_blocks is None else self.plan.max_blocks
+        return min(columns, self._table.shape[1]) * self.schema.entries_per_block
+
+    def visible_entries(self) -> Array:
+        """(T,) int32: a token at position p sees entries 0 … (p + 1) // ratio - 1; 0 for padding."""
+        live = jnp.asarray(self.plan.slots) >= 0
+        return jnp.where(live, (jnp.asarray(self.plan.positions) + 1) // self.schema.compress_ratio, 0)
+
+    def _dense(self) -> tuple[Array, Array, Array]:
+        """Whether an entry of the segment exists (S, E), its first position (S, E), whether a token sees it (T, E)."""
+        segments = self.plan.segments
+        entry = jnp.arange(self.max_entries, dtype=jnp.int32)[None]
+        closed = jnp.where(segments.slots >= 0, segments.starts + segments.counts, 0) // self.schema.compress_ratio
+        exists = entry < closed[:, None]
+        positions = jnp.where(exists, entry * self.schema.compress_ratio, -1)
+        return exists, positions, entry < self.visible_entries()[:, None]
+
+    def read_classical_view(self, selected: Array | None = None, dtype: jnp.dtype = jnp.float32) -> ClassicalView:
+        """Entries of every segment, or those `selected` (T, K) int32 (index within the request, -1 none) by each token."""
+        self._need(("csa", "hca"), "compressed entries")
+        pool = self.cache.paged[self.schema.kind].entries
+        if selected is None:
+            exists, positions, valid = self._dense()
+            rows = read_blocks(
+                pool, self._table, self.plan.segments.slots, layer=self._index, max_blocks=self._num_columns()
+            )
+            kv = jnp.where(exists[..., None], decode_record(rows, dtype), jnp.zeros((), dtype))
+            return ClassicalView(kv, positions, valid)
+        valid = (selected >= 0) & (selected < self.visible_entries()[:, None])
+        rows = read_selected(pool, self._table, jnp.asarray(self.plan.slots), selected, layer=self._index)
+        kv = jnp.where(valid[..., None], decode_record(rows, dtype), jnp.zeros((), dtype))
+        return ClassicalView(kv, jnp.where(valid, selected * self.schema.compress_ratio, -1), valid)
+
+    def read_indexer_view(self) -> IndexerView:
+        """Indexer keys of every segment; FP4 keys are in the Hadamard-rotated basis (`keys_rotated`)."""
+        self._need(("csa",), "indexer keys")
+        exists, positions, valid = self._dense()
+        rows = read_blocks(
+            self.cache.paged["csa"].indexer, self._table, self.plan.segments.slots, layer=self._index,
+            max_blocks=self._num_columns(),
+        )  # fmt: skip
+        keys = jnp.where(exists[..., None], decode_keys(rows, self.schema.indexer_dtype), 0.0)
+        return IndexerView(keys, positions, valid)
+
+    @property
+    def keys_rotated(self) -> bool:
+        """Whether stored indexer keys are rotated by the Hadamard matrix, so that queries must be too."""
+        return self.schema.indexer_dtype in ("nvfp4", "mxfp4")
+
+    def _num_columns(self) -> int:
+        return self.max_entries // self.schema.entries_per_block

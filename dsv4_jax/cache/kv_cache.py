@@ -1,0 +1,84 @@
+"""The whole cache as one pytree of a few large arrays."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from .paged_cache import PagedKVPool
+from .schema import CacheSchema
+from .state_cache import StateCachePool
+
+Array = jax.Array
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["state", "paged", "block_table"], meta_fields=["schemas", "layers"]
+)
+@dataclass(frozen=True)
+class KVCache:
+    """Cache of every layer: per kind ("swa", "csa", "hca"; those the model has), arrays stacked over its layers.
+
+    The number of arrays does not grow with the layers, which is what makes a jitted step cheap to call.
+    """
+
+    state: dict[str, StateCachePool]  # stacked over the layers of the kind
+    paged: dict[str, PagedKVPool]  # "csa", "hca"
+    block_table: dict[str, Array]  # "csa", "hca": (R, blocks of a request) int32, -1 where no block is given
+    schemas: tuple[CacheSchema, ...]  # one a layer
+    layers: tuple[int, ...]  # index of each layer within its kind
+
+    @classmethod
+    def allocate(
+        cls, schemas: tuple[CacheSchema, ...], max_requests: int, num_blocks: dict[str, int], max_blocks: dict[str, int]
+    ) -> "KVCache":
+        """Empty cache: `num_blocks` physical blocks a layer and `max_blocks` blocks a request at most, by kind."""
+        count: dict[str, int] = {}
+        layers, first = [], {}
+        for schema in schemas:
+            layers.append(count.get(schema.kind, 0))
+            count[schema.kind] = layers[-1] + 1
+            if first.setdefault(schema.kind, schema) != schema:
+                raise ValueError(f"layers of kind {schema.kind} differ: {first[schema.kind]} and {schema}")
+        paged = {k: PagedKVPool(s, num_blocks[k], count[k]) for k, s in first.items() if s.entries_per_block}
+        return cls(
+            state={k: StateCachePool(s, max_requests, count[k]) for k, s in first.items()},
+            paged=paged,
+            block_table={k: jnp.full((max_requests, max_blocks[k]), -1, jnp.int32) for k in paged},
+            schemas=tuple(schemas),
+            layers=tuple(layers),
+        )
+
+    @property
+    def max_requests(self) -> int:
+        """Slots."""
+        return next(iter(self.state.values())).max_requests
+
+    def memory_bytes(self) -> int:
+        """Bytes all arrays hold."""
+        return sum(x.nbytes for x in jax.tree.leaves(self))
+
+    def with_state(self, kind: str, **arrays) -> "KVCache":
+        """This cache with other arrays in the state of one kind."""
+        return replace(self, state={**self.state, kind: self.state[kind].replace(**arrays)})
+
+    def with_paged(self, kind: str, **arrays) -> "KVCache":
+        """This cache with other arrays in the pool of one kind."""
+        return replace(self, paged={**self.paged, kind: self.paged[kind].replace(**arrays)})
+
+    def replace_tables(self, block_table: dict[str, Array]) -> "KVCache":
+        """This cache with other block tables."""
+        return replace(self, block_table=block_table)
+
+    def with_blocks(self, new_blocks: dict[str, Array]) -> "KVCache":
+        """This cache with blocks entered in its tables: by kind (n, 3) int32 rows (slot, column, block).
+
+        A row with a slot or column out of range is padding and changes nothing; block -1 takes an entry out.
+        """
+        table = dict(self.block_table)
+        for kind, rows in new_blocks.items():
+            slot, column, block = rows[:, 0], rows[:, 1], rows[:, 2]
+            slot = jnp.where((slot >= 0) & (column >= 0), slot, table[kind].shape[0])
+            table[kind] = table[kind].at[slot, column].set(block, mode="drop")
+        return self.replace_tables(table)

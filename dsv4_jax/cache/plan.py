@@ -1,0 +1,88 @@
+"""The plan of a step: which tokens it brings, for which slots, and which blocks were given out for them."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..ops.segments import Segments, one_token_segments
+
+Array = jax.Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["slots", "positions", "grouped", "new_blocks"],
+    meta_fields=["max_blocks"],
+)
+@dataclass(frozen=True)
+class StepPlan:
+    """What the host tells a step: O(tokens) numbers, whatever the context. A pytree.
+
+    slots, positions: (T,) int32, token-major, slot -1 for padding. `grouped` is None when every slot brings one token.
+    `new_blocks` by kind: (n, 3) int32 rows (slot, column, block), entered in the block tables before anything else.
+    `max_blocks` (static) bounds how many blocks of a request readers look at; None is all the table has.
+    """
+
+    slots: Array
+    positions: Array
+    grouped: Segments | None = None
+    new_blocks: dict[str, Array] = field(default_factory=dict)
+    max_blocks: int | None = None
+
+    @property
+    def one_token_per_slot(self) -> bool:
+        """Whether this is a plain decode step, in which no slot brings two tokens."""
+        return self.grouped is None
+
+    @property
+    def segments(self) -> Segments:
+        """The tokens grouped by request."""
+        if self.grouped is None:
+            return one_token_segments(jnp.asarray(self.slots), jnp.asarray(self.positions))
+        return Segments(*(jnp.asarray(x) for x in self.grouped))
+
+
+def group_tokens(slots: np.ndarray, positions: np.ndarray, num_segments: int | None = None, width: int | None = None):
+    """Segments (numpy) of tokens in any order, or None when no slot brings two tokens.
+
+    slots, positions: (T,) int32, slot -1 for padding. num_segments and width pad S and C to fixed sizes, so that steps of
+    one shape compile once. Raises ValueError when a slot's positions are not consecutive (a gap, or one twice), or when
+    the tokens do not fit the sizes.
+    """
+    num_tokens = len(slots)
+    live = np.flatnonzero(slots >= 0)
+    order = live[np.lexsort((positions[live], slots[live]))]
+    unique, first, count = np.unique(slots[order], return_index=True, return_counts=True)
+    for slot, start, n in zip(unique, first, count, strict=True):
+        run = positions[order[start : start + n]]
+        if n > 1 and not np.array_equal(run, run[0] + np.arange(n)):
+            raise ValueError(
+                f"slot {slot} brings positions {run.tolist()[:8]}: expected consecutive positions, each once; "
+                "split the step"
+            )
+    most = int(count.max(initial=1))
+    if most == 1 and (width or 1) == 1:
+        return None
+    num_segments = len(unique) if num_segments is None else num_segments
+    width = most if width is None else width
+    if len(unique) > num_segments or most > width:
+        raise ValueError(
+            f"the step has {len(unique)} slots with up to {most} tokens: expected at most {num_segments} slots with "
+            f"{width} tokens"
+        )
+    segment = Segments(
+        slots=np.full(num_segments, -1, np.int32),
+        starts=np.zeros(num_segments, np.int32),
+        counts=np.zeros(num_segments, np.int32),
+        tokens=np.full((num_segments, width), num_tokens, np.int32),
+        rows=np.full(num_tokens, num_segments * width, np.int32),
+    )
+    for s, (slot, start, n) in enumerate(zip(unique, first, count, strict=True)):
+        tokens = order[start : start + n]
+        segment.slots[s], segment.starts[s], segment.counts[s] = slot, positions[tokens[0]], n
+        segment.tokens[s, :n] = tokens
+        segment.rows[tokens] = s * width + np.arange(n)
+    return segment

@@ -1,0 +1,70 @@
+"""The storage formats by name, and what they cost."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from ..ops.compress import IndexerKeys
+from ..ops.fp4 import GROUP_SIZE
+from ..ops.record import Record
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """How one key-value vector is stored."""
+
+    name: str
+    nope_dtype: jnp.dtype
+    rope_dtype: jnp.dtype
+    has_scale: bool
+
+    def allocate(self, shape: tuple[int, ...], nope_dim: int, rope_dim: int) -> Record:
+        """Zero records of leading shape `shape`."""
+        return Record(
+            nope=jnp.zeros((*shape, nope_dim), self.nope_dtype),
+            rope=jnp.zeros((*shape, rope_dim), self.rope_dtype),
+            inv_scale=jnp.zeros(shape, jnp.float32) if self.has_scale else None,
+        )
+
+    def record_bytes(self, nope_dim: int, rope_dim: int) -> int:
+        """Bytes of one record."""
+        scale = 4 if self.has_scale else 0
+        return nope_dim * jnp.dtype(self.nope_dtype).itemsize + rope_dim * jnp.dtype(self.rope_dtype).itemsize + scale
+
+
+RECORD_FORMATS = {
+    "fp8": RecordFormat("fp8", jnp.uint8, jnp.bfloat16, True),
+    "bf16": RecordFormat("bf16", jnp.bfloat16, jnp.bfloat16, False),
+    "fp32": RecordFormat("fp32", jnp.float32, jnp.float32, False),
+}
+INDEXER_FORMATS = ("nvfp4", "mxfp4", "bf16", "fp32")
+DEFAULT_INDEXER_FORMAT = {"fp8": "nvfp4", "bf16": "bf16", "fp32": "fp32"}
+
+
+def record_format(name: str) -> RecordFormat:
+    """The format called `name`; ValueError with the known names otherwise."""
+    if name not in RECORD_FORMATS:
+        raise ValueError(f"cache_dtype {name!r} is not known: choose one of {sorted(RECORD_FORMATS)}")
+    return RECORD_FORMATS[name]
+
+
+def check_indexer_format(name: str) -> str:
+    """`name`, or ValueError with the known names."""
+    if name not in INDEXER_FORMATS:
+        raise ValueError(f"indexer_dtype {name!r} is not known: choose one of {sorted(INDEXER_FORMATS)}")
+    return name
+
+
+def allocate_keys(name: str, shape: tuple[int, ...], dim: int) -> IndexerKeys:
+    """Zero indexer keys of `dim` values and leading shape `shape`."""
+    if name in GROUP_SIZE:
+        groups = dim // GROUP_SIZE[name]
+        return IndexerKeys(jnp.zeros((*shape, dim // 2), jnp.uint8), jnp.zeros((*shape, groups), jnp.uint8))
+    return IndexerKeys(jnp.zeros((*shape, dim), jnp.bfloat16 if name == "bf16" else jnp.float32), None)
+
+
+def key_bytes(name: str, dim: int) -> int:
+    """Bytes of one indexer key of `dim` values."""
+    if name in GROUP_SIZE:
+        return dim // 2 + dim // GROUP_SIZE[name]
+    return dim * (2 if name == "bf16" else 4)

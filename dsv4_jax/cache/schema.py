@@ -1,0 +1,141 @@
+"""Geometry of the cache of one layer, and how many blocks a load needs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .records import DEFAULT_INDEXER_FORMAT, check_indexer_format, record_format
+
+BLOCK_SIZE_ORIGINAL_TOKENS = 128
+"""Tokens a paged block covers: the least common multiple of the compression ratios 4 and 128."""
+
+KINDS = ("swa", "csa", "hca")
+"""The kinds of layers, as the cache names its stacks."""
+
+
+@dataclass(frozen=True)
+class CacheSchema:
+    """What one layer's cache looks like; layers of one kind share it.
+
+    The ring holds `swa_window_size` tokens, the tails what a compressor still needs of tokens it has not compressed,
+    the blocks one entry per `compress_ratio` tokens. With `max_rollback` r, ring and tails have r rows more, so that
+    the last r tokens can be forgotten.
+    """
+
+    kind: str  # "swa" | "csa" | "hca"
+    compress_ratio: int  # tokens per entry, 0 for SWA
+    head_dim: int
+    rope_dim: int
+    swa_window_size: int
+    index_head_dim: int
+    cache_dtype: str = "fp8"
+    indexer_dtype: str = "nvfp4"
+    max_rollback: int = 0
+
+    @property
+    def entry_head_dim(self) -> int:
+        """Dimensions of an entry (= head_dim)."""
+        return self.head_dim
+
+    @property
+    def nope_dim(self) -> int:
+        """Dimensions without position, the part an FP8 record quantises."""
+        return self.head_dim - self.rope_dim
+
+    @property
+    def overlap(self) -> bool:
+        """Whether an entry also looks at the window before its own (CSA)."""
+        return self.kind == "csa"
+
+    @property
+    def entries_per_block(self) -> int:
+        """Entries of one block: 32 for CSA, 1 for HCA, 0 for SWA."""
+        return BLOCK_SIZE_ORIGINAL_TOKENS // self.compress_ratio if self.compress_ratio else 0
+
+    @property
+    def indexer_entries_per_block(self) -> int:
+        """Indexer keys of one block: as many as entries for CSA, 0 otherwise."""
+        return self.entries_per_block if self.kind == "csa" else 0
+
+    @property
+    def tail_buffer_size(self) -> int:
+        """Most tokens that wait for their window to fill: ratio - 1."""
+        return max(self.compress_ratio - 1, 0)
+
+    @property
+    def ring_rows(self) -> int:
+        """Rows of the window ring."""
+        return self.swa_window_size + self.max_rollback
+
+    @property
+    def tail_rows(self) -> int:
+        """Rows of the tail of a window's own lane."""
+        return self.tail_buffer_size + self.max_rollback
+
+    @property
+    def overlap_tail_rows(self) -> int:
+        """Rows of the tail of lane a: with overlap it also keeps the window before."""
+        return self.tail_rows + (self.compress_ratio if self.overlap else 0)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks a request of `num_tokens` tokens owns: as many as its entries touch."""
+        if not self.compress_ratio:
+            return 0
+        return -(-(num_tokens // self.compress_ratio) // self.entries_per_block)
+
+
+def build_schema(
+    config: Any,
+    spec: Any,
+    *,
+    cache_dtype: str = "fp8",
+    indexer_dtype: str | None = None,
+    max_rollback: int = 0,
+) -> CacheSchema:
+    """Schema of the layer `spec` (a LayerSpec) of `config` (a DSV4Config).
+
+    cache_dtype: "fp8" | "bf16" | "fp32"; indexer_dtype: "nvfp4" (with "fp8") | "mxfp4" | "bf16" | "fp32", by default
+    the form that goes with cache_dtype. Raises ValueError for a name that is not known, a ratio that does not divide
+    the block, or a negative max_rollback.
+    """
+    kind = spec.attn.name.lower()
+    if kind not in KINDS:
+        raise ValueError(f"layer {spec.layer_idx}: attention {spec.attn!r} has no cache: expected one of SWA, CSA, HCA")
+    ratio = int(config.compress_ratios[spec.layer_idx])
+    if ratio and BLOCK_SIZE_ORIGINAL_TOKENS % ratio:
+        raise ValueError(
+            f"layer {spec.layer_idx}: compress ratio {ratio} does not divide a block of {BLOCK_SIZE_ORIGINAL_TOKENS}"
+        )
+    if max_rollback < 0:
+        raise ValueError(f"max_rollback is {max_rollback}: expected a number of tokens, 0 or more")
+    cache_dtype = record_format(cache_dtype).name
+    return CacheSchema(
+        kind=kind,
+        compress_ratio=ratio,
+        head_dim=config.head_dim,
+        rope_dim=config.rope_dim,
+        swa_window_size=config.sliding_window,
+        index_head_dim=config.index_head_dim,
+        cache_dtype=cache_dtype,
+        indexer_dtype=check_indexer_format(indexer_dtype or DEFAULT_INDEXER_FORMAT[cache_dtype]),
+        max_rollback=max_rollback,
+    )
+
+
+def compute_block_budget(
+    config: Any, schedule: Any, max_context_len: int, max_concurrent_requests: int
+) -> dict[str, int]:
+    """Blocks each layer of a kind needs for that many requests of that many tokens: {"csa": n, "hca": n}.
+
+    A block is needed as soon as its first entry exists. Raises ValueError for a negative context or no request.
+    """
+    if max_context_len < 0 or max_concurrent_requests < 1:
+        raise ValueError(
+            f"max_context_len is {max_context_len} and max_concurrent_requests is {max_concurrent_requests}: expected "
+            "at least 0 tokens and 1 request"
+        )
+    budget = {"csa": 0, "hca": 0}
+    for spec in schedule:
+        schema = build_schema(config, spec)
+        if schema.kind in budget:
+            budget[schema.kind] = max_concurrent_requests * schema.blocks_for(max_context_len)
+    return budget

@@ -1,0 +1,1 @@
+"""The model: configuration, layer schedule, checkpoint reading and the Flax modules."""

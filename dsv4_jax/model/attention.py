@@ -1,0 +1,155 @@
+"""Attention of one layer over the window and the compressed entries (arXiv 2606.19348, section 2.3)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..cache.handle import LayerCacheHandle
+from ..ops.attention import KeyGroup, attend
+from ..ops.compress import CompressorWeights
+from ..ops.fp4 import hadamard
+from ..ops.rms_norm import rms_norm
+from ..ops.rope import apply_rope, rope_angles, rope_frequencies
+from ..ops.select_entries import index_scores, select_top_k
+from .config import DSV4Config
+from .layer_schedule import AttentionType, LayerSpec
+from .layers import Linear, RMSNorm, matmul_precision
+
+Array = jax.Array
+
+
+class Compressor(nnx.Module):
+    """Projections of a compressor; the pooling itself belongs to the cache."""
+
+    def __init__(self, config: DSV4Config, spec: LayerSpec, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width = dim * (2 if spec.attn is AttentionType.CSA else 1)
+        self.wkv = Linear(config.hidden_size, width, dtype=dtype, rngs=rngs)
+        self.wgate = Linear(config.hidden_size, width, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(dim, eps=config.rms_norm_eps)
+        self.ape = nnx.Param(jnp.zeros((spec.compress_ratio, width), jnp.float32))
+
+    def weights(self, inv_freq: Array) -> CompressorWeights:
+        """What the cache needs to turn projections into entries."""
+        return CompressorWeights(self.ape[...], self.norm.weight[...], inv_freq)
+
+
+class Indexer(nnx.Module):
+    """Scores compressed entries and picks the best (CSA)."""
+
+    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.heads, self.k = config.index_n_heads, config.index_topk
+        self.wq_b = Linear(config.q_lora_rank, self.heads * config.index_head_dim, dtype=dtype, rngs=rngs)
+        self.weights_proj = Linear(config.hidden_size, self.heads, dtype=dtype, rngs=rngs)
+        self.compressor = Compressor(config, spec, config.index_head_dim, dtype=dtype, rngs=rngs)
+
+    def select(self, x: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle) -> Array:
+        """Entries to attend to, (T, k) int32, -1 for none; x (T, hidden), qr (T, q_lora_rank), cos and sin (T, 1, r)."""
+        q = apply_rope(self.wq_b(qr).reshape(x.shape[0], self.heads, -1), cos, sin).astype(jnp.float32)
+        if handle.keys_rotated:
+            q = hadamard(q)
+        weights = self.weights_proj(x).astype(jnp.float32) * self.heads**-0.5
+        view = handle.read_indexer_view()
+        scores = index_scores(q, weights, view.keys, view.valid, handle.plan.segments)
+        return select_top_k(scores, handle.visible_entries(), self.k)
+
+
+class Attention(nnx.Module):
+    """SWA, CSA or HCA. One key-value head; keys are values."""
+
+    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config, self.kind = config, spec.attn
+        heads, dim = config.num_attention_heads, config.head_dim
+        make = {"dtype": dtype, "rngs": rngs}
+        self.wq_a = Linear(config.hidden_size, config.q_lora_rank, **make)
+        self.q_norm = RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
+        self.wq_b = Linear(config.q_lora_rank, heads * dim, **make)
+        self.wkv = Linear(config.hidden_size, dim, **make)
+        self.norm = RMSNorm(dim, eps=config.rms_norm_eps)
+        self.wo_a = Linear(heads // config.o_groups * dim, config.o_groups * config.o_lora_rank, **make)
+        self.wo_b = Linear(config.o_groups * config.o_lora_rank, config.hidden_size, **make)
+        self.attn_sink = nnx.Param(jnp.zeros((heads,), jnp.float32))
+        if spec.attn is not AttentionType.SWA:
+            self.compressor = Compressor(config, spec, dim, **make)
+        if spec.attn is AttentionType.CSA:
+            self.indexer = Indexer(config, spec, **make)
+
+    @property
+    def inv_freq(self) -> Array:
+        """RoPE frequencies of this layer, (rope_dim // 2,) float32."""
+        c = self.config
+        if self.kind is AttentionType.SWA:
+            return jnp.asarray(rope_frequencies(c.rope_dim, c.rope_theta))
+        return jnp.asarray(
+            rope_frequencies(
+                c.rope_dim,
+                c.compress_rope_theta,
+                factor=c.rope_factor,
+                original_max_position=c.rope_original_max_position,
+                beta_fast=c.rope_beta_fast,
+                beta_slow=c.rope_beta_slow,
+            )
+        )
+
+    def __call__(self, x: Array, handle: LayerCacheHandle) -> tuple[Array, LayerCacheHandle]:
+        """x (T, hidden), normed -> output (T, hidden) and the handle after this layer's writes."""
+        c = self.config
+        cos, sin = rope_angles(jnp.asarray(handle.plan.positions), self.inv_freq)
+        qr = self.q_norm(self.wq_a(x))
+        q = self.wq_b(qr).reshape(x.shape[0], c.num_attention_heads, c.head_dim)
+        q = apply_rope(rms_norm(q, eps=c.rms_norm_eps), cos[:, None], sin[:, None])
+        kv = apply_rope(self.norm(self.wkv(x)), cos, sin)
+
+        handle = self._write_entries(x, handle)
+        groups = self._entries(x, qr, cos, sin, handle)
+        reads_first = not handle.plan.one_token_per_slot
+        if not reads_first:
+            handle = handle.write_swa(kv)
+        window = handle.read_swa_view(kv if reads_first else None)
+        out = attend(
+            q,
+            (KeyGroup(window.kv, window.valid), *groups),
+            self.attn_sink[...],
+            handle.plan.segments,
+            scale=c.head_dim**-0.5,
+        )
+        if reads_first:
+            handle = handle.write_swa(kv, after=out)
+        return self._project(apply_rope(out, cos[:, None], sin[:, None], inverse=True)), handle
+
+    def _write_entries(self, x: Array, handle: LayerCacheHandle) -> LayerCacheHandle:
+        eps = self.config.rms_norm_eps
+        if self.kind is AttentionType.CSA:
+            part = self.indexer.compressor
+            handle = handle.write_indexer(part.wkv(x), part.wgate(x), part.weights(self.inv_freq), eps=eps)
+        if self.kind is not AttentionType.SWA:
+            part = self.compressor
+            handle = handle.write_compressed(part.wkv(x), part.wgate(x), part.weights(self.inv_freq), eps=eps)
+        return handle
+
+    def _entries(
+        self, x: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle
+    ) -> tuple[KeyGroup, ...]:
+        """The compressed entries each token attends to."""
+        if self.kind is AttentionType.SWA or not handle.max_entries:
+            return ()
+        if self.kind is AttentionType.HCA or handle.max_entries <= self.indexer.k:
+            view = handle.read_classical_view()
+            return (KeyGroup(view.kv, view.valid),)
+        selected = self.indexer.select(x, qr, cos[:, None], sin[:, None], handle)
+        if handle.plan.segments.tokens.shape[1] * self.indexer.k <= handle.max_entries:
+            view = handle.read_classical_view(selected)
+            return (KeyGroup(view.kv, view.valid, per_token=True),)
+        # The tokens of a segment share most entries: reading all of them once is less than each token's own.
+        view = handle.read_classical_view()
+        token = jnp.arange(x.shape[0])[:, None]
+        chosen = jnp.where(selected >= 0, selected, handle.max_entries)
+        chosen = jnp.zeros_like(view.valid).at[token, chosen].set(True, mode="drop")
+        return (KeyGroup(view.kv, view.valid & chosen),)
+
+    def _project(self, out: Array) -> Array:
+        """Grouped output projection: (T, heads, head_dim) float32 -> (T, hidden)."""
+        c, weight = self.config, self.wo_a.weight[...]
+        groups = out.astype(weight.dtype).reshape(out.shape[0], c.o_groups, -1)
+        weight = weight.reshape(c.o_groups, c.o_lora_rank, -1)
+        low = jnp.einsum("tgi,goi->tgo", groups, weight, precision=matmul_precision(weight.dtype))
+        return self.wo_b(low.reshape(out.shape[0], -1))

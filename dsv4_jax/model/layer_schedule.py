@@ -1,0 +1,64 @@
+"""Which attention, feed-forward and router each layer has."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from dsv4_jax.model.config import KNOWN_RATIOS, DSV4Config
+
+
+class AttentionType(enum.Enum):
+    """The attention of a layer (report arXiv 2606.19348, section 2.3).
+
+    Every type sees the sliding window; CSA and HCA see compressed entries besides. The values are
+    Hugging Face's `layer_types`.
+    """
+
+    SWA = "sliding_attention"
+    CSA = "compressed_sparse_attention"
+    HCA = "heavily_compressed_attention"
+
+
+class FFNType(enum.Enum):
+    """The feed-forward part of a layer. DeepSeek-V4 has only mixtures of experts."""
+
+    MOE = "moe"
+
+
+class RouterMode(enum.Enum):
+    """How a layer chooses its experts (report, section 2.1)."""
+
+    HASH = "hash"  # by a table from the token id
+    DENSE = "dense"  # by learned scores
+
+
+_RATIO = {AttentionType(name): ratio for ratio, name in KNOWN_RATIOS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What layer `layer_idx` (counted from 0) is made of."""
+
+    layer_idx: int
+    attn: AttentionType
+    ffn: FFNType
+    router_mode: RouterMode
+
+    @property
+    def compress_ratio(self) -> int:
+        """Tokens per compressed entry: 0 (no entries), 4 or 128."""
+        return _RATIO[self.attn]
+
+
+def build_schedule(config: DSV4Config) -> tuple[LayerSpec, ...]:
+    """One `LayerSpec` per layer, in order; the first `num_hash_layers` route by token id."""
+    return tuple(
+        LayerSpec(
+            layer_idx=layer,
+            attn=AttentionType(KNOWN_RATIOS[ratio]),
+            ffn=FFNType.MOE,
+            router_mode=RouterMode.HASH if layer < config.num_hash_layers else RouterMode.DENSE,
+        )
+        for layer, ratio in enumerate(config.compress_ratios)
+    )

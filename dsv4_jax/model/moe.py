@@ -1,0 +1,120 @@
+"""Mixture of experts with a learned or a hash router (arXiv 2606.19348, section 2.1)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .config import DSV4Config
+from .layer_schedule import LayerSpec, RouterMode
+from .layers import Linear, matmul_precision
+
+Array = jax.Array
+
+
+def _swiglu(gate: Array, up: Array, limit: float) -> Array:
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+class Router(nnx.Module):
+    """Picks experts per token: by learned scores, or by a table from the token id."""
+
+    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        experts, self.k = config.n_routed_experts, config.num_experts_per_tok
+        init = nnx.initializers.normal(config.hidden_size**-0.5)
+        self.weight = nnx.Param(init(rngs.params(), (experts, config.hidden_size), dtype))
+        self.scaling = config.routed_scaling_factor
+        self.hashed = spec.router_mode is RouterMode.HASH
+        if self.hashed:
+            ids = jnp.arange(config.vocab_size * self.k, dtype=jnp.int32).reshape(config.vocab_size, self.k)
+            self.tid2eid = nnx.Variable(ids % experts)
+        else:
+            self.bias = nnx.Param(jnp.zeros((experts,), jnp.float32))
+
+    def __call__(self, x: Array, token_ids: Array) -> tuple[Array, Array]:
+        """x (T, hidden), token_ids (T,) -> experts (T, k) int32, weights (T, k) float32."""
+        logits = jnp.einsum(
+            "th,eh->te",
+            x.astype(jnp.float32),
+            self.weight[...].astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        scores = jnp.sqrt(jax.nn.softplus(logits))
+        if self.hashed:
+            picks = self.tid2eid[...][token_ids]
+        else:
+            _, picks = jax.lax.top_k(scores + self.bias[...][None], self.k)
+        weights = jnp.take_along_axis(scores, picks, axis=-1)
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20) * self.scaling
+        return picks.astype(jnp.int32), weights
+
+
+class Experts(nnx.Module):
+    """The routed experts, stacked: w1, w3 (E, inner, hidden), w2 (E, hidden, inner)."""
+
+    def __init__(self, config: DSV4Config, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        e, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.limit = config.swiglu_limit
+        # Computing a few experts for every token beats sorting tokens by expert; many experts do not.
+        self.dense = e <= 8 * config.num_experts_per_tok
+        wide, narrow = nnx.initializers.normal(hidden**-0.5), nnx.initializers.normal(inner**-0.5)
+        self.w1 = nnx.Param(wide(rngs.params(), (e, inner, hidden), dtype))
+        self.w2 = nnx.Param(narrow(rngs.params(), (e, hidden, inner), dtype))
+        self.w3 = nnx.Param(wide(rngs.params(), (e, inner, hidden), dtype))
+
+    def __call__(self, x: Array, picks: Array, weights: Array) -> Array:
+        """x (T, hidden), picks and weights (T, k) -> (T, hidden)."""
+        return self._dense(x, picks, weights) if self.dense else self._grouped(x, picks, weights)
+
+    def _dense(self, x: Array, picks: Array, weights: Array) -> Array:
+        w1, w2, w3 = self.w1[...], self.w2[...], self.w3[...]
+        precision = matmul_precision(w1.dtype)
+        gate = jnp.einsum("th,eih->eti", x, w1, precision=precision)
+        up = jnp.einsum("th,eih->eti", x, w3, precision=precision)
+        # One weight per expert and token, zero for those not picked; it goes in before w2, which is linear.
+        share = jnp.sum(jax.nn.one_hot(picks, w1.shape[0]) * weights[..., None], axis=1)
+        inner = _swiglu(gate, up, self.limit) * share.T[..., None].astype(gate.dtype)
+        return jnp.einsum("eti,ehi->th", inner, w2, precision=precision)
+
+    def _grouped(self, x: Array, picks: Array, weights: Array) -> Array:
+        w1, w2, w3 = (w[...].swapaxes(1, 2) for w in (self.w1, self.w2, self.w3))
+        precision = matmul_precision(w1.dtype)
+        flat = picks.reshape(-1)
+        order = jnp.argsort(flat, stable=True)
+        token = order // picks.shape[1]
+        sizes = jnp.bincount(flat, length=w1.shape[0]).astype(jnp.int32)
+        rows = x[token]
+        gate = jax.lax.ragged_dot(rows, w1, sizes, precision=precision)
+        up = jax.lax.ragged_dot(rows, w3, sizes, precision=precision)
+        out = jax.lax.ragged_dot(_swiglu(gate, up, self.limit), w2, sizes, precision=precision)
+        out = out.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
+        # Back to (token, pick) order before summing, so that the sum does not depend on the other tokens.
+        by_pick = jnp.zeros_like(out).at[order].set(out).reshape(*picks.shape, -1)
+        return jnp.sum(by_pick, axis=1).astype(x.dtype)
+
+
+class SharedExpert(nnx.Module):
+    """The expert every token passes through."""
+
+    def __init__(self, config: DSV4Config, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        inner, hidden = config.moe_intermediate_size, config.hidden_size
+        self.limit = config.swiglu_limit
+        self.w1 = Linear(hidden, inner, dtype=dtype, rngs=rngs)
+        self.w2 = Linear(inner, hidden, dtype=dtype, rngs=rngs)
+        self.w3 = Linear(hidden, inner, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """x (T, hidden) -> (T, hidden)."""
+        return self.w2(_swiglu(self.w1(x), self.w3(x), self.limit))
+
+
+class MoE(nnx.Module):
+    """Routed experts plus the shared one."""
+
+    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate = Router(config, spec, dtype=dtype, rngs=rngs)
+        self.experts = Experts(config, dtype=dtype, rngs=rngs)
+        self.shared_experts = SharedExpert(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array, token_ids: Array) -> Array:
+        """x (T, hidden), token_ids (T,) int32 -> (T, hidden)."""
+        return self.experts(x, *self.gate(x, token_ids)) + self.shared_experts(x)

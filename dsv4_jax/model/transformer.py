@@ -1,0 +1,87 @@
+"""The whole model: embedding, blocks over residual streams, head."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..cache.handle import LayerCacheHandle
+from ..cache.kv_cache import KVCache
+from ..cache.plan import StepPlan
+from .attention import Attention
+from .config import DSV4Config
+from .layer_schedule import LayerSpec, build_schedule
+from .layers import Embedding, Linear, RMSNorm
+from .moe import MoE
+from .residual import HyperHead, connect, merge
+
+Array = jax.Array
+
+
+class Block(nnx.Module):
+    """Attention and experts, each between a read of the residual streams and a write back."""
+
+    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.attn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attn = Attention(config, spec, dtype=dtype, rngs=rngs)
+        self.ffn = MoE(config, spec, dtype=dtype, rngs=rngs)
+        n, d = config.hc_mult, config.hidden_size
+        for part in ("attn", "ffn"):
+            fn = nnx.initializers.normal(0.02)(rngs.params(), ((2 + n) * n, n * d), jnp.float32)
+            setattr(self, f"hc_{part}_fn", nnx.Param(fn))
+            setattr(self, f"hc_{part}_base", nnx.Param(jnp.zeros(((2 + n) * n,), jnp.float32)))
+            setattr(self, f"hc_{part}_scale", nnx.Param(jnp.ones((3,), jnp.float32)))
+
+    def _connect(self, part: str, streams: Array) -> tuple[Array, Array, Array]:
+        c = self.config
+        fn, base, scale = (getattr(self, f"hc_{part}_{name}")[...] for name in ("fn", "base", "scale"))
+        return connect(
+            streams, fn, base, scale, iterations=c.hc_sinkhorn_iters, hc_eps=c.hc_eps, rms_eps=c.rms_norm_eps
+        )
+
+    def __call__(
+        self, streams: Array, token_ids: Array, handle: LayerCacheHandle
+    ) -> tuple[Array, LayerCacheHandle]:
+        """streams (T, hc_mult, hidden), token_ids (T,) int32 -> new streams and the handle after the layer's writes."""
+        x, post, comb = self._connect("attn", streams)
+        out, handle = self.attn(self.attn_norm(x), handle)
+        streams = merge(streams, out, post, comb)
+        x, post, comb = self._connect("ffn", streams)
+        return merge(streams, self.ffn(self.ffn_norm(x), token_ids), post, comb), handle
+
+
+class DSV4Model(nnx.Module):
+    """DeepSeek-V4 over a KV cache: a step takes any mix of prefill and decode tokens."""
+
+    def __init__(self, config: DSV4Config, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        """Random weights of `dtype` (norms, sinks, ape, router bias and stream weights stay float32)."""
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(config, spec, dtype=dtype, rngs=rngs) for spec in build_schedule(config)])
+        self.hc_head = HyperHead(config, rngs=rngs)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)
+
+    def hidden(self, token_ids: Array, cache: KVCache, plan: StepPlan) -> tuple[Array, KVCache]:
+        """One step without the head: token_ids (T,) int32 -> normed final state (T, hidden), cache after the step."""
+        cache = cache.with_blocks(plan.new_blocks)
+        x = self.embed(token_ids).astype(self.dtype)
+        streams = jnp.broadcast_to(x[:, None], (x.shape[0], self.config.hc_mult, x.shape[1]))
+        for layer_idx, block in enumerate(self.layers):
+            streams, handle = block(streams, token_ids, LayerCacheHandle(cache, plan, layer_idx))
+            cache = handle.cache
+        return self.norm(self.hc_head(streams)), cache
+
+    def logits(self, hidden: Array) -> Array:
+        """hidden (..., hidden) -> (..., vocabulary) float32."""
+        if self.config.tie_word_embeddings:
+            weight = self.embed.weight[...]
+            return jnp.einsum("...h,vh->...v", hidden, weight, precision=jax.lax.Precision.HIGHEST).astype(jnp.float32)
+        return self.head(hidden).astype(jnp.float32)
+
+    def __call__(self, token_ids: Array, cache: KVCache, plan: StepPlan) -> tuple[Array, KVCache]:
+        """One step: token_ids (T,) int32, laid out as `plan` -> logits (T, vocabulary) float32, cache after the step."""
+        hidden, cache = self.hidden(token_ids, cache, plan)
+        return self.logits(hidden), cache

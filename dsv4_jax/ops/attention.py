@@ -1,0 +1,58 @@
+"""Attention of one query head group over cached vectors, with a sink (arXiv 2606.19348, section 2.3)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .segments import Segments, to_segments, to_tokens
+
+Array = jax.Array
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class KeyGroup(NamedTuple):
+    """Vectors that serve as keys and as values, and who may see them.
+
+    Vectors that no token of their segment may see must be finite (the views of the cache give zeros).
+    """
+
+    kv: Array  # (S, N, d) shared by the tokens of a segment, or (T, N, d)
+    valid: Array  # (T, N) bool
+    per_token: bool = False  # kv is (T, N, d): every token brings vectors of its own
+
+
+def _scores(q: Array, group: KeyGroup, segments: Segments) -> Array:
+    kv = group.kv.astype(q.dtype)
+    if group.per_token:
+        return jnp.einsum("thd,tnd->thn", q, kv, precision=_HIGHEST)
+    return to_tokens(jnp.einsum("schd,snd->schn", to_segments(q, segments), kv, precision=_HIGHEST), segments)
+
+
+def _weighted(p: Array, group: KeyGroup, segments: Segments) -> Array:
+    kv = group.kv.astype(p.dtype)
+    if group.per_token:
+        return jnp.einsum("thn,tnd->thd", p, kv, precision=_HIGHEST)
+    return to_tokens(jnp.einsum("schn,snd->schd", to_segments(p, segments), kv, precision=_HIGHEST), segments)
+
+
+def attend(q: Array, groups: tuple[KeyGroup, ...], sink: Array, segments: Segments, *, scale: float) -> Array:
+    """One softmax over all groups and the sink, whose logit only adds to the denominator.
+
+    q (T, H, d), sink (H,) float32. Returns (T, H, d) float32; a token that sees nothing gets 0.
+    """
+    q = q.astype(jnp.float32)
+    valid = jnp.concatenate([g.valid for g in groups], axis=-1)[:, None]
+    scores = jnp.concatenate([_scores(q, g, segments) for g in groups], axis=-1) * scale
+    scores = jnp.where(valid, scores, -jnp.inf)
+    sink = sink.astype(jnp.float32)[None, :, None]
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink)
+    weights = jnp.exp(scores - top)
+    denominator = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top)
+    out, start = jnp.zeros_like(q), 0
+    for group in groups:
+        stop = start + group.valid.shape[-1]
+        out = out + _weighted(weights[..., start:stop], group, segments)
+        start = stop
+    return out / denominator

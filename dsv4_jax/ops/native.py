@@ -1,0 +1,63 @@
+"""Finds, loads and registers the native libraries, once."""
+
+import ctypes
+import functools
+import logging
+import os
+import pathlib
+import sys
+
+import jax
+
+import dsv4_jax
+
+_LOG = logging.getLogger(__name__)
+
+LIBRARY_DIR_VARIABLE = "DSV4_JAX_LIB_DIR"
+"""Environment variable naming a folder to take the libraries from instead of the package's own ``_lib``."""
+
+# For each library the handlers in it: name of the custom call -> symbol.
+_HANDLERS = {
+    "cpu": {"dsv4_append_swa": "Dsv4AppendSwa", "dsv4_set_rows": "Dsv4SetRows"},
+    "cuda": {"dsv4_append_swa": "Dsv4AppendSwa"},
+}
+_XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
+
+
+@functools.cache
+def available() -> frozenset[str]:
+    """Which native implementations this process has, a subset of {"cpu", "cuda"}; the first call loads them."""
+    found = frozenset(platform for platform in _HANDLERS if _register(platform))
+    wanted = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    if wanted not in found:
+        _LOG.warning(
+            "dsv4_jax runs in plain jax.numpy: no native library for %s in %s.",
+            wanted,
+            " or ".join(str(folder) for folder in library_dirs()),
+        )
+    return found
+
+
+def library_dirs() -> list[pathlib.Path]:
+    """The folders the libraries are looked for in, in order."""
+    chosen = os.environ.get(LIBRARY_DIR_VARIABLE)
+    # An editable installation has two: the sources, and what was built from them.
+    return [pathlib.Path(chosen)] if chosen else [pathlib.Path(p) / "_lib" for p in dsv4_jax.__path__]
+
+
+def _register(platform: str) -> bool:
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    for folder in library_dirs():
+        path = folder / f"libdsv4_jax_{platform}{suffix}"
+        if not path.exists():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            handlers = {name: getattr(library, symbol) for name, symbol in _HANDLERS[platform].items()}
+            for name, handler in handlers.items():
+                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform=_XLA_PLATFORMS[platform])
+        except Exception as error:  # whatever is wrong with the library, jax.numpy still works
+            _LOG.warning("dsv4_jax: %s cannot be used: %s", path, error)
+            continue
+        return True
+    return False

@@ -1,0 +1,60 @@
+"""How the tokens of one step are grouped by request.
+
+A step is token-major: every token has a slot and a position of its own, in any order. Reading the cache once per
+request instead of once per token needs the grouping that this file describes.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Segments(NamedTuple):
+    """The tokens of one step by request: segment s is the run of consecutive positions that one slot brings.
+
+    Shapes: S segments, C most tokens of one segment, T tokens of the step. All int32.
+    """
+
+    slots: Array  # (S,) slot, -1 where the segment is padding
+    starts: Array  # (S,) position of the segment's first token
+    counts: Array  # (S,) tokens in the segment, 0 for padding
+    tokens: Array  # (S, C) row of each token in the token-major batch, T where there is none
+    rows: Array  # (T,) s * C + c of each token, S * C for a padding token
+
+
+def one_token_segments(slots: Array, positions: Array) -> Segments:
+    """Segments of a decode step: slots (T,), positions (T,) int32, each slot at most once, -1 for padding."""
+    rows = jnp.arange(slots.shape[0], dtype=jnp.int32)
+    live = (slots >= 0) & (positions >= 0)
+    return Segments(
+        slots=jnp.where(live, slots, -1),
+        starts=jnp.where(live, positions, 0),
+        counts=live.astype(jnp.int32),
+        tokens=rows[:, None],
+        rows=rows,
+    )
+
+
+def to_segments(x: Array, segments: Segments) -> Array:
+    """Token-major x (T, ...) -> (S, C, ...); rows without a token are zero."""
+    if segments.tokens.shape[1] == 1:
+        return x[:, None]
+    return x.at[segments.tokens].get(mode="fill", fill_value=0)
+
+
+def to_tokens(x: Array, segments: Segments) -> Array:
+    """Segment-major x (S, C, ...) -> (T, ...); padding tokens are zero."""
+    if segments.tokens.shape[1] == 1:
+        return x[:, 0]
+    flat = x.reshape(-1, *x.shape[2:])
+    return flat.at[segments.rows].get(mode="fill", fill_value=0)
+
+
+def per_token(x: Array, segments: Segments) -> Array:
+    """A value per segment, x (S, ...), given to each of its tokens: (T, ...); padding tokens get zero."""
+    if segments.tokens.shape[1] == 1:
+        return x
+    return x.at[segments.rows // segments.tokens.shape[1]].get(mode="fill", fill_value=0)
