@@ -16,6 +16,7 @@ from .ordering import after
 from .record import Record, encode_record
 from .rms_norm import rms_norm
 from .rope import apply_rope, rope_angles
+from .rows import set_rows
 from .segments import Segments, to_segments
 
 Array = jax.Array
@@ -117,8 +118,8 @@ def _store_tail(
 
     def store(rows: Array, values: Array) -> Array:
         roles = resolve_writes(slots, positions, rows.shape[1], rows.shape[2], one_token_per_slot)
-        target = after(jnp.where(roles > 0, slots, rows.shape[1]), read)
-        return rows.at[layer, target, positions % rows.shape[2]].set(values, mode="drop")
+        target = after(jnp.where(roles > 0, slots, -1), read)
+        return set_rows(rows, (layer, target, positions % rows.shape[2]), values)
 
     return CompressorTail(
         ka=store(tail.ka, kv[:, :d]),
@@ -128,18 +129,13 @@ def _store_tail(
     )
 
 
-def block_address(table: Array, slots: Array, entries: Array, per_block: int, num_blocks: int) -> tuple[Array, Array]:
-    """Physical (block, offset) of entries (M,) of slots (M,) int32; block = num_blocks (out of range) where none is.
+def block_address(table: Array, slots: Array, entries: Array, per_block: int) -> tuple[Array, Array]:
+    """Physical (block, offset) of entries (M,) of slots (M,) int32; block -1 where there is none.
 
     table (R, blocks of a request) int32 holds -1 where no block was given; a slot below 0 has none.
     """
     column = jnp.where(slots >= 0, entries // per_block, table.shape[1])
-    block = table.at[jnp.maximum(slots, 0), column].get(mode="fill", fill_value=-1)
-    return jnp.where((slots >= 0) & (block >= 0), block, num_blocks), entries % per_block
-
-
-def _write_blocks(stored: NamedTuple, values: NamedTuple, layer: int, block: Array, offset: Array) -> NamedTuple:
-    return jax.tree.map(lambda rows, new: rows.at[layer, block, offset].set(new, mode="drop"), stored, values)
+    return table.at[jnp.maximum(slots, 0), column].get(mode="fill", fill_value=-1), entries % per_block
 
 
 def _compress(
@@ -162,9 +158,8 @@ def _compress(
     closed = _pool(tail, to_segments(kv, segments), to_segments(gate, segments), layer, segments, ratio)
     values = rms_norm(closed.pooled, weights.norm, eps=eps)
     values = apply_rope(values, *rope_angles(closed.entries * ratio, weights.inv_freq))
-    pool = jax.tree.leaves(stored)[0]
-    block, offset = block_address(table, closed.slots, closed.entries, pool.shape[2], pool.shape[1])
-    stored = _write_blocks(stored, encode(values), layer, block, offset)
+    block, offset = block_address(table, closed.slots, closed.entries, jax.tree.leaves(stored)[0].shape[2])
+    stored = jax.tree.map(lambda rows, new: set_rows(rows, (layer, block, offset), new), stored, encode(values))
     one_token_per_slot = segments.tokens.shape[1] == 1
     return stored, _store_tail(tail, kv, gate, layer, slots, positions, one_token_per_slot, closed.pooled)
 

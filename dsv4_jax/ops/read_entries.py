@@ -29,10 +29,8 @@ def read_selected(stored: NamedTuple, table: Array, slots: Array, selected: Arra
     """Entries selected (T, K) int32 of slots (T,), as stored: arrays (L, N, E, ...) -> (T, K, ...); -1 means nothing."""
     pool = jax.tree.leaves(stored)[0]
     flat_slots = jnp.broadcast_to(slots[:, None], selected.shape).reshape(-1)
-    block, offset = block_address(
-        table, flat_slots, jnp.maximum(selected, 0).reshape(-1), pool.shape[2], pool.shape[1]
-    )
-    block, offset = block.reshape(selected.shape), offset.reshape(selected.shape)
+    block, offset = block_address(table, flat_slots, jnp.maximum(selected, 0).reshape(-1), pool.shape[2])
+    block, offset = jnp.maximum(block, 0).reshape(selected.shape), offset.reshape(selected.shape)
     return jax.tree.map(lambda x: x.at[layer, block, offset].get(mode="clip"), stored)
 
 
