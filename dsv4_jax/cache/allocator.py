@@ -1,21 +1,28 @@
 """Host-side free list of physical blocks."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
 
+def _count(name: str, n: int) -> int:
+    if isinstance(n, bool | np.bool_) or not isinstance(n, int | np.integer) or n < 0:
+        raise ValueError(f"{name} is {n!r}: expected an integer, 0 or more")
+    return int(n)
+
+
 class BlockAllocator:
-    """Gives out block ids 0 … num_total_blocks - 1, each to one owner at a time; every call succeeds whole or not at all."""
+    """Gives out block ids 0 … num_total_blocks - 1, each to one owner at a time.
+
+    Every call succeeds as a whole or changes nothing.
+    """
 
     def __init__(self, num_total_blocks: int):
         """Raises ValueError for a negative number."""
-        if num_total_blocks < 0:
-            raise ValueError(f"num_total_blocks is {num_total_blocks}: expected 0 or more")
-        self.num_total_blocks = num_total_blocks
-        self._free = deque(range(num_total_blocks))
-        self._taken = np.zeros(num_total_blocks, bool)
+        self.num_total_blocks = _count("num_total_blocks", num_total_blocks)
+        self._free = deque(range(self.num_total_blocks))
+        self._taken = np.zeros(self.num_total_blocks, bool)
 
     @property
     def num_free(self) -> int:
@@ -24,8 +31,7 @@ class BlockAllocator:
 
     def acquire(self, n: int) -> np.ndarray:
         """n distinct ids, int32 (n,). Raises RuntimeError (OOM) when fewer are free, ValueError when n is negative."""
-        if n < 0:
-            raise ValueError(f"asked for {n} blocks: expected 0 or more")
+        n = _count("the number of blocks", n)
         if n > len(self._free):
             raise RuntimeError(
                 f"OOM: asked for {n} blocks, {len(self._free)} of {self.num_total_blocks} are free: release requests "
@@ -35,15 +41,17 @@ class BlockAllocator:
         self._taken[ids] = True
         return ids
 
-    def release(self, ids: Iterable[int]) -> None:
-        """Takes ids back. Raises ValueError for an id that is unknown, not owned or named twice, and changes nothing."""
-        ids = [int(i) for i in np.asarray(ids if isinstance(ids, np.ndarray) else list(ids)).reshape(-1)]
+    def release(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Takes ids (n,) back. Raises ValueError for one that is unknown, not owned or named twice, and changes nothing."""
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise ValueError(f"released {ids.tolist()!r}: expected a list of integer block ids")
         seen = set()
-        for i in ids:
+        for i in ids.tolist():
             if not 0 <= i < self.num_total_blocks:
                 raise ValueError(f"released block {i}: this pool has blocks 0 to {self.num_total_blocks - 1}")
             if i in seen or not self._taken[i]:
                 raise ValueError(f"released block {i} twice: it is free already")
             seen.add(i)
-        self._taken[ids] = False
-        self._free.extend(ids)
+        self._taken[list(seen)] = False
+        self._free.extend(ids.tolist())

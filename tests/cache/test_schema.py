@@ -1,0 +1,71 @@
+"""Geometry and block budget."""
+
+import dataclasses
+
+import pytest
+
+from dsv4_jax import DSV4Config, build_schedule
+from dsv4_jax.cache.schema import BLOCK_SIZE_ORIGINAL_TOKENS, build_schema, compute_block_budget
+
+FLASH = DSV4Config.flash()
+SCHEDULE = build_schedule(FLASH)
+
+
+@pytest.mark.parametrize(
+    ("layer", "entries", "keys", "tail", "rows"),
+    [(0, 0, 0, 0, 0), (2, 32, 32, 3, 7), (3, 1, 0, 127, 127)],
+    ids=["swa", "csa", "hca"],
+)
+def test_geometry(layer, entries, keys, tail, rows):
+    schema = build_schema(FLASH, SCHEDULE[layer])
+    assert schema.entries_per_block == entries
+    assert schema.indexer_entries_per_block == keys
+    assert schema.tail_buffer_size == tail
+    assert schema.overlap_tail_rows == rows
+    assert schema.swa_window_size == 128
+    assert schema.entry_head_dim == FLASH.head_dim == 512
+    assert schema.nope_dim == 448
+
+
+def test_block_covers_the_least_common_multiple():
+    assert BLOCK_SIZE_ORIGINAL_TOKENS == 128
+
+
+@pytest.mark.parametrize("config", [DSV4Config.flash(), DSV4Config.pro()], ids=["flash", "pro"])
+def test_budget_of_a_million_tokens(config):
+    assert compute_block_budget(config, build_schedule(config), 1_000_000, 16) == {"csa": 125_008, "hca": 124_992}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "csa", "hca"), [(0, 0, 0), (3, 0, 0), (4, 1, 0), (127, 1, 0), (128, 1, 1), (131, 1, 1), (132, 2, 1)]
+)
+def test_a_block_is_needed_with_its_first_entry(tokens, csa, hca):
+    assert compute_block_budget(FLASH, SCHEDULE, tokens, 1) == {"csa": csa, "hca": hca}
+
+
+def test_rollback_makes_room():
+    schema = build_schema(FLASH, SCHEDULE[2], max_rollback=8)
+    assert [schema.ring_rows, schema.tail_rows, schema.overlap_tail_rows] == [136, 11, 15]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_dtype": "fp16"}, "cache_dtype 'fp16' is not known"),
+        ({"indexer_dtype": "int4"}, "indexer_dtype 'int4' is not known"),
+        ({"max_rollback": -1}, "max_rollback is -1"),
+    ],
+)
+def test_unknown_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_schema(FLASH, SCHEDULE[2], **options)
+
+
+def test_budget_of_nothing():
+    with pytest.raises(ValueError, match="at least 0 tokens and 1 request"):
+        compute_block_budget(FLASH, SCHEDULE, 100, 0)
+
+
+def test_schema_is_hashable():
+    schema = build_schema(FLASH, SCHEDULE[2])
+    assert hash(schema) == hash(dataclasses.replace(schema))
