@@ -215,6 +215,10 @@ def stream(
     ids = _check_prompts(model, prompts, max_new_tokens)
     if temperature < 0 or not np.isfinite(temperature):
         raise ValueError(f"temperature is {temperature}: expected 0 (greedy) or a positive number")
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed is {seed}: expected 0 to {(1 << 32) - 1}")
+    if any(not 0 <= t < model.config.vocab_size for t in stop_tokens):
+        raise ValueError(f"stop_tokens are {list(stop_tokens)}: expected 0 to {model.config.vocab_size - 1}")
     if prefill_chunk < 1 or decode_chunk < 1:
         raise ValueError(f"prefill_chunk is {prefill_chunk}, decode_chunk is {decode_chunk}: expected at least 1")
     if not ids or not max_new_tokens:

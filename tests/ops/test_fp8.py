@@ -1,5 +1,7 @@
 """The FP8 record against numpy and ml_dtypes, bit for bit, on whatever device JAX uses."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -169,3 +171,40 @@ def test_wrong_arguments_are_named():
         dequantise_fp8(jnp.zeros((2, 8), jnp.uint8), jnp.zeros(8))
     with pytest.raises(TypeError, match="to_bf16: got int32"):
         to_bf16(jnp.zeros(2, jnp.int32))
+
+
+def nearest_float(x):
+    """The float32 nearest to a fraction, as a fraction, ties to even; exponents are unbounded."""
+    unit = Fraction(2) ** (x.numerator.bit_length() - x.denominator.bit_length() - 24)
+    while abs(x) >= unit * 2**24:
+        unit *= 2
+    return round(x / unit) * unit  # round() takes ties to even
+
+
+def test_the_gpu_division_never_moves_a_code():
+    """The three operations of ffi/quantise_warp.cuh against the correctly rounded quotient, wherever they may differ.
+
+    With y the float nearest to 1 / s, the value they round last is within 2^-22 ulp of a / s. So they can differ from
+    the correctly rounded quotient only where a / s is as near to a midpoint of two floats; and that can change a code
+    only where the midpoint is beside a boundary between codes, whose mantissa b is a multiple of 2^19. As integers of
+    24 bits, |a * 2^k - s * (b ± 1/2)| <= s * 2^-22 <= 4 (± 1/4 below a power of two), so s is within 16 of a multiple
+    of 2^20: few enough to try them all, with a margin.
+    """
+    tried = 0
+    for s in (j * 2**20 + d for j in range(8, 17) for d in range(-20, 21)):
+        if not 2**23 <= s < 2**24:
+            continue
+        y = nearest_float(Fraction(1, s))
+        for b in range(16 * 2**19, 32 * 2**19, 2**19):
+            for beside in (Fraction(1, 2), Fraction(-1, 4) if b == 2**23 else Fraction(-1, 2)):
+                for k in (22, 23, 24, 25):
+                    a = round(s * (b + beside) / 2**k)
+                    if not 2**23 <= a < 2**24 or abs(a * 2**k - s * (b + beside)) > 20:
+                        continue
+                    tried += 1
+                    quotient = nearest_float(a * y)
+                    excess = nearest_float(quotient * s - a) if quotient * s != a else 0
+                    quotient = nearest_float(quotient - excess * y)
+                    boundary, exact = Fraction(b, 2**k), nearest_float(Fraction(a, s))
+                    assert (quotient > boundary) - (quotient < boundary) == (exact > boundary) - (exact < boundary)
+    assert tried > 300

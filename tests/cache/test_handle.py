@@ -1,0 +1,226 @@
+"""What a layer writes through its handle is what it reads back, by position."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv4_jax.cache.handle import LayerCacheHandle
+from dsv4_jax.ops.fp8 import dequantise_fp8, quantise_fp8
+from dsv4_jax.ops.rms_norm import rms_norm
+from dsv4_jax.ops.rope import apply_rope, rope_angles
+
+SWA, CSA, HCA = 0, 1, 2
+
+
+write_swa = jax.jit(LayerCacheHandle.write_swa)
+write_compressed = jax.jit(LayerCacheHandle.write_compressed)
+read_window = jax.jit(LayerCacheHandle.read_swa_view)
+read_entries = jax.jit(LayerCacheHandle.read_classical_view)
+
+
+def random(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def stored(kv):
+    """kv (T, 512) as an FP8 record gives it back."""
+    nope = dequantise_fp8(*quantise_fp8(kv[:, :448]))
+    return np.concatenate([nope, kv[:, 448:].astype(jnp.bfloat16).astype(jnp.float32)], axis=-1)
+
+
+def test_window_wraps(make, rng):
+    manager = make()
+    slot = manager.admit_request()
+    kv = random(rng, 140, 512)
+    for p in range(140):
+        handle = manager.acquire(SWA, [slot], [p])
+        handle = write_swa(handle, kv[p : p + 1])
+        manager.cache = handle.cache
+    view = read_window(handle)
+    assert view.kv.shape == (1, 128, 512)
+    assert view.valid.all()
+    assert sorted(view.positions[0].tolist()) == list(range(12, 140))
+    np.testing.assert_array_equal(view.kv[0], stored(kv)[np.asarray(view.positions[0])])
+    state = handle.state
+    assert state.swa_head.tolist() == [140 % 128, 0]
+    np.testing.assert_array_equal(state.swa_pos[slot], view.positions[0])
+
+
+def test_window_before_it_is_full(make, rng):
+    manager = make()
+    slot = manager.admit_request()
+    view = manager.acquire(SWA, [slot], [0]).write_swa(random(rng, 1, 512)).read_swa_view()
+    assert int(view.valid.sum()) == 1
+    assert view.positions[0].tolist() == [0] + [-1] * 127
+
+
+@pytest.mark.parametrize("tokens", [5, 128, 200])
+def test_several_tokens_of_a_slot(make, rng, tokens):
+    """Writing first is right as well: a step's first tokens see rows that its last tokens took."""
+    manager = make()
+    slot = manager.admit_request()
+    kv = random(rng, 56 + tokens, 512)
+    for start, end in ((0, 56), (56, 56 + tokens)):
+        handle = write_swa(manager.acquire(SWA, [slot] * (end - start), np.arange(start, end)), kv[start:end])
+        manager.cache = handle.cache
+    view = read_window(handle)
+    expected = stored(kv)
+    for t, p in enumerate(range(56, 56 + tokens)):
+        seen = np.flatnonzero(view.valid[t])
+        positions = np.asarray(view.positions[0])[seen]
+        assert sorted(positions) == list(range(max(0, p - 127), p + 1))
+        np.testing.assert_array_equal(view.kv[0][seen], expected[positions])
+    again = read_window(LayerCacheHandle(handle.cache, handle.plan, SWA))
+    newest = np.asarray(again.positions[0])
+    assert sorted(newest[newest >= 0]) == list(range(max(0, 56 + tokens - 128), 56 + tokens))
+
+
+def reference_entries(kv, gate, weights, ratio, overlap, eps=1e-6):
+    """Entries of one request by the rule itself, in float64 per channel: kv, gate (n, lanes * d)."""
+    kv, gate, ape = (np.asarray(x, np.float64) for x in (kv, gate, weights.ape))
+    z = gate + ape[np.arange(len(kv)) % ratio]
+    d = weights.norm.shape[0]
+    entries = []
+    for w in range(len(kv) // ratio):
+        own = slice(w * ratio, (w + 1) * ratio)
+        if overlap:
+            rows, scores = [kv[own, d:]], [z[own, d:]]
+            if w:
+                before = slice((w - 1) * ratio, w * ratio)
+                rows.insert(0, kv[before, :d])
+                scores.insert(0, z[before, :d])
+            k, s = np.concatenate(rows), np.concatenate(scores)
+        else:
+            k, s = kv[own], z[own]
+        p = np.exp(s - s.max(axis=0))
+        entries.append((p * k).sum(axis=0) / p.sum(axis=0))
+    pooled = rms_norm(jnp.asarray(np.stack(entries), jnp.float32), weights.norm, eps=eps)
+    first = jnp.arange(len(entries), dtype=jnp.int32) * ratio
+    return np.asarray(apply_rope(pooled, *rope_angles(first, weights.inv_freq)))
+
+
+@pytest.mark.parametrize(("layer", "ratio", "lanes"), [(CSA, 4, 2), (HCA, 128, 1)], ids=["csa", "hca"])
+@pytest.mark.parametrize("cuts", [(), (3, 4, 5, 130), (127, 128, 129)], ids=str)
+def test_entries(make, rng, weights, layer, ratio, lanes, cuts):
+    """Entries follow the rule, wherever the request is cut."""
+    manager = make(cache_dtype="fp32")
+    slot = manager.admit_request()
+    while len(manager.blocks(slot)["csa" if layer == CSA else "hca"]) < (2 if layer == CSA else 1):
+        manager.allocate_block(layer, slot)
+    n = 150
+    kv, gate, w = random(rng, n, lanes * 512), random(rng, n, lanes * 512), weights(ratio, 512, lanes)
+    edges = [0, *cuts, n]
+    for start, end in zip(edges, edges[1:], strict=False):
+        handle = manager.acquire(layer, [slot] * (end - start), np.arange(start, end))
+        manager.cache = write_compressed(handle, kv[start:end], gate[start:end], w).cache
+    view = read_entries(LayerCacheHandle(manager.cache, handle.plan, layer))
+    expected = reference_entries(kv, gate, w, ratio, layer == CSA)
+    assert int(view.valid[-1].sum()) == len(expected) == n // ratio
+    assert view.positions[0].tolist()[: len(expected)] == [e * ratio for e in range(len(expected))]
+    np.testing.assert_allclose(view.kv[0, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+    assert not view.kv[0, len(expected) :].any()
+    if layer == CSA:
+        chosen = jnp.asarray([[3, 0, -1, 36, 37]] * (end - start), jnp.int32)
+        picked = read_entries(LayerCacheHandle(manager.cache, handle.plan, layer), chosen)
+        assert picked.valid[-1].tolist() == [True, True, False, True, False]
+        np.testing.assert_array_equal(picked.kv[-1, [0, 1, 3]], view.kv[0, np.array([3, 0, 36])])
+
+
+def test_indexer_keys(make, rng, weights):
+    manager = make(indexer_dtype="fp32")
+    slot = manager.admit_request()
+    manager.allocate_block(CSA, slot)
+    kv, gate, w = random(rng, 43, 256), random(rng, 43, 256), weights(4, 128, 2)
+    handle = manager.acquire(CSA, [slot] * 43, np.arange(43)).write_indexer(kv, gate, w)
+    view = handle.read_indexer_view()
+    np.testing.assert_allclose(view.keys[0, :10], reference_entries(kv, gate, w, 4, True), rtol=1e-5, atol=1e-5)
+    assert view.valid[-1].tolist() == [True] * 10 + [False] * 54
+    assert not handle.keys_rotated
+
+
+def test_padding_writes_nothing(make, rng, weights, same):
+    manager = make()
+    manager.admit_request()
+    for layer, ratio, lanes in ((SWA, 0, 0), (CSA, 4, 2), (HCA, 128, 1)):
+        handle = manager.acquire(layer, [-1, -1], [127, 3])
+        handle = handle.write_swa(random(rng, 2, 512))
+        if ratio:
+            x = random(rng, 2, lanes * 512)
+            handle = handle.write_compressed(x, x, weights(ratio, 512, lanes))
+        assert same(handle.cache, manager.cache)
+        assert not handle.read_swa_view().valid.any()
+
+
+def test_a_missing_block_is_an_error(make, rng, weights):
+    manager = make()
+    slot = manager.admit_request()
+    x, w = random(rng, 4, 1024), weights(4, 512, 2)
+    handle = manager.acquire(CSA, [slot] * 4, np.arange(4))
+    with pytest.raises(RuntimeError, match=r"call allocate_block\(1, 0\) first"):
+        handle.write_compressed(x, x, w)
+    manager.allocate_block(CSA, slot)
+    manager.acquire(CSA, [slot] * 4, np.arange(4)).write_compressed(x, x, w)
+
+
+def test_other_slots_and_blocks_stay(make, rng, weights):
+    """A write touches one row per array and token, in its own layer, slot and block."""
+    manager = make()
+    a, b = manager.admit_request(), manager.admit_request()
+    manager.allocate_block(CSA, a)
+    block = manager.allocate_block(CSA, b)
+    x = random(rng, 4, 1024)
+    handle = manager.acquire(CSA, [b] * 4, np.arange(4)).write_swa(x[:, :512])
+    handle = handle.write_compressed(x, x, weights(4, 512, 2))
+    before, after = manager.cache, handle.cache
+
+    def changed(old, new, axes):
+        return {tuple(i[:axes]) for i in np.argwhere(np.asarray(old != new)).tolist()}
+
+    old, new = before.state["csa"].ring, after.state["csa"].ring
+    assert changed(old.pos, new.pos, 3) == {(0, b, row) for row in range(4)}
+    assert changed(old.nope, new.nope, 3) == {(0, b, row) for row in range(4)}
+    assert changed(before.paged["csa"].entries.nope, after.paged["csa"].entries.nope, 3) == {(0, block, 0)}
+    assert changed(before.state["csa"].tail.ka, after.state["csa"].tail.ka, 3) == {(0, b, row) for row in range(4)}
+    assert after.state["hca"] is before.state["hca"]
+
+
+def test_errors_name_layer_and_shape(make, rng, weights):
+    manager = make()
+    manager.admit_request()
+    swa, csa, hca = (manager.acquire(layer, [0], [0]) for layer in (SWA, CSA, HCA))
+    good, w = jnp.ones((1, 512)), weights(4, 512, 2)
+    for call, message in [
+        (lambda: swa.write_swa(jnp.ones((2, 512))), r"layer 0: kv has shape \(2, 512\), expected \(1, 512\)"),
+        (lambda: swa.write_swa(jnp.ones((1, 511))), r"shape \(1, 511\)"),
+        (lambda: swa.write_swa(jnp.ones((1, 512), jnp.int32)), "layer 0: kv has dtype int32"),
+        (lambda: swa.write_compressed(good, good, w), "layer 0 is SWA: it has no compressed entries"),
+        (lambda: swa.read_classical_view(), "layer 0 is SWA"),
+        (lambda: hca.write_indexer(good, good, w), "layer 2 is HCA: it has no indexer keys"),
+        (lambda: hca.read_indexer_view(), "layer 2 is HCA"),
+        (lambda: csa.write_compressed(good, good, w), r"layer 1: kv has shape \(1, 512\), expected \(1, 1024\)"),
+        (lambda: csa.write_indexer(good, good, w), r"expected \(1, 256\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_one_program_for_every_step(make, rng):
+    """A jitted step takes the cache, donates it, and is traced once."""
+    manager = make()
+    slots = [manager.admit_request(), manager.admit_request()]
+
+    @chex.assert_max_traces(n=1)
+    def step(cache, plan, kv):
+        handle = LayerCacheHandle(cache.with_blocks(plan.new_blocks), plan, SWA).write_swa(kv)
+        return handle.cache, handle.read_swa_view().valid.sum(axis=-1)
+
+    step = jax.jit(step, donate_argnums=0)
+    at = np.zeros(2, np.int32)
+    for i in range(140):  # across the ring's wrap and new blocks; the second request sits out every third step
+        live = np.array([True, i % 3 > 0])
+        plan = manager.plan_step(np.where(live, slots, -1), at)
+        manager.cache, visible = step(manager.cache, plan, random(rng, 2, 512))
+        at = at + live
+        assert visible.tolist() == np.where(live, np.minimum(at, 128), 0).tolist()

@@ -1,0 +1,237 @@
+"""The command line, in process on a checkpoint of one layer, and as a program where that matters."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import dsv4_jax
+from dsv4_jax import cli
+
+TINY = cli.packaged_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The packaged checkpoint's first layer: the others count as draft layers."""
+    folder = tmp_path_factory.mktemp("small")
+    config = json.loads((TINY / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").symlink_to(TINY / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command line: run("generate", ...) -> (exit status, stdout, stderr)."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+def _program(*arguments, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(dsv4_jax.__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "dsv4_jax.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
+    )  # fmt: skip
+
+
+def test_text_goes_to_stdout_and_the_summary_to_stderr(run, small):
+    status, out, err = run("generate", "--checkpoint", small, "-n", 20, "import os")
+    assert status == 0
+    text = out.removesuffix("\n")
+    model = dsv4_jax.from_pretrained(small)
+    (tokens,) = dsv4_jax.generate(model, [list(b"import os")], 20, stop_tokens=model.config.eos_token_ids)
+    assert text == bytes(tokens).decode(errors="replace")
+    assert "9 prompt tokens" in err
+    assert f"{len(tokens)} new tokens" in err
+    assert "fp8 records, nvfp4 indexer keys" in err
+
+
+def test_json_is_one_object_and_alone_on_stdout(run, small, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"def f(")
+    status, out, err = run(
+        "generate", "--checkpoint", small, "-n", 20, "--json", "-q", "import os", "--tokens", "100, 101", "--file", path
+    )
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert [result["prompt"] for result in report["results"]] == [list(b"import os"), list(b"def f("), [100, 101]]
+    assert report["prompt_tokens"] == 17
+    assert report["new_tokens"] == sum(len(result["tokens"]) for result in report["results"])
+    assert report["cache"]["records"] == "fp8"
+    assert report["cache"]["bytes"] > 0
+    assert set(report["seconds"]) == {"load", "compile", "prefill", "decode"}
+    assert all(rate > 0 for rate in report["tokens_per_second"].values())
+    for result in report["results"]:
+        assert result["text"] == bytes(result["tokens"]).decode(errors="replace")
+        assert not result["stopped"]
+
+
+def test_several_prompts_are_shown_one_after_the_other(run, small):
+    status, out, _ = run("generate", "--checkpoint", small, "-n", 4, "--echo", "import os", "def f(", "x")
+    assert status == 0
+    lines = out.split("\n")
+    assert lines[0] == "--- prompt 1"
+    assert lines[1].startswith("import os")
+    assert "--- prompt 3" in lines
+
+
+def test_stops_at_the_end_of_text_unless_told_not_to(run, small, monkeypatch):
+    asked = []
+
+    def stream(model, prompts, max_new_tokens, *, stop_tokens, **options):
+        asked.append(tuple(stop_tokens))
+        yield from (_chunk([[65]]), _chunk([[0]]))
+
+    monkeypatch.setattr(dsv4_jax, "stream", stream)
+    _, out, _ = run("generate", "--checkpoint", small, "--json", "x")
+    (result,) = json.loads(out)["results"]
+    assert result["stopped"]
+    run("generate", "--checkpoint", small, "--ignore-eos", "x")
+    assert asked == [(0,), ()]
+
+
+def _chunk(tokens):
+    from dsv4_jax.decode import Chunk
+
+    return Chunk(tokens, None, 1)
+
+
+def test_bytes_that_are_not_text_are_replaced_and_split_characters_joined(run, small, monkeypatch):
+    euro = "€".encode()
+    chunks = [[*euro[1:2]], [*euro[2:], 0xFF], [*euro[:2]]]
+    monkeypatch.setattr(dsv4_jax, "stream", lambda *_, **__: (_chunk([tokens]) for tokens in chunks))
+    status, out, _ = run("generate", "--checkpoint", small, "--tokens", f"97,{euro[0]}", "--echo")
+    assert (status, out) == (0, "a€\ufffd\ufffd\n")
+
+
+def test_no_new_tokens_is_nothing_to_do(run, small):
+    status, out, _ = run("generate", "--checkpoint", small, "-n", 0, "--json", "x")
+    assert status == 0
+    assert json.loads(out)["results"][0]["tokens"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Missing command"),
+        (["generate"], "there is no prompt"),
+        (["generate", "--cache", "fp7", "x"], "'fp7' is not one of 'fp8', 'bf16', 'fp32'"),
+        (["generate", "--max-new-tokens", "-1", "x"], "--max-new-tokens"),
+        (["generate", "--temperature", "-1", "x"], "--temperature"),
+        (["generate", "--seed", "4294967296", "x"], "--seed"),
+        (["generate", "--nonsense", "x"], "--nonsense"),
+        (["generate", "--tokens", "1,b"], "expected token ids such as 1,2,3"),
+        (["generate", "--tokens", "1,256"], "expected 0 to 255"),
+        (["generate", ""], "prompt 1 is empty"),
+        (["generate", "--file", "/nowhere/at/all"], "no such file"),
+        (["generate", "--checkpoint", "/nowhere/at/all", "x"], "/nowhere/at/all"),
+        (["generate", "-n", "5000", "x"], "4096 positions"),
+        (["generate", "--temperature", "nan", "x"], "--temperature"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_status_2(run, arguments, words):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+    assert err.startswith("dsv4-jax: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("OOM:\n no block"), MemoryError(), KeyError("surprise")])
+def test_a_failure_is_one_sentence_and_status_1(run, small, monkeypatch, error):
+    def stream(*_, **__):
+        raise error
+        yield
+
+    monkeypatch.setattr(dsv4_jax, "stream", stream)
+    status, out, err = run("generate", "--checkpoint", small, "x")
+    assert (status, out) == (1, "")
+    assert err.startswith("dsv4-jax: ")
+    assert err.count("\n") == 1
+
+
+def test_a_text_needs_a_tokenizer_where_tokens_are_not_bytes(tmp_path):
+    with pytest.raises(cli.InputError, match=r"no tokenizer.json and a vocabulary of 300: .* --tokens"):
+        cli.make_codec(tmp_path, 300).encode(b"x")
+    assert cli.make_codec(tmp_path, 300).decoder([1])([7, 299]) == "7 299 "
+
+
+def test_a_tokenizer_json_is_used_and_its_text_streams_whole_characters(tmp_path):
+    import tokenizers
+
+    words = {symbol: i for i, symbol in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(words, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = cli.make_codec(tmp_path, 256)
+    prompt, tokens = codec.encode(b"f("), codec.encode("a €b".encode())
+    decode = codec.decoder(prompt)
+    pieces = [decode([token]) for token in tokens]
+    assert pieces == ["a", " ", "", "", "€", "b"]
+    assert decode(tokens[2:3], True) == "\ufffd"
+    with pytest.raises(cli.InputError, match="not UTF-8"):
+        codec.encode(b"\xff")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(cli.InputError, match="is not a tokenizer"):
+        cli.make_codec(tmp_path, 256)
+
+
+def test_compile_time_counts_nested_spans_once():
+    clock = cli.CompileClock()
+    clock._spans = [(1.0, 2.0), (1.2, 1.4), (1.5, 3.0), (9.0, 10.0)]
+    assert clock.seconds(0.0, 9.5) == pytest.approx(2.5)
+    assert clock.seconds(1.5, 2.5) == pytest.approx(1.0)
+
+
+def test_control_characters_do_not_reach_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    output = cli.TextOutput()
+    output.write("a\x1b[2J\tb\x9b\n")
+    assert capsys.readouterr().out == "a\ufffd[2J\tb\ufffd\n"
+
+
+def test_ctrl_c_ends_it_at_once_and_quietly(tmp_path):
+    # The checkpoint of seven layers: the signal comes while it compiles.
+    process = _program("generate", "-n", 8, "--ignore-eos", "import os", start_new_session=True)
+    time.sleep(6)
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - start < 5
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_no_error(small):
+    process = _program("generate", "--checkpoint", small, "-n", 200, "--ignore-eos", "import os")
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 1
+    assert "Traceback" not in err
+    assert "Exception" not in err
+
+
+def test_installed_program_shows_help():
+    program = pathlib.Path(sys.executable).with_name("dsv4-jax")
+    if not program.exists():
+        pytest.skip("the package is not installed beside this interpreter")
+    result = subprocess.run([program, "generate", "--help"], capture_output=True, text=True, check=True)
+    assert "--max-new-tokens" in result.stdout
+    assert subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.strip()
