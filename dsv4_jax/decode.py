@@ -143,12 +143,10 @@ def _check_prompts(model: DSV4Model, prompts: Sequence[Sequence[int]], max_new_t
         if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"prompt {i} is {str(prompt)[:60]!r}: expected a list of one or more token ids")
         if ids.min() < 0 or ids.max() >= vocab:
-            raise ValueError(
-                f"prompt {i} has token ids from {ids.min()} to {ids.max()}: expected 0 to {vocab - 1}"
-            )
+            raise ValueError(f"prompt {i} has token ids from {ids.min()} to {ids.max()}: expected 0 to {vocab - 1}")
         if len(ids) + max_new_tokens > longest:
             raise ValueError(
-                f"prompt {i} has {len(ids)} tokens and {max_new_tokens} are to follow: the model has {longest} positions"
+                f"prompt {i} has {len(ids)} tokens and {max_new_tokens} shall follow: the model has {longest} positions"
             )
         checked.append(ids.astype(np.int32))
     return checked
@@ -220,7 +218,7 @@ def stream(
     if any(not 0 <= t < model.config.vocab_size for t in stop_tokens):
         raise ValueError(f"stop_tokens are {list(stop_tokens)}: expected 0 to {model.config.vocab_size - 1}")
     if prefill_chunk < 1 or decode_chunk < 1:
-        raise ValueError(f"prefill_chunk is {prefill_chunk}, decode_chunk is {decode_chunk}: expected at least 1")
+        raise ValueError(f"prefill_chunk is {prefill_chunk}, decode_chunk is {decode_chunk}: expected 1 or more")
     if not ids or not max_new_tokens:
         return
     batch, longest = len(ids), max(len(p) for p in ids)
@@ -292,9 +290,10 @@ def generate(
 ) -> Any:
     """Continues prompts of any lengths together.
 
-    prompts: lists of token ids. cache_dtype "fp8" | "bf16" | "fp32"; indexer_dtype "nvfp4" | "mxfp4" | "bf16" | "fp32", by
-    default the one that goes with cache_dtype. temperature 0 is greedy; otherwise a draw follows from (seed, index of
-    the prompt, position). A request ends after max_new_tokens or after one of stop_tokens, which is kept.
+    prompts: lists of token ids. cache_dtype: "fp8" | "fp8_ue8m0" | "bf16" | "fp32"; indexer_dtype: "nvfp4" | "mxfp4" |
+    "bf16" | "fp32", by default the one that goes with cache_dtype. temperature 0 is greedy; otherwise a draw follows
+    from (seed, index of the prompt, position). A request ends after max_new_tokens or after one of stop_tokens, which
+    is kept.
 
     Returns a list of new tokens per prompt; with return_logits also a list of the float32 logits (new tokens,
     vocabulary) that each token was chosen from. Raises ValueError for prompts or options that make no sense.

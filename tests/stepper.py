@@ -34,7 +34,7 @@ class Stepper:
         return np.asarray(logits)[place]
 
     def feed(self, slot, ids, cuts, *, width, segments=1, start=0, **options):
-        """Feeds ids to one slot in pieces of at most `width` that also end at each of `cuts` -> logits (len(ids), V)."""
+        """Feeds ids to one slot in pieces of at most `width` that end at each of `cuts` -> logits (len(ids), V)."""
         logits, at = [], 0
         while at < len(ids):
             end = min([at + width, len(ids), *(c for c in cuts if c > at)])

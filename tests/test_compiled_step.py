@@ -30,9 +30,7 @@ def layer(handle, kind, x):
         handle = handle.write_indexer(x[:, :256], x[:, 256:512], weights(4, 128, 2))
         handle = handle.write_compressed(x, x, weights(4, 512, 2))
         keys = handle.read_indexer_view()
-        scores = index_scores(
-            x[:, :256].reshape(-1, 2, 128), x[:, :2], keys.keys, keys.valid, handle.plan.segments
-        )
+        scores = index_scores(x[:, :256].reshape(-1, 2, 128), x[:, :2], keys.keys, keys.valid, handle.plan.segments)
         view = handle.read_classical_view(select_top_k(scores, handle.visible_entries(), TOP_K))
         groups = (KeyGroup(view.kv, view.valid, per_token=True),)
     if kind == "HCA":
@@ -54,7 +52,9 @@ def step(cache, plan, x):
     return cache, x
 
 
-@pytest.mark.skipif("cpu" not in native.available(), reason="XLA:CPU copies bfloat16 arrays; the native library avoids it")
+@pytest.mark.skipif(
+    "cpu" not in native.available(), reason="XLA:CPU copies bfloat16 arrays; the native library avoids it"
+)
 def test_decode_step_of_43_layers():
     manager = KVCacheManager(
         CONFIG,

@@ -1,4 +1,4 @@
-"""The same prompt gives the same logits however it is cut, whoever else is in the batch, whatever a slot held before."""
+"""The same prompt gives the same logits however it is cut, whoever else is in the batch, whatever the slot held."""
 
 from pathlib import Path
 

@@ -42,7 +42,7 @@ class BlockAllocator:
         return ids
 
     def release(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Takes ids (n,) back. Raises ValueError for one that is unknown, not owned or named twice, and changes nothing."""
+        """Takes ids (n,) back. ValueError for one that is unknown, not owned or named twice; then nothing changed."""
         ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
             raise ValueError(f"released {ids.tolist()!r}: expected a list of integer block ids")

@@ -54,8 +54,8 @@ class IndexerView(NamedTuple):
 class LayerCacheHandle:
     """(cache, plan, static layer index): making one allocates nothing; a write returns a new handle.
 
-    A decode step writes its token, then reads the window. A step that brings several tokens of a slot overwrites ring rows
-    which its own first tokens still need: it reads first (`read_swa_view(kv)`) and writes after
+    A decode step writes its token, then reads the window. A step that brings several tokens of a slot overwrites ring
+    rows which its own first tokens still need: it reads first (`read_swa_view(kv)`) and writes after
     (`write_swa(kv, after=output)`), which keeps the update in place. Writing first is right too (the handle keeps what
     is needed), but may cost a copy of the ring.
     """
@@ -222,7 +222,7 @@ class LayerCacheHandle:
         return exists, positions, entry < self.visible_entries()[:, None]
 
     def read_classical_view(self, selected: Array | None = None, dtype: jnp.dtype = jnp.float32) -> ClassicalView:
-        """Entries of every segment, or those `selected` (T, K) int32 (index within the request, -1 none) by each token."""
+        """Entries of every segment, or of each token those `selected` (T, K) int32: index in the request, -1 none."""
         self._need(("csa", "hca"), "compressed entries")
         pool = self.cache.paged[self.schema.kind].entries
         if selected is None:

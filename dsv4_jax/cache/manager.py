@@ -61,9 +61,7 @@ class KVCacheManager:
         if max_concurrent_requests < 1:
             raise ValueError(f"max_concurrent_requests is {max_concurrent_requests}: expected at least 1")
         schemas = tuple(
-            build_schema(
-                config, spec, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype, max_rollback=max_rollback
-            )
+            build_schema(config, spec, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype, max_rollback=max_rollback)
             for spec in schedule
         )
         num_blocks = {"csa": num_blocks_per_csa_layer, "hca": num_blocks_per_hca_layer}
@@ -211,8 +209,8 @@ class KVCacheManager:
             asked, free = sum(by_slot.values()), self._allocators[kind].num_free
             if asked > free:
                 raise RuntimeError(
-                    f"OOM: the step needs {asked} more {kind.upper()} blocks, {free} are free: release requests or make "
-                    f"num_blocks_per_{kind}_layer larger"
+                    f"OOM: the step needs {asked} more {kind.upper()} blocks, {free} are free: release requests or "
+                    f"make num_blocks_per_{kind}_layer larger"
                 )
         rows: dict[str, np.ndarray] = {}
         for kind, by_slot in need.items():
@@ -231,9 +229,7 @@ class KVCacheManager:
             self._lengths[slot] = end
         return StepPlan(slots, positions, grouped, rows, max_blocks)
 
-    def acquire(
-        self, layer_idx: int, request_slots: Any, positions: Any, request_ids: Any = None
-    ) -> LayerCacheHandle:
+    def acquire(self, layer_idx: int, request_slots: Any, positions: Any, request_ids: Any = None) -> LayerCacheHandle:
         """A handle on one layer for T tokens; allocates neither device memory nor blocks (`allocate_block` does).
 
         request_slots, positions: (T,) integers, token-major in any order, slot -1 for padding. request_ids: (T,)
@@ -317,7 +313,7 @@ def _slots_of_tokens(slots: np.ndarray, positions: np.ndarray, ids: np.ndarray) 
             f"{positions.size} positions"
         )
     if slots.shape != positions.shape:
-        if ids.size and not (0 <= ids.min() and ids.max() < slots.size):
+        if ids.size and not (ids.min() >= 0 and ids.max() < slots.size):
             raise ValueError(f"request_ids reach from {ids.min()} to {ids.max()}: there are {slots.size} request_slots")
         return slots[ids]
     live = slots >= 0

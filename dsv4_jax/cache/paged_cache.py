@@ -1,6 +1,7 @@
 """Paged pools: the compressed entries of CSA and HCA layers, and the CSA indexer's keys."""
 
 import jax
+import jax.numpy as jnp
 
 from ..ops.compress import IndexerKeys
 from ..ops.fp4 import GROUP_SIZE
@@ -15,8 +16,8 @@ Array = jax.Array
 class PagedKVPool:
     """Blocks of one layer, or of all layers of a kind stacked on a leading axis.
 
-    N blocks of E entries (CSA 32, HCA 1). A pytree whose leaves are the arrays of `entries` and `indexer`; the schema is
-    static.
+    N blocks of E entries (CSA 32, HCA 1). A pytree whose leaves are the arrays of `entries` and `indexer`; the schema
+    is static.
     """
 
     def __init__(self, schema: CacheSchema, num_blocks: int, num_layers: int | None = None):
@@ -44,7 +45,7 @@ class PagedKVPool:
     @property
     def entries_fp8(self) -> Array | None:
         """([L,] N, E, head_dim - rope_dim) uint8, E4M3 bits; None when the entries are stored exactly."""
-        return self.entries.nope if self.schema.cache_dtype == "fp8" else None
+        return self.entries.nope if self.entries.nope.dtype == jnp.uint8 else None
 
     @property
     def entries_rope(self) -> Array:
@@ -53,7 +54,7 @@ class PagedKVPool:
 
     @property
     def inv_scale(self) -> Array | None:
-        """([L,] N, E) float32, what a stored value is multiplied by; None when the entries are stored exactly."""
+        """([L,] N, E) float32, factor of the stored values ("fp8_ue8m0": (…, 8) uint8); None if stored exactly."""
         return self.entries.inv_scale
 
     @property

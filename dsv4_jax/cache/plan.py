@@ -22,7 +22,7 @@ class StepPlan:
     """What the host tells a step: O(tokens) numbers, whatever the context. A pytree.
 
     slots, positions: (T,) int32, token-major, slot -1 for padding. `grouped` is None when every slot brings one token.
-    `new_blocks` by kind: (n, 3) int32 rows (slot, column, block), entered in the block tables before anything else.
+    `new_blocks` by kind: (n, 3) int32 rows (slot, column, block), entered in the tables before anything else.
     `max_blocks` (static) bounds how many blocks of a request readers look at; None is all the table has.
     """
 
@@ -48,9 +48,9 @@ class StepPlan:
 def group_tokens(slots: np.ndarray, positions: np.ndarray, num_segments: int | None = None, width: int | None = None):
     """Segments (numpy) of tokens in any order, or None when no slot brings two tokens.
 
-    slots, positions: (T,) int32, slot -1 for padding. num_segments and width pad S and C to fixed sizes, so that steps of
-    one shape compile once. Raises ValueError when a slot's positions are not consecutive (a gap, or one twice), or when
-    the tokens do not fit the sizes.
+    slots, positions: (T,) int32, slot -1 for padding. num_segments and width pad S and C to fixed sizes, so that steps
+    of one shape compile once. Raises ValueError when a slot's positions are not consecutive (a gap, or one twice), or
+    when the tokens do not fit the sizes.
     """
     num_tokens = len(slots)
     live = np.flatnonzero(slots >= 0)

@@ -1,5 +1,6 @@
 """The storage formats by name, and what they cost."""
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from ..ops.compress import IndexerKeys
 from ..ops.fp4 import GROUP_SIZE
 from ..ops.record import Record
+from ..ops.ue8m0 import scale_bytes
 
 
 @dataclass(frozen=True)
@@ -16,29 +18,35 @@ class RecordFormat:
     name: str
     nope_dtype: jnp.dtype
     rope_dtype: jnp.dtype
-    has_scale: bool
+    scale_dtype: jnp.dtype | None  # float32: one a record; uint8: a power of two per 64 values; None: stored exactly
 
     def allocate(self, shape: tuple[int, ...], nope_dim: int, rope_dim: int) -> Record:
         """Zero records of leading shape `shape`."""
         return Record(
             nope=jnp.zeros((*shape, nope_dim), self.nope_dtype),
             rope=jnp.zeros((*shape, rope_dim), self.rope_dtype),
-            inv_scale=jnp.zeros(shape, jnp.float32) if self.has_scale else None,
+            inv_scale=self.scale_dtype and jnp.zeros(self._scale_shape(shape, nope_dim), self.scale_dtype),
         )
+
+    def _scale_shape(self, shape: tuple[int, ...], nope_dim: int) -> tuple[int, ...]:
+        return (*shape, scale_bytes(nope_dim)) if self.scale_dtype == jnp.uint8 else shape
 
     def record_bytes(self, nope_dim: int, rope_dim: int) -> int:
         """Bytes of one record."""
-        scale = 4 if self.has_scale else 0
+        scale = 0
+        if self.scale_dtype is not None:
+            scale = math.prod(self._scale_shape((), nope_dim)) * jnp.dtype(self.scale_dtype).itemsize
         return nope_dim * jnp.dtype(self.nope_dtype).itemsize + rope_dim * jnp.dtype(self.rope_dtype).itemsize + scale
 
 
 RECORD_FORMATS = {
-    "fp8": RecordFormat("fp8", jnp.uint8, jnp.bfloat16, True),
-    "bf16": RecordFormat("bf16", jnp.bfloat16, jnp.bfloat16, False),
-    "fp32": RecordFormat("fp32", jnp.float32, jnp.float32, False),
+    "fp8": RecordFormat("fp8", jnp.uint8, jnp.bfloat16, jnp.float32),
+    "fp8_ue8m0": RecordFormat("fp8_ue8m0", jnp.uint8, jnp.bfloat16, jnp.uint8),
+    "bf16": RecordFormat("bf16", jnp.bfloat16, jnp.bfloat16, None),
+    "fp32": RecordFormat("fp32", jnp.float32, jnp.float32, None),
 }
 INDEXER_FORMATS = ("nvfp4", "mxfp4", "bf16", "fp32")
-DEFAULT_INDEXER_FORMAT = {"fp8": "nvfp4", "bf16": "bf16", "fp32": "fp32"}
+DEFAULT_INDEXER_FORMAT = {"fp8": "nvfp4", "fp8_ue8m0": "mxfp4", "bf16": "bf16", "fp32": "fp32"}
 
 
 def record_format(name: str) -> RecordFormat:

@@ -93,7 +93,7 @@ def build_schema(
 ) -> CacheSchema:
     """Schema of the layer `spec` (a LayerSpec) of `config` (a DSV4Config).
 
-    cache_dtype: "fp8" | "bf16" | "fp32"; indexer_dtype: "nvfp4" (with "fp8") | "mxfp4" | "bf16" | "fp32", by default
+    cache_dtype: "fp8" | "fp8_ue8m0" | "bf16" | "fp32"; indexer_dtype: "nvfp4" | "mxfp4" | "bf16" | "fp32", by default
     the form that goes with cache_dtype. Raises ValueError for a name that is not known, a ratio that does not divide
     the block, or a negative max_rollback.
     """

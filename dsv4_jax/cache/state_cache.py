@@ -20,13 +20,11 @@ class StateCachePool:
     """
 
     def __init__(self, schema: CacheSchema, max_requests: int, num_layers: int | None = None):
-        """Empty state of `max_requests` slots, stacked over `num_layers` if given; ValueError for less than one slot."""
+        """Empty state of `max_requests` slots, stacked over `num_layers` if given; ValueError for no slot."""
         if max_requests < 1:
             raise ValueError(f"max_requests is {max_requests}: expected at least 1")
         lead = (max_requests,) if num_layers is None else (num_layers, max_requests)
-        record = record_format(schema.cache_dtype).allocate(
-            (*lead, schema.ring_rows), schema.nope_dim, schema.rope_dim
-        )
+        record = record_format(schema.cache_dtype).allocate((*lead, schema.ring_rows), schema.nope_dim, schema.rope_dim)
         self.schema = schema
         self.ring = SWARing(
             *record, pos=jnp.full((*lead, schema.ring_rows), -1, jnp.int32), head=jnp.zeros(lead, jnp.int32)
@@ -44,7 +42,7 @@ class StateCachePool:
     @property
     def swa_fp8(self) -> Array | None:
         """([L,] R, W, head_dim - rope_dim) uint8, E4M3 bits; None when records are stored exactly."""
-        return self.ring.nope if self.schema.cache_dtype == "fp8" else None
+        return self.ring.nope if self.ring.nope.dtype == jnp.uint8 else None
 
     @property
     def swa_rope(self) -> Array:
@@ -53,7 +51,7 @@ class StateCachePool:
 
     @property
     def swa_inv_scale(self) -> Array | None:
-        """([L,] R, W) float32; None when records are stored exactly."""
+        """([L,] R, W) float32 ("fp8_ue8m0": (…, 8) uint8); None when records are stored exactly."""
         return self.ring.inv_scale
 
     @property

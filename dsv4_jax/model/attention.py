@@ -43,7 +43,7 @@ class Indexer(nnx.Module):
         self.compressor = Compressor(config, spec, config.index_head_dim, dtype=dtype, rngs=rngs)
 
     def select(self, x: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle) -> Array:
-        """Entries to attend to, (T, k) int32, -1 for none; x (T, hidden), qr (T, q_lora_rank), cos and sin (T, 1, r)."""
+        """Entries to attend to (T, k) int32, -1: none; x (T, hidden), qr (T, q_lora_rank), cos and sin (T, 1, r)."""
         q = apply_rope(self.wq_b(qr).reshape(x.shape[0], self.heads, -1), cos, sin).astype(jnp.float32)
         if handle.keys_rotated:
             q = hadamard(q)
@@ -126,9 +126,7 @@ class Attention(nnx.Module):
             handle = handle.write_compressed(part.wkv(x), part.wgate(x), part.weights(self.inv_freq), eps=eps)
         return handle
 
-    def _entries(
-        self, x: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle
-    ) -> tuple[KeyGroup, ...]:
+    def _entries(self, x: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle) -> tuple[KeyGroup, ...]:
         """The compressed entries each token attends to."""
         if self.kind is AttentionType.SWA or not handle.max_entries:
             return ()

@@ -32,8 +32,8 @@ def connect(
 ) -> tuple[Array, Array, Array]:
     """What a block reads from the streams and how it is written back.
 
-    streams (T, n, d); fn ((2 + n) n, n d), base ((2 + n) n,), scale (3,) float32. Returns the block's input (T, d), post
-    (T, n) and comb (T, n, n) float32.
+    streams (T, n, d); fn ((2 + n) n, n d), base ((2 + n) n,), scale (3,) float32. Returns the block's input (T, d),
+    post (T, n) and comb (T, n, n) float32.
     """
     n = streams.shape[1]
     mix = _project(streams, fn, rms_eps)

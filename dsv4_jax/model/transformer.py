@@ -40,9 +40,7 @@ class Block(nnx.Module):
             streams, fn, base, scale, iterations=c.hc_sinkhorn_iters, hc_eps=c.hc_eps, rms_eps=c.rms_norm_eps
         )
 
-    def __call__(
-        self, streams: Array, token_ids: Array, handle: LayerCacheHandle
-    ) -> tuple[Array, LayerCacheHandle]:
+    def __call__(self, streams: Array, token_ids: Array, handle: LayerCacheHandle) -> tuple[Array, LayerCacheHandle]:
         """streams (T, hc_mult, hidden), token_ids (T,) int32 -> new streams and the handle after the layer's writes."""
         x, post, comb = self._connect("attn", streams)
         out, handle = self.attn(self.attn_norm(x), handle)
@@ -82,6 +80,6 @@ class DSV4Model(nnx.Module):
         return self.head(hidden).astype(jnp.float32)
 
     def __call__(self, token_ids: Array, cache: KVCache, plan: StepPlan) -> tuple[Array, KVCache]:
-        """One step: token_ids (T,) int32, laid out as `plan` -> logits (T, vocabulary) float32, cache after the step."""
+        """One step: token_ids (T,) int32, laid out as `plan` -> logits (T, vocabulary) float32, cache after it."""
         hidden, cache = self.hidden(token_ids, cache, plan)
         return self.logits(hidden), cache

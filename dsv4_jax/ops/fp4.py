@@ -55,13 +55,13 @@ def quantise_fp4(x: Array, format: str) -> tuple[Array, Array]:
     """x (..., n) float32 -> codes (..., n // 2) uint8, scales (..., n // group) uint8.
 
     Scale: amax over the group, floor 1e-4; "nvfp4": E4M3 of amax / 6, at least the smallest subnormal 2^-9 (so a
-    group is never stored without a scale); "mxfp4": 2^ceil(log2(amax / 6)). Code = E2M1 nearest to x / scale, ties to even.
-    Raises ValueError for an unknown format or when n is not a multiple of the group.
+    group is never stored without a scale); "mxfp4": 2^ceil(log2(amax / 6)). Code = E2M1 nearest to x / scale, ties to
+    even. Raises ValueError for an unknown format or when n is not a multiple of the group.
     """
     group = _group_size(format)
     if x.shape[-1] % group:
         raise ValueError(f"FP4 format {format!r} needs a multiple of {group} values, got {x.shape[-1]}")
-    x = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
+    x = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // group, group)
     amax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), jnp.float32(AMAX_FLOOR))
     finite = jnp.isfinite(amax)
     amax = jnp.where(finite, amax, jnp.float32(1.0))
@@ -73,25 +73,26 @@ def quantise_fp4(x: Array, format: str) -> tuple[Array, Array]:
         scale = _power_of_two_scale(amax)
         value, nan = _exp2(scale), jnp.uint8(0xFF)
     codes = _encode_e2m1(x, value[..., None])
-    codes = jnp.where(finite[..., None], codes, jnp.uint8(7)).reshape(*x.shape[:-2], -1)
+    codes = jnp.where(finite[..., None], codes, jnp.uint8(7)).reshape(*x.shape[:-2], x.shape[-2] * group)
     return codes[..., 0::2] | (codes[..., 1::2] << jnp.uint8(4)), jnp.where(finite, scale, nan)
 
 
 def dequantise_fp4(codes: Array, scales: Array, format: str) -> Array:
     """codes (..., n // 2), scales (..., n // group) uint8 -> (..., n) float32: E2M1 value * scale."""
     group = _group_size(format)
-    nibbles = jnp.stack([codes & jnp.uint8(0xF), codes >> jnp.uint8(4)], axis=-1).reshape(*codes.shape[:-1], -1)
+    shape = (*codes.shape[:-1], 2 * codes.shape[-1])
+    nibbles = jnp.stack([codes & jnp.uint8(0xF), codes >> jnp.uint8(4)], axis=-1).reshape(shape)
     magnitude = (nibbles & jnp.uint8(7)).astype(jnp.int32)
     # 0 and 0.5 are the subnormals of E2M1; from 1 on the code is a float's exponent and first mantissa bit.
     value = jax.lax.bitcast_convert_type((magnitude << 22) + (126 << 23), jnp.float32)
     value = jnp.where(magnitude < 2, magnitude.astype(jnp.float32) * 0.5, value)
     value = jnp.where(nibbles > 7, -value, value)
     scale = decode_e4m3(scales) if format == "nvfp4" else _exp2(scales)
-    return (value.reshape(*scales.shape, group) * scale[..., None]).reshape(*codes.shape[:-1], -1)
+    return (value.reshape(*scales.shape, group) * scale[..., None]).reshape(shape)
 
 
 def hadamard_matrix(n: int) -> np.ndarray:
-    """The orthonormal n-point Hadamard matrix (n, n) float32, symmetric, in natural (Sylvester) order; n a power of 2."""
+    """The orthonormal n-point Hadamard matrix (n, n) float32, symmetric, in Sylvester order; n a power of two."""
     matrix = np.ones((1, 1))
     while matrix.shape[0] < n:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
@@ -101,7 +102,9 @@ def hadamard_matrix(n: int) -> np.ndarray:
 
 
 def hadamard(x: Array) -> Array:
-    """x (..., n) float32 rotated by the orthonormal Hadamard matrix: applied to queries and keys, it leaves scores alone
-    and spreads outliers over the group that shares a scale."""
+    """x (..., n) float32 rotated by the orthonormal Hadamard matrix.
+
+    Applied to queries and keys it leaves scores alone, and spreads outliers over the group that shares a scale.
+    """
     matrix = jnp.asarray(hadamard_matrix(x.shape[-1]))
     return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)

@@ -26,7 +26,7 @@ def read_blocks(stored: NamedTuple, table: Array, slots: Array, *, layer: int, m
 
 
 def read_selected(stored: NamedTuple, table: Array, slots: Array, selected: Array, *, layer: int) -> NamedTuple:
-    """Entries selected (T, K) int32 of slots (T,), as stored: arrays (L, N, E, ...) -> (T, K, ...); -1 means nothing."""
+    """Entries selected (T, K) int32 of slots (T,), as stored: arrays (L, N, E, ...) -> (T, K, ...); -1: anything."""
     pool = jax.tree.leaves(stored)[0]
     flat_slots = jnp.broadcast_to(slots[:, None], selected.shape).reshape(-1)
     block, offset = block_address(table, flat_slots, jnp.maximum(selected, 0).reshape(-1), pool.shape[2])

@@ -1,7 +1,7 @@
 """The record: one key-value vector as the cache stores it.
 
-A vector has `nope` dimensions without position, stored as FP8 with one scale, and `rope` dimensions stored in BF16.
-The exact forms keep both halves in BF16 or in float32 and have no scale.
+A vector has `nope` dimensions without position, stored as FP8 with one float32 scale or with a power-of-two scale per
+64 values, and `rope` dimensions stored in BF16. The exact forms keep both parts in BF16 or in float32, without a scale.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .fp8 import dequantise_fp8, quantise_fp8, to_bf16
+from .ue8m0 import dequantise_ue8m0, quantise_ue8m0, scale_bytes
 
 Array = jax.Array
 
@@ -19,7 +20,9 @@ class Record(NamedTuple):
 
     nope: Array  # (..., head_dim - rope_dim) uint8 (E4M3 bits) | bfloat16 | float32
     rope: Array  # (..., rope_dim) bfloat16 | float32
-    inv_scale: Array | None  # (...) float32, what a stored FP8 value is multiplied by; None in the exact forms
+    # What a stored FP8 value is multiplied by: (...) float32, or (..., 8) uint8, E8M0 of 7 groups and a pad byte.
+    # None in the exact forms.
+    inv_scale: Array | None
 
 
 def encode_record(x: Array, like: Record) -> Record:
@@ -28,7 +31,7 @@ def encode_record(x: Array, like: Record) -> Record:
     nope, rope = x[..., :split], x[..., split:]
     rope = to_bf16(rope.astype(jnp.float32)) if like.rope.dtype == jnp.bfloat16 else rope.astype(like.rope.dtype)
     if like.nope.dtype == jnp.uint8:
-        codes, inv_scale = quantise_fp8(nope)
+        codes, inv_scale = (quantise_ue8m0 if like.inv_scale.dtype == jnp.uint8 else quantise_fp8)(nope)
         return Record(codes, rope, inv_scale)
     nope = to_bf16(nope.astype(jnp.float32)) if like.nope.dtype == jnp.bfloat16 else nope.astype(like.nope.dtype)
     return Record(nope, rope, None)
@@ -37,7 +40,31 @@ def encode_record(x: Array, like: Record) -> Record:
 def decode_record(record: Record, dtype: jnp.dtype = jnp.float32) -> Array:
     """Record -> (..., head_dim) of `dtype`: stored * inv_scale for the first part, the rope part as it is."""
     if record.nope.dtype == jnp.uint8:
-        nope = dequantise_fp8(record.nope, record.inv_scale, dtype)
+        dequantise = dequantise_ue8m0 if record.inv_scale.dtype == jnp.uint8 else dequantise_fp8
+        nope = dequantise(record.nope, record.inv_scale, dtype)
     else:
         nope = record.nope.astype(dtype)
     return jnp.concatenate([nope, record.rope.astype(dtype)], axis=-1)
+
+
+def pack_records(record: Record) -> Array:
+    """ "fp8_ue8m0" records (...) -> bytes (..., 584) uint8, as torch engines lay one out: codes, RoPE half, scales.
+
+    Raises ValueError for records of another form.
+    """
+    if record.inv_scale is None or record.inv_scale.dtype != jnp.uint8:
+        raise ValueError(f"records of {record.nope.dtype} cannot be packed: only the fp8_ue8m0 form has a byte layout")
+    rope = jax.lax.bitcast_convert_type(record.rope, jnp.uint8).reshape(*record.rope.shape[:-1], -1)
+    return jnp.concatenate([record.nope, rope, record.inv_scale], axis=-1)
+
+
+def unpack_records(packed: Array, rope_dim: int) -> Record:
+    """Inverse of `pack_records`: packed (..., n + 2 * rope_dim + scale_bytes(n)) uint8, or ValueError."""
+    nope_dim = packed.shape[-1] - 2 * rope_dim
+    nope_dim -= next((b for b in range(8, nope_dim, 8) if (nope_dim - b) % 64 == 0), 0)
+    width = nope_dim + 2 * rope_dim + scale_bytes(nope_dim) if nope_dim > 0 else None
+    if packed.dtype != jnp.uint8 or packed.shape[-1] != width:
+        raise ValueError(f"packed records are {packed.dtype}{packed.shape}: expected uint8, 584 bytes for 448 + 64")
+    rope = packed[..., nope_dim : nope_dim + 2 * rope_dim].reshape(*packed.shape[:-1], rope_dim, 2)
+    rope = jax.lax.bitcast_convert_type(rope, jnp.bfloat16)
+    return Record(packed[..., :nope_dim], rope, packed[..., nope_dim + 2 * rope_dim :])

@@ -1,5 +1,7 @@
 """What a layer writes through its handle is what it reads back, by position."""
 
+from itertools import pairwise
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -112,7 +114,7 @@ def test_entries(make, rng, weights, layer, ratio, lanes, cuts):
     n = 150
     kv, gate, w = random(rng, n, lanes * 512), random(rng, n, lanes * 512), weights(ratio, 512, lanes)
     edges = [0, *cuts, n]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         handle = manager.acquire(layer, [slot] * (end - start), np.arange(start, end))
         manager.cache = write_compressed(handle, kv[start:end], gate[start:end], w).cache
     view = read_entries(LayerCacheHandle(manager.cache, handle.plan, layer))

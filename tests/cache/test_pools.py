@@ -94,7 +94,9 @@ def test_pools_are_pytrees():
         assert jax.jit(lambda p: p)(pool).memory_bytes() == pool.memory_bytes()
 
 
-@pytest.mark.parametrize(("make", "message"), [(PagedKVPool, "num_blocks is -1"), (StateCachePool, "max_requests is -1")])
+@pytest.mark.parametrize(
+    ("make", "message"), [(PagedKVPool, "num_blocks is -1"), (StateCachePool, "max_requests is -1")]
+)
 def test_bad_sizes(make, message):
     with pytest.raises(ValueError, match=message):
         make(build_schema(FLASH, CSA), -1)
