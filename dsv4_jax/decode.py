@@ -160,11 +160,9 @@ def make_manager(
     model: DSV4Model,
     max_concurrent_requests: int,
     max_context_len: int,
-    *,
-    cache_dtype: str = "fp8",
-    indexer_dtype: str | None = None,
+    **options: Any,
 ) -> KVCacheManager:
-    """A manager with blocks for that many requests of that many tokens."""
+    """A manager with blocks for that many requests of that many tokens; options as for KVCacheManager."""
     schedule = build_schedule(model.config)
     budget = compute_block_budget(model.config, schedule, max_context_len, max_concurrent_requests)
     return KVCacheManager(
@@ -174,8 +172,7 @@ def make_manager(
         num_blocks_per_csa_layer=budget["csa"],
         num_blocks_per_hca_layer=budget["hca"],
         max_context_len=max_context_len,
-        cache_dtype=cache_dtype,
-        indexer_dtype=indexer_dtype,
+        **options,
     )
 
 

@@ -1,4 +1,4 @@
-"""Host-side free list of physical blocks."""
+"""Host-side free list of physical blocks, with reference counts."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ def _count(name: str, n: int) -> int:
 
 
 class BlockAllocator:
-    """Gives out block ids 0 … num_total_blocks - 1, each to one owner at a time.
+    """Gives out block ids 0 … num_total_blocks - 1; a block is free when its last owner has released it.
 
     Every call succeeds as a whole or changes nothing.
     """
@@ -22,7 +22,7 @@ class BlockAllocator:
         """Raises ValueError for a negative number."""
         self.num_total_blocks = _count("num_total_blocks", num_total_blocks)
         self._free = deque(range(self.num_total_blocks))
-        self._taken = np.zeros(self.num_total_blocks, bool)
+        self._owners = np.zeros(self.num_total_blocks, np.int32)
 
     @property
     def num_free(self) -> int:
@@ -38,20 +38,39 @@ class BlockAllocator:
                 "or make the pool larger"
             )
         ids = np.array([self._free.popleft() for _ in range(n)], np.int32)
-        self._taken[ids] = True
+        self._owners[ids] = 1
         return ids
+
+    def share(self, ids: Sequence[int] | np.ndarray) -> None:
+        """One more owner for each of ids (n,). ValueError for one that is unknown, free or named twice; then nothing
+        changed."""
+        self._owners[self._owned(ids, "shared")] += 1
 
     def release(self, ids: Sequence[int] | np.ndarray) -> None:
         """Takes ids (n,) back. ValueError for one that is unknown, not owned or named twice; then nothing changed."""
+        ids = self._owned(ids, "released")
+        self._owners[ids] -= 1
+        self._free.extend(i for i in ids if not self._owners[i])
+
+    def owners(self, block: int) -> int:
+        """How many owners a block has; 0 when it is free."""
+        return int(self._owners[block])
+
+    def _owned(self, ids: Sequence[int] | np.ndarray, what: str) -> list[int]:
         ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise ValueError(f"released {ids.tolist()!r}: expected a list of integer block ids")
-        seen = set()
+            raise ValueError(f"{what} {ids.tolist()!r}: expected a list of integer block ids")
+        seen: set[int] = set()
         for i in ids.tolist():
             if not 0 <= i < self.num_total_blocks:
-                raise ValueError(f"released block {i}: this pool has blocks 0 to {self.num_total_blocks - 1}")
-            if i in seen or not self._taken[i]:
-                raise ValueError(f"released block {i} twice: it is free already")
+                raise ValueError(f"{what} block {i}: this pool has blocks 0 to {self.num_total_blocks - 1}")
+            if i in seen:
+                raise ValueError(f"{what} block {i} twice in one call")
+            if not self._owners[i]:
+                raise ValueError(
+                    f"{what} block {i} twice: it is free already"
+                    if what == "released"
+                    else f"{what} block {i}: nobody owns it"
+                )
             seen.add(i)
-        self._taken[list(seen)] = False
-        self._free.extend(ids.tolist())
+        return ids.tolist()

@@ -67,6 +67,12 @@ class KVCache:
         """This cache with other arrays in the pool of one kind."""
         return replace(self, paged={**self.paged, kind: self.paged[kind].replace(**arrays)})
 
+    def replace_state(
+        self, state: dict[str, StateCachePool], paged: dict[str, PagedKVPool], block_table: dict[str, Array]
+    ) -> "KVCache":
+        """This cache with other arrays throughout."""
+        return replace(self, state=state, paged=paged, block_table=block_table)
+
     def replace_tables(self, block_table: dict[str, Array]) -> "KVCache":
         """This cache with other block tables."""
         return replace(self, block_table=block_table)

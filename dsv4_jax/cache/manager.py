@@ -4,15 +4,16 @@ import heapq
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
-from .allocator import BlockAllocator
 from .handle import LayerCacheHandle
 from .kv_cache import KVCache
+from .ledger import BlockLedger, rows_array
 from .paged_cache import PagedKVPool
 from .plan import StepPlan, group_tokens
-from .schema import BLOCK_SIZE_ORIGINAL_TOKENS, build_schema
+from .schema import BLOCK_SIZE_ORIGINAL_TOKENS, CacheSchema, build_schema
+from .slot_copy import copy_slot
 from .state_cache import StateCachePool
 
 
@@ -72,15 +73,15 @@ class KVCacheManager:
             raise ValueError(f"max_context_len is {max_context_len}: expected at least 1 token")
         self.config = config
         self.max_context_len = max_context_len
+        self.max_rollback = max_rollback
         self.cache = KVCache.allocate(
             schemas,
             max_concurrent_requests,
             num_blocks,
             {k: max(s.blocks_for(max_context_len), 1) for k, s in kinds.items()},
         )
-        self._schema_of = kinds
-        self._allocators = {k: BlockAllocator(num_blocks[k]) for k in kinds}
-        self._blocks: dict[int, dict[str, list[int]]] = {}
+        self._schema_of: dict[str, CacheSchema] = kinds
+        self._ledger = BlockLedger({k: num_blocks[k] for k in kinds})
         self._lengths: dict[int, int] = {}
         self._free_slots = list(range(max_concurrent_requests))
 
@@ -113,11 +114,13 @@ class KVCacheManager:
     @property
     def active_slots(self) -> list[int]:
         """Slots of admitted requests, ascending."""
-        return sorted(self._blocks)
+        return self._ledger.slots
 
     def num_free_blocks(self, kind: str) -> int:
         """Free blocks of the "csa" or "hca" pools."""
-        return self._allocators[self._kind(kind)].num_free
+        if kind not in self._ledger.kinds:
+            raise ValueError(f"kind {kind!r} has no blocks here: expected one of {sorted(self._ledger.kinds)}")
+        return self._ledger.num_free(kind)
 
     def length(self, slot: int) -> int:
         """Tokens planned for `slot` so far."""
@@ -127,7 +130,7 @@ class KVCacheManager:
     def blocks(self, slot: int) -> dict[str, list[int]]:
         """Blocks of `slot` by kind, in order."""
         self._require(slot)
-        return {kind: list(ids) for kind, ids in self._blocks[slot].items()}
+        return self._ledger.blocks(slot)
 
     def memory_bytes(self) -> int:
         """Bytes of device memory the cache holds."""
@@ -143,21 +146,95 @@ class KVCacheManager:
                 "max_concurrent_requests larger"
             )
         slot = heapq.heappop(self._free_slots)
-        self._blocks[slot] = {kind: [] for kind in self._allocators}
+        self._ledger.open(slot)
         self._lengths[slot] = 0
         return slot
 
     def release_request(self, slot: int) -> None:
         """Ends the request of `slot`: its blocks and the slot are free again. Raises ValueError if it has none."""
         self._require(slot)
-        owned = self._blocks.pop(slot)
+        owned = self._ledger.blocks(slot)
+        self._ledger.close(slot)
         del self._lengths[slot]
-        for kind, ids in owned.items():
-            self._allocators[kind].release(ids)
         heapq.heappush(self._free_slots, slot)
         # An entry that nobody gave a block must find none, not that of a former owner.
         table = {k: t.at[slot].set(-1) if owned[k] else t for k, t in self.cache.block_table.items()}
-        self._set_tables(table)
+        self.cache = self.cache.replace_tables(table)
+
+    def rollback(self, slot: int, n: int) -> None:
+        """Forgets the last n tokens of a request; blocks no longer needed are free again. O(blocks), nothing is copied.
+
+        What is written next is as if they had never been there: their rows lie in the slack of ring and tails, and
+        readers go by position. Raises ValueError for n beyond max_rollback or the request's length.
+        """
+        self._require(slot)
+        most = min(self.max_rollback, self._lengths[slot])
+        if not 0 <= n <= most:
+            raise ValueError(
+                f"slot {slot}: cannot roll back {n} tokens: it has {self._lengths[slot]} and max_rollback is "
+                f"{self.max_rollback}"
+            )
+        length = self._lengths[slot] - n
+        gone = self._ledger.truncate(slot, {k: s.blocks_for(length) for k, s in self._schema_of.items()})
+        self._lengths[slot] = length
+        self._enter({kind: rows for kind, rows in gone.items() if rows})
+
+    def fork(self, slot: int) -> int:
+        """A second request with the same tokens so far -> its slot; the two go on independently.
+
+        Blocks that neither will write again are shared by reference count, the others and the state row are copied.
+        Raises ValueError for a slot without a request, RuntimeError when no slot or too few blocks are free; then
+        nothing changed.
+        """
+        self._require(slot)
+        settled = max(self._lengths[slot] - self.max_rollback, 0)
+        shared = {
+            kind: min(settled // BLOCK_SIZE_ORIGINAL_TOKENS, len(self._ledger.blocks(slot)[kind]))
+            for kind in self._schema_of
+        }
+        target = self.admit_request()
+        self._ledger.close(target)
+        try:
+            copies = self._ledger.fork(slot, target, shared)
+        except RuntimeError:
+            del self._lengths[target]
+            heapq.heappush(self._free_slots, target)
+            raise
+        self._lengths[target] = self._lengths[slot]
+        # At most the open block and what a rollback reaches back to: a fixed number, so that forks compile once.
+        most = -(-self.max_rollback // BLOCK_SIZE_ORIGINAL_TOKENS) + 1
+        pairs = {kind: jnp.asarray(rows_array(rows, most, 2)) for kind, rows in copies.items()}
+        self.cache = copy_slot(self.cache, jnp.int32(slot), jnp.int32(target), pairs)
+        return target
+
+    def advance(self, slot: int, n: int) -> None:
+        """Counts n tokens more for `slot`, which a loop wrote beyond its plan (see `plan_step`'s lookahead)."""
+        self._require(slot)
+        end = self._lengths[slot] + n
+        if n < 0 or end > self.max_context_len:
+            raise ValueError(f"slot {slot}: {n} tokens more than {self._lengths[slot]}: expected 0 to max_context_len")
+        for kind in self._ledger.kinds:
+            if self._missing(kind, slot, end):
+                raise ValueError(f"slot {slot}: {end} tokens need {kind.upper()} blocks that no plan gave out")
+        self._lengths[slot] = end
+
+    def check(self) -> None:
+        """AssertionError unless blocks, tables, lengths and ring rows fit together. Reads the device: for tests."""
+        self._ledger.check()
+        for kind, table in self.cache.block_table.items():
+            host = np.full(table.shape, -1, np.int32)
+            for slot in self._ledger.slots:
+                ids = self._ledger.blocks(slot)[kind]
+                host[slot, : len(ids)] = ids
+                needed = self._schema_of[kind].blocks_for(self._lengths[slot])
+                assert len(ids) >= needed, f"slot {slot} has {len(ids)} {kind.upper()} blocks and needs {needed}"
+            np.testing.assert_array_equal(np.asarray(table), host, f"{kind.upper()} block table")
+        assert sorted([*self._free_slots, *self._ledger.slots]) == list(range(self.max_concurrent_requests))
+        for kind, state in self.cache.state.items():
+            pos = np.asarray(state.swa_pos)
+            rows = np.arange(pos.shape[-1])
+            impossible = (pos >= self.max_context_len) | (pos < -1) | ((pos >= 0) & (pos % pos.shape[-1] != rows))
+            assert not impossible.any(), f"{kind.upper()} ring rows claim impossible positions"
 
     def allocate_block(self, layer_idx: int, request_slot: int) -> int:
         """Gives the request its next block in this layer, and in all layers of its kind, which share one block table.
@@ -167,15 +244,12 @@ class KVCacheManager:
         """
         self._require(request_slot)
         kind = self._layer_kind(layer_idx)
-        if kind not in self._allocators:
+        if kind not in self._ledger.kinds:
             raise ValueError(f"layer {layer_idx} is SWA: it has no blocks")
-        owned = self._blocks[request_slot][kind]
-        self._check_room(request_slot, kind, len(owned) + 1)
-        block = int(self._allocators[kind].acquire(1)[0])
-        table = self.cache.block_table[kind].at[request_slot, len(owned)].set(block)
-        owned.append(block)
-        self._set_tables({**self.cache.block_table, kind: table})
-        return block
+        self._check_room(request_slot, kind, len(self._ledger.blocks(request_slot)[kind]) + 1)
+        rows = self._ledger.extend({kind: {request_slot: 1}})
+        self._enter(rows)
+        return rows[kind][0][2]
 
     # Steps.
 
@@ -201,30 +275,16 @@ class KVCacheManager:
         ends = {int(s): 0 for s in np.unique(slots[slots >= 0])}
         for slot in ends:
             ends[slot] = int(positions[slots == slot].max()) + 1
-        need = {
-            kind: {slot: self._missing(kind, slot, end + lookahead) for slot, end in ends.items()}
-            for kind in self._allocators
-        }
-        for kind, by_slot in need.items():
-            asked, free = sum(by_slot.values()), self._allocators[kind].num_free
-            if asked > free:
-                raise RuntimeError(
-                    f"OOM: the step needs {asked} more {kind.upper()} blocks, {free} are free: release requests or "
-                    f"make num_blocks_per_{kind}_layer larger"
-                )
-        rows: dict[str, np.ndarray] = {}
-        for kind, by_slot in need.items():
-            # A fixed number of rows for a step's shape, so that steps of one shape compile once.
-            most = max(len(slots), 1) if grouped is None else len(grouped.slots)
-            tokens = lookahead + (1 if grouped is None else grouped.tokens.shape[1])
-            each = -(-tokens // BLOCK_SIZE_ORIGINAL_TOKENS) + 1
-            rows[kind] = np.full((max(most * each, sum(by_slot.values())), 3), -1, np.int32)
-            filled = 0
-            for slot, n in by_slot.items():
-                for block in self._allocators[kind].acquire(n):
-                    rows[kind][filled] = slot, len(self._blocks[slot][kind]), block
-                    self._blocks[slot][kind].append(int(block))
-                    filled += 1
+        new = self._ledger.extend(
+            {
+                kind: {slot: self._missing(kind, slot, end + lookahead) for slot, end in ends.items()}
+                for kind in self._ledger.kinds
+            }
+        )
+        # A fixed number of rows for a step's shape, so that steps of one shape compile once.
+        segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
+        size = segments * (-(-(lookahead + most) // BLOCK_SIZE_ORIGINAL_TOKENS) + 1)
+        rows = {kind: rows_array(new[kind], size, 3) for kind in new}
         for slot, end in ends.items():
             self._lengths[slot] = end
         return StepPlan(slots, positions, grouped, rows, max_blocks)
@@ -244,8 +304,8 @@ class KVCacheManager:
         slots, positions = self._tokens(slots, positions)
         plan = StepPlan(slots, positions, group_tokens(slots, positions))
         reason = None
-        for slot in np.unique(slots[slots >= 0]) if kind in self._allocators else ():
-            schema, owned = self._schema_of[kind], len(self._blocks[int(slot)][kind])
+        for slot in np.unique(slots[slots >= 0]) if kind in self._ledger.kinds else ():
+            schema, owned = self._schema_of[kind], len(self._ledger.blocks(int(slot))[kind])
             needed = schema.blocks_for(int(positions[slots == slot].max()) + 1)
             if needed > owned:
                 reason = (
@@ -277,13 +337,8 @@ class KVCacheManager:
         return slots, positions.astype(np.int32)
 
     def _require(self, slot: int) -> None:
-        if slot not in self._blocks:
+        if slot not in self._ledger:
             raise ValueError(f"slot {slot} holds no request: slots in use are {self.active_slots}")
-
-    def _kind(self, kind: str) -> str:
-        if kind not in self._allocators:
-            raise ValueError(f"kind {kind!r} has no blocks here: expected one of {sorted(self._allocators)}")
-        return kind
 
     def _layer_kind(self, layer_idx: int) -> str:
         if not 0 <= layer_idx < len(self.cache.schemas):
@@ -300,10 +355,12 @@ class KVCacheManager:
 
     def _missing(self, kind: str, slot: int, num_tokens: int) -> int:
         needed = self._schema_of[kind].blocks_for(min(num_tokens, self.max_context_len))
-        return max(needed - len(self._blocks[slot][kind]), 0)
+        return max(needed - len(self._ledger.blocks(slot)[kind]), 0)
 
-    def _set_tables(self, table: dict[str, jax.Array]) -> None:
-        self.cache = self.cache.replace_tables(table)
+    def _enter(self, rows: dict[str, list[tuple[int, int, int]]]) -> None:
+        """Enters rows (slot, column, block) in the tables now, outside a step."""
+        padded = {kind: jnp.asarray(rows_array(r, 1, 3)) for kind, r in rows.items()}
+        self.cache = self.cache.with_blocks(padded)
 
 
 def _slots_of_tokens(slots: np.ndarray, positions: np.ndarray, ids: np.ndarray) -> np.ndarray:

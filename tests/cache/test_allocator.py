@@ -19,6 +19,20 @@ def test_ids_are_distinct_and_come_back():
     assert sorted(allocator.acquire(10).tolist()) == list(range(10))
 
 
+def test_a_shared_block_is_free_with_its_last_owner():
+    allocator = BlockAllocator(4)
+    ids = allocator.acquire(3)
+    allocator.share(ids[:2])
+    assert [allocator.owners(i) for i in range(4)] == [2, 2, 1, 0]
+    allocator.release(ids)
+    assert allocator.num_free == 2
+    with pytest.raises(ValueError, match="shared block 2: nobody owns it"):
+        allocator.share([0, 2])
+    assert allocator.owners(0) == 1
+    allocator.release(ids[:2])
+    assert allocator.num_free == 4
+
+
 def test_too_few_takes_nothing():
     allocator = BlockAllocator(4)
     allocator.acquire(3)

@@ -93,15 +93,15 @@ def test_exhausted_pool_changes_nothing(make):
     a, b = manager.admit_request(), manager.admit_request()
     manager.plan_step([a] * 200, np.arange(200))
     before = book(manager)
-    with pytest.raises(RuntimeError, match=r"OOM: the step needs 2 more CSA blocks, 1 are free"):
+    with pytest.raises(RuntimeError, match=r"OOM: 2 more CSA blocks are needed, 1 are free"):
         manager.plan_step([b] * 200, np.arange(200))
     assert book(manager) == before
     # One kind has enough, the other does not: neither is touched.
-    with pytest.raises(RuntimeError, match=r"OOM: the step needs 1 more HCA blocks, 0 are free"):
+    with pytest.raises(RuntimeError, match=r"OOM: 1 more HCA blocks are needed, 0 are free"):
         manager.plan_step([b] * 128, np.arange(128))
     assert book(manager) == before
     manager.allocate_block(CSA, b)
-    with pytest.raises(RuntimeError, match="OOM: asked for 1 blocks, 0 of 3"):
+    with pytest.raises(RuntimeError, match="OOM: 1 more CSA blocks are needed, 0 are free"):
         manager.allocate_block(CSA, b)
 
 

@@ -1,0 +1,123 @@
+"""Which request owns which blocks."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from .allocator import BlockAllocator
+
+
+class BlockLedger:
+    """The blocks of every slot by kind ("csa", "hca"), in the order of their entries.
+
+    Every call succeeds as a whole or changes nothing.
+    """
+
+    def __init__(self, num_blocks: dict[str, int]):
+        """num_blocks: physical blocks by kind."""
+        self._allocators = {kind: BlockAllocator(n) for kind, n in num_blocks.items()}
+        self._blocks: dict[int, dict[str, list[int]]] = {}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of layers that have blocks."""
+        return tuple(self._allocators)
+
+    @property
+    def slots(self) -> list[int]:
+        """Slots with a request, ascending."""
+        return sorted(self._blocks)
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._blocks
+
+    def num_free(self, kind: str) -> int:
+        """Free blocks of a kind."""
+        return self._allocators[kind].num_free
+
+    def blocks(self, slot: int) -> dict[str, list[int]]:
+        """Blocks of a slot by kind (a copy)."""
+        return {kind: list(ids) for kind, ids in self._blocks[slot].items()}
+
+    def open(self, slot: int) -> None:
+        """A request without blocks."""
+        self._blocks[slot] = {kind: [] for kind in self._allocators}
+
+    def close(self, slot: int) -> None:
+        """Gives up a request's share of all its blocks."""
+        for kind, ids in self._blocks.pop(slot).items():
+            self._allocators[kind].release(ids)
+
+    def extend(self, need: dict[str, dict[int, int]]) -> dict[str, list[tuple[int, int, int]]]:
+        """New blocks, need[kind][slot] of them -> by kind rows (slot, column, block). RuntimeError (OOM) if too few."""
+        for kind, by_slot in need.items():
+            asked, free = sum(by_slot.values()), self._allocators[kind].num_free
+            if asked > free:
+                raise RuntimeError(
+                    f"OOM: {asked} more {kind.upper()} blocks are needed, {free} are free: release requests or make "
+                    f"num_blocks_per_{kind}_layer larger"
+                )
+        rows: dict[str, list[tuple[int, int, int]]] = {kind: [] for kind in need}
+        for kind, by_slot in need.items():
+            for slot, n in by_slot.items():
+                owned = self._blocks[slot][kind]
+                for block in self._allocators[kind].acquire(n).tolist():
+                    rows[kind].append((slot, len(owned), block))
+                    owned.append(block)
+        return rows
+
+    def truncate(self, slot: int, keep: dict[str, int]) -> dict[str, list[tuple[int, int, int]]]:
+        """Gives up the blocks after the first keep[kind] -> by kind rows (slot, column, -1) of what is gone."""
+        rows: dict[str, list[tuple[int, int, int]]] = {}
+        for kind, n in keep.items():
+            owned = self._blocks[slot][kind]
+            self._allocators[kind].release(owned[n:])
+            rows[kind] = [(slot, column, -1) for column in range(n, len(owned))]
+            del owned[n:]
+        return rows
+
+    def fork(self, source: int, target: int, shared: dict[str, int]) -> dict[str, list[tuple[int, int]]]:
+        """Opens `target` with the first shared[kind] blocks of `source` and new ones in place of the rest.
+
+        Returns by kind the pairs (block of source, block of target) whose content is to be copied. RuntimeError (OOM)
+        when the new blocks do not suffice; then nothing changed.
+        """
+        owned = self._blocks[source]
+        self.open(target)
+        try:
+            # The rows' columns are as yet without the shared blocks; only the ids matter here.
+            new = self.extend({kind: {target: len(ids) - shared[kind]} for kind, ids in owned.items()})
+        except RuntimeError:
+            del self._blocks[target]
+            raise
+        for kind, ids in owned.items():
+            common = ids[: shared[kind]]
+            self._allocators[kind].share(common)
+            self._blocks[target][kind] = common + [block for _, _, block in new[kind]]
+        return {
+            kind: list(zip(ids[shared[kind] :], self._blocks[target][kind][shared[kind] :], strict=True))
+            for kind, ids in owned.items()
+        }
+
+    def check(self) -> None:
+        """AssertionError unless every block is free or owned by exactly the slots that list it."""
+        for kind, allocator in self._allocators.items():
+            counts = np.zeros(allocator.num_total_blocks, np.int64)
+            for slot, by_kind in self._blocks.items():
+                ids = by_kind[kind]
+                assert len(set(ids)) == len(ids), f"slot {slot} lists a {kind.upper()} block twice: {ids}"
+                counts[ids] += 1
+            owners = [allocator.owners(i) for i in range(allocator.num_total_blocks)]
+            assert counts.tolist() == owners, (
+                f"{kind.upper()} blocks have owners {owners}, listed are {counts.tolist()}"
+            )
+            assert allocator.num_free == int((counts == 0).sum()), f"{kind.upper()}: the free list is not what is free"
+
+
+def rows_array(rows: Iterable[tuple[int, ...]], size: int, width: int) -> np.ndarray:
+    """rows padded with -1 to (at least size, width) int32, so that calls of one shape compile once."""
+    rows = list(rows)
+    array = np.full((max(size, len(rows)), width), -1, np.int32)
+    if rows:
+        array[: len(rows)] = rows
+    return array
