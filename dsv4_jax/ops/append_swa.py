@@ -10,8 +10,10 @@ import numpy as np
 from jax import Array, lax
 
 from dsv4_jax.ops import native
-from dsv4_jax.ops.fp8 import quantise_fp8, to_bf16
+from dsv4_jax.ops.ordering import after
+from dsv4_jax.ops.record import Record, encode_record
 from dsv4_jax.ops.rows import set_rows
+from dsv4_jax.ops.ue8m0 import scale_bytes
 
 
 class SWARing(NamedTuple):
@@ -25,7 +27,8 @@ class SWARing(NamedTuple):
     rope: Array
     """([L,] R, W, r) bfloat16, or float32 when ``nope`` is float32."""
     inv_scale: Array | None
-    """([L,] R, W) float32, the scale of each row; None unless ``nope`` is uint8."""
+    """([L,] R, W) float32 or ([L,] R, W, 8) uint8 (E8M0 per 64 values), the scale of each row; None unless ``nope`` is
+    uint8."""
     pos: Array
     """([L,] R, W) int32, the position each row holds, -1 for none."""
     head: Array
@@ -120,23 +123,19 @@ def _append_jnp(
     layer: int | None,
     write: Callable[[Array, tuple, Array], Array],
 ) -> SWARing:
-    num_slots, num_rows, width = ring.nope.shape[-3:]
-    nope, rope, inv_scale = kv[:, :width], kv[:, width:], ring.inv_scale
-    # Zero, though XLA cannot tell: every write now depends on kv, and so comes after whatever kv was computed from.
-    # Without it XLA copies pos and head where they are read between two layers' writes.
-    zero = (lax.bitcast_convert_type(kv[:, 0].astype(jnp.float32), jnp.int32) & 0x7FFFFFFF) >> 31
-    positions = positions + zero
+    num_slots, num_rows = ring.nope.shape[-3:-1]
+    record = encode_record(kv, Record(ring.nope, ring.rope, ring.inv_scale))
+    # Every write comes after what kv was computed from: else XLA copies pos and head where they are read between
+    # two layers' writes.
+    positions = after(positions, kv[:, 0])
     slot = jnp.where(roles > 0, slots, num_slots)  # out of range: dropped
     head_slot = jnp.where(roles == 2, slots, num_slots)
     row = jnp.where(roles > 0, positions % num_rows, 0)
     stack = () if layer is None else (layer,)
-    if inv_scale is not None:
-        nope, scales = quantise_fp8(nope)
-        inv_scale = write(inv_scale, (*stack, slot, row), scales)
     return SWARing(
-        nope=write(ring.nope, (*stack, slot, row), _cast(nope, ring.nope.dtype)),
-        rope=write(ring.rope, (*stack, slot, row), _cast(rope, ring.rope.dtype)),
-        inv_scale=inv_scale,
+        nope=write(ring.nope, (*stack, slot, row), record.nope),
+        rope=write(ring.rope, (*stack, slot, row), record.rope),
+        inv_scale=None if record.inv_scale is None else write(ring.inv_scale, (*stack, slot, row), record.inv_scale),
         pos=write(ring.pos, (*stack, slot, row), positions),
         head=write(ring.head, (*stack, head_slot), _next_row(positions, num_rows)),
     )
@@ -148,10 +147,6 @@ def _scatter(array: Array, indices: tuple, values: Array) -> Array:
 
 def _next_row(positions: Array, num_rows: int) -> Array:
     return (positions % num_rows + 1) % num_rows  # positions + 1 could overflow
-
-
-def _cast(x: Array, dtype) -> Array:
-    return to_bf16(x) if dtype == jnp.bfloat16 else x.astype(dtype)
 
 
 def _append_native(
@@ -169,8 +164,9 @@ def native_limit(platform: str, ring: SWARing) -> str | None:
     """What keeps the native implementation for "cpu" or "cuda" from serving this ring; None if nothing does."""
     if platform not in native.available():
         return f"the native library for {platform!r} is not installed"
-    if ring.nope.dtype != jnp.uint8:
-        return f"it stores only FP8 records (nope uint8), not {ring.nope.dtype}"
+    if ring.nope.dtype != jnp.uint8 or ring.inv_scale.dtype != jnp.float32:
+        scale = "no scale" if ring.inv_scale is None else f"scales of {ring.inv_scale.dtype}"
+        return f"it stores only FP8 records (nope uint8, one float32 scale), not {ring.nope.dtype} with {scale}"
     widths = (ring.nope.shape[-1], ring.rope.shape[-1])
     if platform == "cuda" and widths != (448, 64):
         return f"it supports only records of 448 + 64 values, not {widths[0]} + {widths[1]}"
@@ -202,8 +198,11 @@ def _check(
         "slots": (slots, kv.shape[:1], (jnp.int32,)),
         "positions": (positions, kv.shape[:1], (jnp.int32,)),
     }
-    if has_scale:
-        expected["ring.inv_scale"] = (ring.inv_scale, stack_and_ring, (jnp.float32,))
+    if has_scale and ring.inv_scale.dtype == jnp.uint8:
+        groups = (scale_bytes(ring.nope.shape[-1]),)
+        expected["ring.inv_scale"] = (ring.inv_scale, stack_and_ring + groups, (jnp.uint8,))
+    elif has_scale:
+        expected["ring.inv_scale"] = (ring.inv_scale, stack_and_ring, (jnp.float32, jnp.uint8))
     for name, (array, shape, dtypes) in expected.items():
         if array.dtype not in dtypes:
             names = " or ".join(jnp.dtype(d).name for d in dtypes)

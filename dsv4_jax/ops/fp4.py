@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .fp8 import decode_e4m3, encode_e4m3
+from .fp8 import AMAX_FLOOR, decode_e4m3, divide_by, encode_e4m3
 
 Array = jax.Array
 
 GROUP_SIZE = {"nvfp4": 16, "mxfp4": 32}
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1_MAX = 6.0
-AMAX_FLOOR = 1e-4  # as for FP8 records; below it a group quantises to (signed) zeros gracefully
 
 
 def _group_size(format: str) -> int:
@@ -66,8 +64,8 @@ def quantise_fp4(x: Array, format: str) -> tuple[Array, Array]:
     finite = jnp.isfinite(amax)
     amax = jnp.where(finite, amax, jnp.float32(1.0))
     if format == "nvfp4":
-        # The barrier keeps XLA from turning the division by a constant into a multiplication, which rounds differently.
-        scale = jnp.maximum(encode_e4m3(amax / jax.lax.optimization_barrier(jnp.float32(E2M1_MAX))), jnp.uint8(1))
+        sixth = divide_by(jax.lax.bitcast_convert_type(amax, jnp.int32), 2, 1)
+        scale = jnp.maximum(encode_e4m3(jax.lax.bitcast_convert_type(sixth, jnp.float32)), jnp.uint8(1))
         value, nan = decode_e4m3(scale), jnp.uint8(0x7F)
     else:
         scale = _power_of_two_scale(amax)

@@ -46,7 +46,7 @@ def quantise_fp8(x: Array) -> tuple[Array, Array]:
     # On the bits, non-negative floats order like integers; infinities and NaNs come last, denormals are not flushed.
     amax = jnp.max(bits & 0x7FFFFFFF, axis=-1)
     finite = amax < _F32_INF
-    inv_scale = _divide_by_448(jnp.maximum(amax, _FLOOR_BITS))
+    inv_scale = divide_by(jnp.maximum(amax, _FLOOR_BITS), 3, 6)
     quotient = _divide(bits, jnp.where(finite, inv_scale, _bits(jnp.float32(1)))[..., None])
     codes = jnp.where(finite[..., None], _encode(quotient, bits), jnp.uint8(_E4M3_NAN))
     return codes, _float(jnp.where(finite, inv_scale, _F32_NAN))
@@ -125,13 +125,19 @@ def _float(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _divide_by_448(bits: Array) -> Array:
-    """Bits of the float32 nearest to a / 448, for the bits of a normal a >= 2^-100; exact, because 448 = 7 * 2^6."""
+def divide_by(bits: Array, odd_bits: int, power: int) -> Array:
+    """Bits of the float32 nearest to a / ((2^odd_bits - 1) * 2^power), for bits (...) int32 of a normal a >= 2^-100.
+
+    XLA turns a division by a constant, and by anything it broadcasts, into a multiplication, which rounds differently.
+    448 is 7 * 2^6 (odd_bits 3, power 6), 6 is 3 * 2 (2, 1).
+    """
+    odd = (1 << odd_bits) - 1
     mantissa = (bits & _F32_MANTISSA) | _F32_IMPLICIT_ONE
-    small = mantissa < 7 << 21  # then the quotient needs one more bit to fill 24
-    dividend = mantissa << jnp.where(small, 3, 2)
-    quotient = lax.div(dividend + 3, jnp.full_like(dividend, 7))  # nearest: 7 is odd, so there are no ties
-    exponent = (bits >> 23) - jnp.where(small, 9, 8)
+    small = mantissa < odd << (24 - odd_bits)  # then the quotient needs one more bit to fill 24
+    dividend = mantissa << jnp.where(small, odd_bits, odd_bits - 1)
+    quotient = dividend // odd
+    quotient = quotient + (2 * (dividend - odd * quotient) > odd).astype(jnp.int32)  # an odd divisor leaves no ties
+    exponent = (bits >> 23) - power - jnp.where(small, odd_bits, odd_bits - 1)
     return (exponent << 23) + (quotient - _F32_IMPLICIT_ONE)
 
 

@@ -18,8 +18,17 @@ LIBRARY_DIR_VARIABLE = "DSV4_JAX_LIB_DIR"
 
 # For each library the handlers in it: name of the custom call -> symbol.
 _HANDLERS = {
-    "cpu": {"dsv4_append_swa": "Dsv4AppendSwa", "dsv4_set_rows": "Dsv4SetRows"},
-    "cuda": {"dsv4_append_swa": "Dsv4AppendSwa"},
+    "cpu": {
+        "dsv4_append_swa": "Dsv4AppendSwa",
+        "dsv4_compress": "Dsv4Compress",
+        "dsv4_compress_indexer": "Dsv4CompressIndexer",
+        "dsv4_set_rows": "Dsv4SetRows",
+    },
+    "cuda": {
+        "dsv4_append_swa": "Dsv4AppendSwa",
+        "dsv4_compress": "Dsv4Compress",
+        "dsv4_compress_indexer": "Dsv4CompressIndexer",
+    },
 }
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 

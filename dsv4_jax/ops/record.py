@@ -60,10 +60,9 @@ def pack_records(record: Record) -> Array:
 
 def unpack_records(packed: Array, rope_dim: int) -> Record:
     """Inverse of `pack_records`: packed (..., n + 2 * rope_dim + scale_bytes(n)) uint8, or ValueError."""
-    nope_dim = packed.shape[-1] - 2 * rope_dim
-    nope_dim -= next((b for b in range(8, nope_dim, 8) if (nope_dim - b) % 64 == 0), 0)
-    width = nope_dim + 2 * rope_dim + scale_bytes(nope_dim) if nope_dim > 0 else None
-    if packed.dtype != jnp.uint8 or packed.shape[-1] != width:
+    rest = packed.shape[-1] - 2 * rope_dim
+    nope_dim = next((n for n in range(64, rest, 64) if n + scale_bytes(n) == rest), None)
+    if packed.dtype != jnp.uint8 or nope_dim is None:
         raise ValueError(f"packed records are {packed.dtype}{packed.shape}: expected uint8, 584 bytes for 448 + 64")
     rope = packed[..., nope_dim : nope_dim + 2 * rope_dim].reshape(*packed.shape[:-1], rope_dim, 2)
     rope = jax.lax.bitcast_convert_type(rope, jnp.bfloat16)

@@ -10,6 +10,7 @@ import pytest
 
 from dsv4_jax.cache.handle import LayerCacheHandle
 from dsv4_jax.ops.fp8 import dequantise_fp8, quantise_fp8
+from dsv4_jax.ops.record import pack_records, unpack_records
 from dsv4_jax.ops.rms_norm import rms_norm
 from dsv4_jax.ops.rope import apply_rope, rope_angles
 
@@ -226,3 +227,33 @@ def test_one_program_for_every_step(make, rng):
         manager.cache, visible = step(manager.cache, plan, random(rng, 2, 512))
         at = at + live
         assert visible.tolist() == np.where(live, np.minimum(at, 128), 0).tolist()
+
+
+@pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_ue8m0", "bf16", "fp32"])
+def test_every_record_reads_back_within_its_error(make, rng, weights, cache_dtype):
+    """Window and entries in every form; the engines' form also as its 584 bytes."""
+    manager = make(cache_dtype=cache_dtype)
+    slot = manager.admit_request()
+    manager.allocate_block(CSA, slot)
+    kv, x = random(rng, 8, 512), random(rng, 8, 1024)
+    handle = write_swa(manager.acquire(CSA, [slot] * 8, np.arange(8)), kv)
+    handle = write_compressed(handle, x, x, weights(4, 512, 2))
+    window, entries = read_window(handle), read_entries(handle)
+    exact = reference_entries(x, x, weights(4, 512, 2), 4, True)
+    # A code is half a step off at most: 2^-4 of a value for the 3 bits of E4M3, 2^-8 for the 7 of BF16.
+    error = {"fp8": 2.0**-4, "fp8_ue8m0": 2.0**-4, "bf16": 2.0**-8, "fp32": 1e-5}[cache_dtype]
+    got = window.kv[0][np.argsort(np.where(window.positions[0] < 0, 999, window.positions[0]))[:8]]
+    tiny = 0.004 if "fp8" in cache_dtype else 1e-5  # E4M3's smallest step at these scales, and the pooling's rounding
+    np.testing.assert_allclose(got, kv, rtol=error, atol=tiny)
+    np.testing.assert_allclose(entries.kv[0, :2], exact, rtol=error * 1.01, atol=tiny)
+    if cache_dtype == "fp8_ue8m0":
+        stored = handle.paged.entries
+        packed = pack_records(stored)
+        assert packed.shape == (4, 32, 584)
+        for a, b in zip(unpack_records(packed, 64), stored, strict=True):
+            np.testing.assert_array_equal(a, b)
+        with pytest.raises(ValueError, match="584 bytes for 448"):
+            unpack_records(packed[..., :583], 64)
+    else:
+        with pytest.raises(ValueError, match="only the fp8_ue8m0 form"):
+            pack_records(handle.paged.entries)

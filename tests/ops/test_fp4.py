@@ -55,6 +55,15 @@ def test_ties_go_to_the_even_code(format):
     np.testing.assert_array_equal(nibbles[:16], even + [c + 8 for c in even])
 
 
+def test_scale_on_a_tie_goes_to_the_even_code():
+    """amax / 6 halfway between two E4M3 values: a multiplication by the rounded 1 / 6 would land beside it."""
+    halves = np.array([1 + (2 * k + 1) / 16 for k in range(8)]) * 2.0 ** np.arange(-6, 2).reshape(-1, 1)
+    amax = (6 * halves).reshape(-1, 1).astype(np.float32)
+    x = np.concatenate([amax, np.zeros((len(amax), 15), np.float32)], axis=1)
+    _, scale = jax.jit(quantise_fp4, static_argnums=1)(jnp.asarray(x), "nvfp4")
+    np.testing.assert_array_equal(scale[:, 0], halves.reshape(-1).astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+
+
 @pytest.mark.parametrize("amax", [6.0, 6.0000005, 12.0, 11.999999, 3.0, 4.0, 4.5, 8.0, 1e-3])
 def test_power_of_two_scale_is_the_smallest_that_holds_amax(amax):
     x = np.zeros(32, np.float32)
