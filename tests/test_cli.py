@@ -129,7 +129,7 @@ def test_no_new_tokens_is_nothing_to_do(run, small):
     [
         ([], "Missing command"),
         (["generate"], "there is no prompt"),
-        (["generate", "--cache", "fp7", "x"], "'fp7' is not one of 'fp8', 'bf16', 'fp32'"),
+        (["generate", "--cache", "fp7", "x"], "'fp7' is not one of 'fp8', 'fp8_ue8m0', 'bf16', 'fp32'"),
         (["generate", "--max-new-tokens", "-1", "x"], "--max-new-tokens"),
         (["generate", "--temperature", "-1", "x"], "--temperature"),
         (["generate", "--seed", "4294967296", "x"], "--seed"),
@@ -189,6 +189,13 @@ def test_a_tokenizer_json_is_used_and_its_text_streams_whole_characters(tmp_path
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(cli.InputError, match="is not a tokenizer"):
         cli.make_codec(tmp_path, 256)
+
+
+def test_formats_offered_are_those_of_the_cache():
+    from dsv4_jax.cache.records import INDEXER_FORMATS, RECORD_FORMATS
+
+    assert {str(name) for name in cli.CacheDtype} == set(RECORD_FORMATS)
+    assert {str(name) for name in cli.IndexerDtype} == set(INDEXER_FORMATS)
 
 
 def test_compile_time_counts_nested_spans_once():

@@ -63,7 +63,7 @@ def test_every_block_of_python_compiles():
 
 def _rows() -> list[list[str]]:
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if "MiB |" in line]
-    assert len(rows) == 4
+    assert len(rows) == 5
     return rows
 
 

@@ -41,12 +41,15 @@ def test_bench_says_what_it_does(arguments):
 def test_bench_refuses_an_unknown_name():
     result = _bench("nonsense")
     assert result.returncode == 1
-    assert result.stderr == "bench: there is no benchmark 'nonsense': choose one of speed, quality\n"
+    assert result.stderr == "bench: there is no benchmark 'nonsense': choose one of speed, quality, gpu\n"
 
 
 def _python(code: str) -> str:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=BENCHMARKS
+        [sys.executable, "-c", f"import sys; sys.path.append({str(BENCHMARKS)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
 
 

@@ -1,1 +1,1 @@
-"""Operations on the cache's arrays: one file per op, with its contract, its ``jax.numpy`` form and its native dispatch."""
+"""Operations on the cache's arrays: one file per op, with its contract, `jax.numpy` form and native dispatch."""

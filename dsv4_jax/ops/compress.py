@@ -4,14 +4,17 @@ CSA (ratio 4) overlaps: an entry is the per-channel softmax over eight rows, lan
 of its own. HCA (ratio 128) has one lane and no overlap. See arXiv 2606.19348, section 2.3. The state is float32.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from . import native
 from .append_swa import resolve_writes
-from .fp4 import hadamard, quantise_fp4
+from .fp4 import GROUP_SIZE, hadamard, quantise_fp4
 from .ordering import after
 from .record import Record, encode_record
 from .rms_norm import rms_norm
@@ -164,6 +167,80 @@ def _compress(
     return stored, _store_tail(tail, kv, gate, layer, slots, positions, one_token_per_slot, closed.pooled)
 
 
+def _compress_native(
+    stored: NamedTuple,
+    tail: CompressorTail,
+    kv: Array,
+    gate: Array,
+    weights: CompressorWeights,
+    segments: Segments,
+    table: Array,
+    *,
+    name: str,
+    **attributes: Any,
+) -> tuple[NamedTuple, CompressorTail]:
+    ratio = weights.ape.shape[0]
+    windows = (segments.tokens.shape[1] - 1) // ratio + 1
+    entries = segments.starts[:, None] // ratio + jnp.arange(windows, dtype=jnp.int32)[None]
+    # The same for every layer of a step, and so computed once.
+    cos, sin = rope_angles(entries * ratio, weights.inv_freq)
+    if kv.dtype != gate.dtype:
+        kv, gate = kv.astype(jnp.float32), gate.astype(jnp.float32)
+    state, structure = jax.tree.flatten((stored, tail))
+    results = jax.ffi.ffi_call(
+        name,
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state),
+        input_output_aliases={i: i for i in range(len(state))},
+    )(
+        *state, kv, gate, weights.ape, weights.norm, cos, sin, segments.slots, segments.starts, segments.counts,
+        segments.tokens, table, **attributes,
+    )  # fmt: skip
+    return jax.tree.unflatten(structure, results)
+
+
+def _dispatch(
+    name: str,
+    implementation: str | None,
+    limit: Callable[[str], str | None],
+    in_jnp: Callable[..., tuple[NamedTuple, CompressorTail]],
+    in_native: Callable[..., tuple[NamedTuple, CompressorTail]],
+    operands: tuple,
+    tokens: tuple[Array, Array],
+) -> tuple[NamedTuple, CompressorTail]:
+    """The implementation asked for, or on each platform the native one if there is one; `tokens`: slots, positions."""
+    if implementation not in (None, "jnp", "cpu", "cuda"):
+        raise ValueError(f"{name}: got implementation {implementation!r}; expected None, 'jnp', 'cpu' or 'cuda'.")
+    if implementation in ("cpu", "cuda"):
+        if reason := limit(implementation):
+            raise ValueError(f"{name}: implementation {implementation!r} cannot be used: {reason}; leave it to None.")
+        return in_native(*operands)
+    choices = {} if implementation else {p: in_native for p in native.available() if limit(p) is None}
+    if not choices:
+        return in_jnp(*operands, *tokens)
+    choices = {platform: lambda operands, tokens: in_native(*operands) for platform in choices}
+    return jax.lax.platform_dependent(
+        operands, tokens, **choices, default=lambda operands, tokens: in_jnp(*operands, *tokens)
+    )
+
+
+def native_limit(platform: str, stored: NamedTuple, tail: CompressorTail, weights: CompressorWeights) -> str | None:
+    """What keeps the native implementation for "cpu" or "cuda" from serving these arrays; None if nothing does."""
+    if platform not in native.available():
+        return f"the native library for {platform!r} is not installed"
+    first = jax.tree.leaves(stored)[0]
+    if first.dtype != jnp.uint8:
+        return f"it stores only FP8 records and FP4 keys (uint8), not {first.dtype}"
+    if isinstance(stored, Record) and stored.inv_scale.dtype != jnp.float32:
+        return "it stores only FP8 records with one float32 scale, not with a power of two per group"
+    ratio, dim, rope_dim = weights.ape.shape[0], tail.ka.shape[-1], 2 * weights.inv_freq.shape[-1]
+    lanes = 1 if tail.kb is None else 2
+    geometry = (ratio, lanes, dim, rope_dim)
+    supported = [(4, 2, 512, 64), (128, 1, 512, 64)] if isinstance(stored, Record) else [(4, 2, 128, 64)]
+    if platform == "cuda" and geometry not in supported:
+        return f"of (ratio, lanes, d, RoPE part) it supports only {' and '.join(map(str, supported))}, not {geometry}"
+    return None
+
+
 def compress(
     entries: Record,
     tail: CompressorTail,
@@ -177,25 +254,43 @@ def compress(
     *,
     layer: int,
     eps: float,
+    implementation: str | None = None,
 ) -> tuple[Record, CompressorTail]:
     """Takes the step's tokens into the tail and writes an entry for every window that closes.
 
     entries: Record arrays (L, blocks, entries per block, ...). tail: arrays (L, R, rows, d). kv, gate: raw projections
     (T, lanes * d) float32 | bfloat16, lane a first. slots, positions (T,) int32 with the segments made of them. table
     (R, blocks of a request) int32. A padding token changes nothing; an entry whose block is not in the table is
-    dropped. Returns the new entries and tail.
+    dropped. `implementation`: "jnp", "cpu" or "cuda"; None takes the native one where there is one. The native ones
+    agree bit for bit with each other; before it is quantised, an entry is that of the jax.numpy form within 1e-6.
+    Returns the new entries and tail; ValueError for an implementation that cannot be used.
     """
-    return _compress(
-        entries, lambda x: encode_record(x, entries), tail, kv, gate, weights, slots, positions, segments, table,
-        layer, eps,
-    )  # fmt: skip
+
+    def in_jnp(entries, tail, kv, gate, weights, segments, table, slots, positions):
+        return _compress(
+            entries, lambda x: encode_record(x, entries), tail, kv, gate, weights, slots, positions, segments, table,
+            layer, eps,
+        )  # fmt: skip
+
+    return _dispatch(
+        "compress",
+        implementation,
+        lambda platform: native_limit(platform, entries, tail, weights),
+        in_jnp,
+        functools.partial(_compress_native, name="dsv4_compress", layer=np.int64(layer), eps=np.float32(eps)),
+        (entries, tail, kv, gate, weights, segments, table),
+        (slots, positions),
+    )
 
 
-def encode_keys(x: Array, format: str) -> IndexerKeys:
-    """Keys x (..., index_head_dim) float32 -> as stored; the FP4 formats are rotated by the Hadamard matrix first."""
+def encode_keys(x: Array, format: str, *, rotate: bool = True) -> IndexerKeys:
+    """Keys x (..., index_head_dim) float32 -> as stored; the FP4 formats are rotated by the Hadamard matrix first.
+
+    rotate: False leaves the rotation out (queries must then do without it too).
+    """
     if format in ("fp32", "bf16"):
         return IndexerKeys(x.astype(jnp.float32 if format == "fp32" else jnp.bfloat16), None)
-    return IndexerKeys(*quantise_fp4(hadamard(x), format))
+    return IndexerKeys(*quantise_fp4(hadamard(x) if rotate else x, format))
 
 
 def compress_indexer(
@@ -212,8 +307,33 @@ def compress_indexer(
     format: str,
     layer: int,
     eps: float,
+    rotate: bool = True,
+    implementation: str | None = None,
 ) -> tuple[IndexerKeys, CompressorTail]:
-    """As `compress`, for the indexer's own keys; format "nvfp4" | "mxfp4" | "bf16" | "fp32"."""
-    return _compress(
-        keys, lambda x: encode_keys(x, format), tail, kv, gate, weights, slots, positions, segments, table, layer, eps
+    """As `compress`, for the indexer's own keys; format "nvfp4" | "mxfp4" | "bf16" | "fp32", rotate as `encode_keys`.
+
+    Raises ValueError also for FP4 keys whose groups are not those of the format.
+    """
+    if format in GROUP_SIZE and tail.ka.shape[-1] != GROUP_SIZE[format] * keys.scale.shape[-1]:
+        raise ValueError(
+            f"compress_indexer: got keys.scale {keys.scale.shape}; expected a scale per {GROUP_SIZE[format]} of "
+            f"{tail.ka.shape[-1]} values for {format!r}."
+        )
+
+    def in_jnp(keys, tail, kv, gate, weights, segments, table, slots, positions):
+        return _compress(
+            keys, lambda x: encode_keys(x, format, rotate=rotate), tail, kv, gate, weights, slots, positions, segments,
+            table, layer, eps,
+        )  # fmt: skip
+
+    return _dispatch(
+        "compress_indexer",
+        implementation,
+        lambda platform: native_limit(platform, keys, tail, weights),
+        in_jnp,
+        functools.partial(
+            _compress_native, name="dsv4_compress_indexer", layer=np.int64(layer), eps=np.float32(eps), rotate=rotate
+        ),
+        (keys, tail, kv, gate, weights, segments, table),
+        (slots, positions),
     )

@@ -20,12 +20,14 @@ LIBRARY_DIR_VARIABLE = "DSV4_JAX_LIB_DIR"
 _HANDLERS = {
     "cpu": {
         "dsv4_append_swa": "Dsv4AppendSwa",
+        "dsv4_append_swa_fused": "Dsv4AppendSwaFused",
         "dsv4_compress": "Dsv4Compress",
         "dsv4_compress_indexer": "Dsv4CompressIndexer",
         "dsv4_set_rows": "Dsv4SetRows",
     },
     "cuda": {
         "dsv4_append_swa": "Dsv4AppendSwa",
+        "dsv4_append_swa_fused": "Dsv4AppendSwaFused",
         "dsv4_compress": "Dsv4Compress",
         "dsv4_compress_indexer": "Dsv4CompressIndexer",
     },

@@ -95,13 +95,22 @@ class Step(NamedTuple):
     segments: Segments
 
 
-def new_step(rng, g, lengths, counts, dtype, *, padding=1, shuffled=True):
-    """The next counts[slot] tokens of every slot, in any order, with padding between them; moves lengths on."""
+def new_step(rng, g, lengths, counts, dtype, *, padding=1, width=None, shuffled=True):
+    """The next counts[slot] tokens of every slot, in any order, with padding between them; moves lengths on.
+
+    width: most tokens a slot brings in any step, so that steps have few shapes; a decode step keeps its own.
+    """
+    if width and max(counts) > 1:
+        padding += max(0, 2 * width - sum(counts))
+    else:
+        width = None
     slots = np.concatenate([np.full(n, s) for s, n in enumerate(counts)] + [np.full(padding, -1)])
     positions = np.concatenate([lengths[s] + np.arange(n) for s, n in enumerate(counts)] + [np.full(padding, 77)])
     order = rng.permutation(len(slots)) if shuffled else np.arange(len(slots))
     slots, positions = slots[order].astype(np.int32), positions[order].astype(np.int32)
-    segments = group_tokens(slots, positions, num_segments=len(counts) + 1) or one_token_segments(slots, positions)
+    segments = group_tokens(slots, positions, num_segments=len(counts) + 1, width=width) or one_token_segments(
+        slots, positions
+    )
     lengths += counts
     shape = (len(slots), g.lanes * g.dim)
     kv = rng.standard_normal(shape) * 2.0 ** rng.integers(-3, 4, (1, shape[1]))
@@ -133,6 +142,8 @@ def expected_entries(g, weights, kv, gate, rotate=True):
     """Entries (n // ratio, dim) float64 of one request, from the definition."""
     n = len(kv) // g.ratio * g.ratio
     windows, lanes_dim = n // g.ratio, g.lanes * g.dim
+    if not windows:
+        return np.zeros((0, g.dim))
     kv = kv[:n].astype(np.float64).reshape(windows, g.ratio, lanes_dim)
     z = gate[:n].astype(np.float64).reshape(windows, g.ratio, lanes_dim) + weights.ape
     if g.lanes == 2:

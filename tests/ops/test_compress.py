@@ -38,10 +38,10 @@ IMPLEMENTATIONS = [
     pytest.param(("cuda", "gpu"), id="native-gpu", marks=pytest.mark.gpu),
     pytest.param((None, "gpu"), id="automatic-gpu", marks=pytest.mark.gpu),
 ]
-# Tokens a step brings for each of 4 slots (slot 4 stays empty): decode, drafts, chunks that start inside a window, chunks
-# longer than the tail, and a slot that pauses.
+# Tokens a step brings for each of 4 slots (slot 4 stays empty): decode, drafts, chunks that start inside a window,
+# chunks longer than the tail, and a slot that pauses.
 SHORT_STEPS = [(1, 1, 0, 3), (1, 1, 0, 1), (5, 2, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), (30, 4, 3, 0), (2, 9, 1, 1)]
-LONG_STEPS = [(1, 127, 130, 0), (1, 1, 1, 1), (300, 2, 0, 126), (1, 0, 5, 1), (1, 1, 120, 1), (80, 260, 129, 1)]
+LONG_STEPS = [(1, 127, 130, 0), (1, 1, 1, 1), (280, 2, 0, 126), (1, 0, 5, 1), (1, 1, 120, 1), (80, 260, 129, 0)]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -68,7 +68,8 @@ def play(rng, g, steps, dtype=np.float32, layer=1, **options):
     before, weights, lengths = new_state(rng, g), new_weights(rng, g), np.zeros(4, np.int64)
     state, played = before, []
     for counts in steps:
-        played.append(new_step(rng, g, lengths, np.array(counts), dtype))
+        width = max(map(max, steps))
+        played.append(new_step(rng, g, lengths, np.array(counts), dtype, width=width))
         state = apply_step(g, state, played[-1], weights, layer=layer, **options)
     return before, state, played, weights, lengths
 
@@ -104,7 +105,7 @@ def entry_rows(g, table, slot, n):
 @pytest.mark.parametrize("g", KINDS)
 def test_steps_of_any_mix_store_what_the_definition_says(implementation, rng, g, dtype):
     steps = LONG_STEPS if g.ratio == 128 else SHORT_STEPS
-    before, after, played, weights, lengths = play(rng, g, steps, dtype, implementation=implementation)
+    before, after, played, weights, _ = play(rng, g, steps, dtype, implementation=implementation)
     untouched = jax.tree.map(lambda x: np.array(x[1]), before)._replace(table=before.table)
     stored = jax.tree.map(lambda x: x[1], after.stored)
     entries = 0
@@ -128,7 +129,8 @@ def test_steps_of_any_mix_store_what_the_definition_says(implementation, rng, g,
     assert_same_bits(jax.tree.map(lambda x: x[1], after.tail), untouched.tail)
     assert_same_bits(stored, untouched.stored)
     assert_same_bits(
-        jax.tree.map(lambda x: x[0], (after.stored, after.tail)), jax.tree.map(lambda x: x[0], (before.stored, before.tail))
+        jax.tree.map(lambda x: x[0], (after.stored, after.tail)),
+        jax.tree.map(lambda x: x[0], (before.stored, before.tail)),
     )
 
 
@@ -202,7 +204,7 @@ def test_padding_and_what_is_out_of_range_write_nothing(implementation, rng, g):
 
     got = step(slots, positions)
     assert_same_bits((got.stored, got.tail), (state.stored, state.tail))
-    # No block in the table, one that the pool does not have, a column beyond the table: the token still enters the tail.
+    # No block in the table, one that the pool lacks, a column beyond the table: the token still enters the tail.
     got = step([1, 2, 3], [last, last, 6 * g.ratio * g.per_block + last])
     assert_same_bits(got.stored, state.stored)
     assert np.isfinite(got.tail.ka[0, 1:4]).any(axis=(1, 2)).all()
@@ -214,7 +216,9 @@ NO_STEP = new_step(np.random.default_rng(0), NVFP4, np.zeros(1, np.int64), np.ar
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("g", [pytest.param(CSA, id="csa"), pytest.param(HCA, id="hca"), pytest.param(NVFP4, id="nvfp4")])
+@pytest.mark.parametrize(
+    "g", [pytest.param(CSA, id="csa"), pytest.param(HCA, id="hca"), pytest.param(NVFP4, id="nvfp4")]
+)
 def test_a_value_that_is_not_finite_is_never_quietly_a_number(implementation, rng, g, value):
     state, weights, lengths = new_state(rng, g), new_weights(rng, g), np.zeros(2, np.int64)
     n = 2 * g.ratio
@@ -238,7 +242,13 @@ def test_keys_can_be_stored_without_the_rotation(implementation, rng, g):
 
 @pytest.mark.parametrize("implementation", ["jnp", "cpu", None])
 @pytest.mark.parametrize(
-    "g", [Geometry(4, 2, 24, 8, 32), Geometry(128, 1, 30, 6, 1), Geometry(2, 1, 64, 16, 4), Geometry(4, 2, 32, 8, 32, "mxfp4")]
+    "g",
+    [
+        Geometry(4, 2, 24, 8, 32),
+        Geometry(128, 1, 30, 6, 1),
+        Geometry(2, 1, 64, 16, 4),
+        MXFP4._replace(dim=32, rope_dim=8),
+    ],
 )
 def test_geometry_is_data(rng, g, implementation):
     if implementation == "cpu" and "cpu" not in native.available():
@@ -248,6 +258,8 @@ def test_geometry_is_data(rng, g, implementation):
         _, after, played, weights, _ = play(rng, g, steps, implementation=implementation)
     for slot in range(4):
         x = expected_entries(g, weights, *history(played, slot))
+        if not len(x):
+            continue
         rows, stored = entry_rows(g, after.table, slot, len(x)), jax.tree.map(lambda x: x[1], after.stored)
         assert (np.abs(stored_values(g, stored, rows) - x) <= steps_around(g, x, stored, rows)).all()
 
@@ -337,4 +349,4 @@ def test_the_handler_checks_what_it_gets(rng):
         ):
             arguments = {"state": state, "step": step, "layer": 0} | changes
             with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-                apply_step(CSA, arguments["state"], arguments["step"], weights, layer=arguments["layer"], implementation="cpu")
+                apply_step(CSA, weights=weights, implementation="cpu", **arguments)
