@@ -508,7 +508,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except (BrokenPipeError, SystemExit):
-        # Whoever read the text has gone (typer turns that into SystemExit). Python must not complain about it at the end.
+        # Whoever read the text has gone (typer turns that into SystemExit): Python must not complain at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
         status = 1
     except Exception as error:

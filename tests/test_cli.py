@@ -40,11 +40,11 @@ def run(capsys):
     return call
 
 
-def _program(*arguments, **options) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(dsv4_jax.__file__).parents[1])}
+def _program(*arguments, **environment) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(dsv4_jax.__file__).parents[1]), **environment}
     return subprocess.Popen(
         [sys.executable, "-m", "dsv4_jax.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
 
@@ -212,10 +212,12 @@ def test_control_characters_do_not_reach_a_terminal(monkeypatch, capsys):
     assert capsys.readouterr().out == "a\ufffd[2J\tb\ufffd\n"
 
 
-def test_ctrl_c_ends_it_at_once_and_quietly(tmp_path):
+def test_ctrl_c_ends_it_at_once_and_quietly():
     # The checkpoint of seven layers: the signal comes while it compiles.
-    process = _program("generate", "-n", 8, "--ignore-eos", "import os", start_new_session=True)
-    time.sleep(6)
+    process = _program("generate", "-n", 8, "--ignore-eos", "import os", JAX_LOG_COMPILES="1")
+    for line in process.stderr:
+        if "prefill_step" in line:
+            break
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
     out, err = process.communicate(timeout=60)
