@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..ops.rms_norm import rms_norm
+from ..ops.sinkhorn import sinkhorn
 from .config import DSV4Config
 
 Array = jax.Array
@@ -13,18 +14,6 @@ Array = jax.Array
 def _project(streams: Array, fn: Array, eps: float) -> Array:
     flat = rms_norm(streams.astype(jnp.float32).reshape(streams.shape[0], -1), eps=eps)
     return jnp.einsum("tf,of->to", flat, fn, precision=jax.lax.Precision.HIGHEST)
-
-
-def _sinkhorn(comb: Array, iterations: int, eps: float) -> Array:
-    """comb (T, n, n) positive -> nearly doubly stochastic: sums over j once, then alternately over k and over j."""
-
-    def normalise(x: Array, axis: int) -> Array:
-        return x / (jnp.sum(x, axis=axis, keepdims=True) + eps)
-
-    comb = normalise(comb, 1)
-    for _ in range(iterations - 1):
-        comb = normalise(normalise(comb, 2), 1)
-    return comb
 
 
 def connect(
@@ -41,7 +30,7 @@ def connect(
     pre = jax.nn.sigmoid(mix[:, :n] * scale[0] + base[:, :n]) + hc_eps
     post = 2.0 * jax.nn.sigmoid(mix[:, n : 2 * n] * scale[1] + base[:, n : 2 * n])
     comb = (mix[:, 2 * n :] * scale[2] + base[:, 2 * n :]).reshape(-1, n, n)
-    comb = _sinkhorn(jax.nn.softmax(comb, axis=-1) + hc_eps, iterations, hc_eps)
+    comb = sinkhorn(jax.nn.softmax(comb, axis=-1) + hc_eps, iterations=iterations, eps=hc_eps)
     read = jnp.sum(pre[..., None] * streams.astype(jnp.float32), axis=1)
     return read.astype(streams.dtype), post, comb
 

@@ -26,15 +26,30 @@ class KeyGroup(NamedTuple):
 def _scores(q: Array, group: KeyGroup, segments: Segments) -> Array:
     kv = group.kv.astype(q.dtype)
     if group.per_token:
-        return jnp.einsum("thd,tnd->thn", q, kv, precision=_HIGHEST)
-    return to_tokens(jnp.einsum("schd,snd->schn", to_segments(q, segments), kv, precision=_HIGHEST), segments)
+        return _few_by_many(q, kv)
+    q = to_segments(q, segments)
+    rows = q.reshape(q.shape[0], -1, q.shape[-1])  # the tokens and heads of a segment are rows of one product
+    few = segments.tokens.shape[1] == 1
+    scores = _few_by_many(rows, kv) if few else jnp.einsum("smd,snd->smn", rows, kv, precision=_HIGHEST)
+    return to_tokens(scores.reshape(*q.shape[:-1], -1), segments)
+
+
+def _few_by_many(q: Array, kv: Array) -> Array:
+    """q (S, few, d) . kv (S, N, d) -> (S, few, N).
+
+    XLA:CPU is faster with the long side first, unless it joins the transposition to the product.
+    """
+    scores = jnp.einsum("snd,smd->snm", kv, q, precision=_HIGHEST)
+    return jax.lax.optimization_barrier(scores).swapaxes(1, 2)
 
 
 def _weighted(p: Array, group: KeyGroup, segments: Segments) -> Array:
     kv = group.kv.astype(p.dtype)
     if group.per_token:
         return jnp.einsum("thn,tnd->thd", p, kv, precision=_HIGHEST)
-    return to_tokens(jnp.einsum("schn,snd->schd", to_segments(p, segments), kv, precision=_HIGHEST), segments)
+    p = to_segments(p, segments)
+    out = jnp.einsum("smn,snd->smd", p.reshape(p.shape[0], -1, p.shape[-1]), kv, precision=_HIGHEST)
+    return to_tokens(out.reshape(*p.shape[:-1], -1), segments)
 
 
 def attend(q: Array, groups: tuple[KeyGroup, ...], sink: Array, segments: Segments, *, scale: float) -> Array:

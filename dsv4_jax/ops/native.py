@@ -24,6 +24,7 @@ _HANDLERS = {
         "dsv4_compress": "Dsv4Compress",
         "dsv4_compress_indexer": "Dsv4CompressIndexer",
         "dsv4_set_rows": "Dsv4SetRows",
+        "dsv4_sinkhorn": "Dsv4Sinkhorn",
     },
     "cuda": {
         "dsv4_append_swa": "Dsv4AppendSwa",

@@ -15,7 +15,7 @@ import texts
 
 HERE = pathlib.Path(__file__).resolve().parent
 
-ROWS = {"decode": "decode", "overall": "with prefill", "prefill": "prompt tokens/s of prefill"}
+ROWS = {"decode": "new, decode alone", "overall": "new, with prefill", "prefill": "of the prompt, prefill"}
 
 
 def run_dsv4_jax(model, options: argparse.Namespace, prompts: list[list[int]]) -> dict:
@@ -82,13 +82,12 @@ def rates(seconds: dict, batch: int, prompt_tokens: int, new_tokens: int) -> dic
     }
 
 
-def table(rows: list[tuple]) -> str:
-    """Columns of text, numbers to the right."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        numbers = [str(cell).rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([str(row[0]).ljust(widths[0]), *numbers]))
+def table(entry: dict) -> str:
+    """The rates of one batch."""
+    lines = [f"  {'tokens/s':24}{'dsv4_jax':>12}{'transformers':>14}{'ratio':>8}"]
+    for what, name in ROWS.items():
+        other = f"{entry['transformers'][what]:14.0f}{entry['ratio'][what]:8.1f}" if "ratio" in entry else f"{'-':>14}"
+        lines.append(f"  {name:24}{entry['dsv4_jax'][what]:12.0f}{other}")
     return "\n".join(lines)
 
 
@@ -115,26 +114,40 @@ def main() -> None:
     sources = texts.python_source(max(options.batch), options.prompt_tokens, options.prompt_tokens)
     prompts = {batch: [list(text) for text in sources[:batch]] for batch in options.batch}
     model = dsv4_jax.from_pretrained(options.checkpoint, dtype=options.dtype)
-    ours, other_runs = {}, {}
-    for batch in options.batch:
-        ours[batch] = [run_dsv4_jax(model, options, prompts[batch])]
     other = start_transformers(options)
+    facts = other and other.facts
+    device = jax.devices()[0].device_kind
+    print(
+        f"{options.prompt_tokens}-token prompts, {options.new_tokens} new tokens, {options.dtype}, "
+        f"cache {options.cache}; JAX {jax.__version__} on {device}"
+        + (f"; transformers {facts['version']}, {facts['threads']} threads" if facts else "; no transformers here"),
+        flush=True,
+    )
+    entries = []
     for batch in options.batch:
+        first = run_dsv4_jax(model, options, prompts[batch])
         if other:
             other.ask(prompts[batch])
-            other_runs[batch] = []
+        ours, theirs = [], []
         # In turns, so that a machine that is busy for a while slows both down.
         for _ in range(options.repeat):
-            ours[batch].append(run_dsv4_jax(model, options, prompts[batch]))
+            ours.append(run_dsv4_jax(model, options, prompts[batch]))
             if other:
-                other_runs[batch].append(other.ask(prompts[batch]))
-    facts = other and other.facts
+                theirs.append(other.ask(prompts[batch]))
+        mine, compared = fastest(ours), theirs and fastest(theirs)
+        entry = {"batch": batch, "compile_seconds": first["overall"] - mine["overall"]}
+        entry["dsv4_jax"] = rates(mine, batch, options.prompt_tokens, options.new_tokens)
+        if theirs:
+            entry["transformers"] = rates(compared, batch, options.prompt_tokens, options.new_tokens)
+            entry["ratio"] = {what: entry["dsv4_jax"][what] / entry["transformers"][what] for what in ROWS}
+        entries.append(entry)
+        print(f"batch {batch}: compilation of dsv4_jax {entry['compile_seconds']:.1f} s", flush=True)
+        print(table(entry), flush=True)
     if other:
         other.close()
-
     result = {
         "machine": platform.processor() or platform.machine(),
-        "device": jax.devices()[0].device_kind,
+        "device": device,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "transformers": facts,
@@ -142,29 +155,8 @@ def main() -> None:
         "new_tokens": options.new_tokens,
         "cache": options.cache,
         "dtype": options.dtype,
-        "batches": [],
+        "batches": entries,
     }
-    rows = [("new tokens/s", "batch", "dsv4_jax", "transformers", "ratio")]
-    for batch in options.batch:
-        compilation = ours[batch][0]["overall"] - fastest(ours[batch][1:])["overall"]
-        entry = {"batch": batch, "compile_seconds": compilation}
-        print(f"dsv4_jax, batch {batch}: compilation {compilation:.1f} s")
-        mine = entry["dsv4_jax"] = rates(fastest(ours[batch][1:]), batch, options.prompt_tokens, options.new_tokens)
-        theirs = None
-        if other:
-            theirs = rates(fastest(other_runs[batch]), batch, options.prompt_tokens, options.new_tokens)
-            entry["transformers"] = theirs
-            entry["ratio"] = {what: mine[what] / theirs[what] for what in mine}
-        for what, name in ROWS.items():
-            compared = (f"{theirs[what]:.0f}", f"{mine[what] / theirs[what]:.1f}") if theirs else ("-", "-")
-            rows.append((name, batch, f"{mine[what]:.0f}", *compared))
-        result["batches"].append(entry)
-    print(
-        f"{options.prompt_tokens}-token prompts, {options.new_tokens} new tokens, {options.dtype}, "
-        f"cache {options.cache}; JAX {jax.__version__} on {result['device']}"
-        + (f"; transformers {facts['version']}, {facts['threads']} threads" if facts else "; no transformers here")
-    )
-    print(table(rows))
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 
