@@ -73,7 +73,8 @@ class Experts(nnx.Module):
         # One weight per expert and token, zero for those not picked; it goes in before w2, which is linear.
         share = jnp.sum(jax.nn.one_hot(picks, w1.shape[0]) * weights[..., None], axis=1)
         inner = _swiglu(gate, up, self.limit) * share.T[..., None].astype(gate.dtype)
-        return jnp.einsum("eti,ehi->th", inner, w2, precision=precision)
+        # Summed over experts afterwards: contracting both at once makes XLA transpose all of w2 in every step.
+        return jnp.sum(jnp.einsum("eti,ehi->eth", inner, w2, precision=precision), axis=0)
 
     def _grouped(self, x: Array, picks: Array, weights: Array) -> Array:
         w1, w2, w3 = (w[...].swapaxes(1, 2) for w in (self.w1, self.w2, self.w3))
