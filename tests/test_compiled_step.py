@@ -14,7 +14,8 @@ from dsv4_jax.ops.attention import KeyGroup, attend
 from dsv4_jax.ops.compress import CompressorWeights
 from dsv4_jax.ops.select_entries import index_scores, select_top_k
 
-BATCH, CONTEXT, HEADS, TOP_K = 2, 512, 2, 32
+# A batch unlike the heads and the layers of a kind, so that a shape tells whose array it is.
+BATCH, CONTEXT, HEADS, TOP_K = 3, 512, 2, 32
 CONFIG = DSV4Config.flash()
 SCHEDULE = build_schedule(CONFIG)
 
