@@ -82,7 +82,7 @@ def prefill_step(
 
 @partial(
     jax.jit,
-    static_argnames=("graphdef", "steps", "greedy", "return_logits", "max_blocks"),
+    static_argnames=("graphdef", "steps", "greedy", "return_logits"),
     donate_argnames=("cache", "loop"),
 )
 def decode_steps(
@@ -96,7 +96,6 @@ def decode_steps(
     steps: int,
     greedy: bool,
     return_logits: bool,
-    max_blocks: int | None = None,
 ) -> tuple[Array, Array | None, LoopState, KVCache]:
     """`steps` decode steps in one call. A request with nothing remaining is padding and writes nothing.
 
@@ -108,7 +107,7 @@ def decode_steps(
     def step(carry: tuple[KVCache, LoopState], _: None):
         cache, loop = carry
         live = loop.remaining > 0
-        plan = StepPlan(jnp.where(live, requests, -1), loop.positions, max_blocks=max_blocks)
+        plan = StepPlan(jnp.where(live, requests, -1), loop.positions)
         logits, cache = model(loop.tokens, cache, plan)
         chosen = choose_tokens(logits, requests, loop.positions, sampling, greedy)
         stops = jnp.any(chosen[:, None] == sampling.stop_tokens[None], axis=-1)

@@ -275,6 +275,10 @@ class KVCacheManager:
         ends = {int(s): 0 for s in np.unique(slots[slots >= 0])}
         for slot in ends:
             ends[slot] = int(positions[slots == slot].max()) + 1
+        for slot, end in ends.items() if max_blocks is not None else ():
+            needed = max((s.blocks_for(end + lookahead) for s in self._schema_of.values()), default=0)
+            if needed > max_blocks:
+                raise ValueError(f"max_blocks is {max_blocks}: slot {slot} needs {needed} blocks that readers look at")
         new = self._ledger.extend(
             {
                 kind: {slot: self._missing(kind, slot, end + lookahead) for slot, end in ends.items()}

@@ -139,6 +139,16 @@ def test_steps_that_do_not_fit_their_shape(make):
     assert manager.length(slot) == 0
 
 
+def test_a_bound_that_would_hide_entries(make):
+    manager = make()
+    slot = manager.admit_request()
+    before = book(manager)
+    with pytest.raises(ValueError, match="max_blocks is 1: slot 0 needs 2 blocks"):
+        manager.plan_step([slot] * 140, np.arange(140), max_blocks=1)
+    assert book(manager) == before
+    assert manager.plan_step([slot] * 140, np.arange(140), max_blocks=2).max_blocks == 2
+
+
 def test_lookahead_gives_out_what_a_loop_will_need(make):
     manager = make()
     slot = manager.admit_request()
