@@ -1,0 +1,5 @@
+"""`python -m dsv4_jax.cli`."""
+
+from .app import main
+
+main()

@@ -1,0 +1,41 @@
+"""The application: its commands, and what all of them share."""
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .errors import InputError, run_and_exit
+from .generate import generate
+
+app = typer.Typer(
+    help="DeepSeek-V4's KV cache for JAX, and a decode loop over it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(importlib.metadata.version("dsv4_jax"))
+        except importlib.metadata.PackageNotFoundError:
+            raise InputError("dsv4_jax is not installed, this is its source: there is no version to show") from None
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line. Exit status: 0, 1 for a failure, 2 for bad usage or input, 130 after Ctrl-C."""
+    run_and_exit(lambda: app(arguments, prog_name="dsv4-jax", standalone_mode=False))

@@ -1,0 +1,169 @@
+"""`dsv4-jax generate`: continues prompts."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress
+
+from .errors import InputError
+from .options import CacheDtype, Dtype, IndexerDtype, default_indexer, packaged_checkpoint
+from .outcome import CompileClock, Outcome, summary
+from .prompts import ByteCodec, make_codec, parse_tokens, read_prompt_file
+from .terminal import TextOutput, in_background, make_console, make_progress, status
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")] = None,
+    tokens: Annotated[
+        list[str] | None, typer.Option(metavar="1,2,3", help="A prompt as token ids; may be repeated.")
+    ] = None,
+    file: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="A prompt from a file, - for stdin; may be repeated.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Folder of a checkpoint; default: the small one in the package.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
+    cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records.")] = CacheDtype.fp8,
+    indexer: Annotated[
+        IndexerDtype | None, typer.Option(help="Storage of indexer keys; default: what goes with the records.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.float32,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
+    echo: Annotated[bool, typer.Option("--echo", help="Write the prompt before its continuation.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object and nothing else to stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+) -> None:
+    """Continues one prompt, or several as a batch, and says how fast.
+
+    Text is bytes where the checkpoint has no tokenizer.json and a vocabulary of 256. Progress and the summary go to
+    stderr.
+    """
+    console = make_console(quiet)
+    prompts = prompts or []
+    if not prompts and not tokens and not file:
+        raise InputError("there is no prompt: give a text, --tokens or --file")
+    ids = [parse_tokens(text) for text in tokens or ()]  # refused before anything is loaded
+    texts = [*(os.fsencode(text) for text in prompts), *(read_prompt_file(path) for path in file or ())]
+
+    progress = make_progress(console, "tokens")
+    start = time.perf_counter()
+    folder = pathlib.Path(checkpoint) if checkpoint is not None else packaged_checkpoint()
+    with status(console, f"loading {folder}"):
+        import dsv4_jax
+
+        model = dsv4_jax.from_pretrained(folder, dtype=dtype.value)
+    vocab_size = model.config.vocab_size
+    codec = make_codec(folder, vocab_size)
+    ids = [*(codec.encode(text) for text in texts), *ids]
+    for i, prompt in enumerate(ids):
+        if not prompt:
+            raise InputError(f"prompt {i + 1} is empty: expected at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise InputError(
+                f"prompt {i + 1} has token ids from {min(prompt)} to {max(prompt)}: expected 0 to {vocab_size - 1}"
+            )
+    outcome = Outcome(prompts=ids, tokens=[[] for _ in ids])
+    outcome.seconds["load"] = time.perf_counter() - start
+    stops = () if ignore_eos else model.config.eos_token_ids
+
+    def chunks() -> Iterator[Any]:
+        return dsv4_jax.stream(
+            model, ids, max_new_tokens, cache_dtype=cache.value, indexer_dtype=indexer and indexer.value,
+            temperature=temperature, seed=seed, stop_tokens=stops,
+        )  # fmt: skip
+
+    decoders = [codec.decoder(prompt) for prompt in ids]
+    new_texts = ["" for _ in ids]
+    output = None if as_json else TextOutput()
+    streams = output is not None and len(ids) == 1
+    if streams and echo:
+        output.write(_prompt_text(codec, ids[0]))
+
+    def on_chunk(chunk: Any) -> None:
+        for b, new in enumerate(chunk.tokens):
+            text = decoders[b](new)
+            new_texts[b] += text
+            if streams and text:
+                progress.stop()  # one of the two may move the cursor
+                output.write(text)
+
+    with progress:
+        _walk(outcome, chunks, on_chunk, progress)
+    for b, decode in enumerate(decoders):
+        rest = decode([], True)
+        new_texts[b] += rest
+        if streams:
+            output.write(rest)
+
+    indexer_name = indexer.value if indexer else default_indexer(cache.value)
+    if as_json:
+        print(json.dumps(_report(outcome, new_texts, folder, dtype, cache, indexer_name, stops)))
+        sys.stdout.flush()
+    elif not streams:
+        for b, text in enumerate(new_texts):
+            output.end_line()
+            output.write(f"--- prompt {b + 1}\n{_prompt_text(codec, ids[b]) if echo else ''}{text}")
+    if output is not None:
+        output.end_line()
+    formats = f"{cache.value} records, {indexer_name} indexer keys"
+    console.print(summary(outcome, formats), style="dim", markup=False, soft_wrap=True)
+
+
+def _prompt_text(codec: Any, prompt: list[int]) -> str:
+    decode = codec.decoder([])
+    return decode(prompt) + ("" if isinstance(codec, ByteCodec) else decode([], True))
+
+
+def _walk(
+    outcome: Outcome, batches: Callable[[], Iterator[Any]], on_chunk: Callable[[Any], None], progress: Progress
+) -> None:
+    """Walks the stream, keeps the times, shows the progress and hands every chunk on."""
+    task = progress.add_task("compiling", total=outcome.prompt_tokens)
+    first_token = False
+    with CompileClock() as clock:
+        start = time.perf_counter()
+        for chunk in in_background(batches):
+            now = time.perf_counter()
+            compiling = clock.seconds(start, now)
+            outcome.seconds["compile"] += compiling
+            outcome.seconds["decode" if first_token else "prefill"] += max(now - start - compiling, 0.0)
+            outcome.cache_bytes = chunk.cache_bytes
+            for b, new in enumerate(chunk.tokens):
+                outcome.tokens[b].extend(new)
+            if not first_token and any(chunk.tokens):
+                first_token = True
+                progress.reset(task, description="decoding", total=None)
+            progress.update(task, advance=chunk.prompt_tokens or max(map(len, chunk.tokens), default=0))
+            if not first_token:
+                progress.update(task, description="prefill")
+            on_chunk(chunk)
+            start = time.perf_counter()
+
+
+def _report(
+    outcome: Outcome, texts: list[str], folder: pathlib.Path, dtype: str, cache: str, indexer: str, stops: Sequence[int]
+) -> dict[str, Any]:
+    """The object of --json. Seconds and rates leave compilation out; "stopped" says that an end-of-text token came."""
+    results = zip(outcome.prompts, outcome.tokens, texts, strict=True)
+    return {
+        "checkpoint": str(folder),
+        "dtype": str(dtype),
+        "cache": {"records": str(cache), "indexer": indexer, "bytes": outcome.cache_bytes},
+        "prompt_tokens": outcome.prompt_tokens,
+        "new_tokens": outcome.new_tokens,
+        "seconds": {name: round(value, 4) for name, value in outcome.seconds.items()},
+        "tokens_per_second": {k: r and round(r, 2) for k, r in outcome.rates.items()},
+        "results": [
+            {"prompt": prompt, "tokens": new, "text": text, "stopped": bool(new) and new[-1] in stops}
+            for prompt, new, text in results
+        ],
+    }

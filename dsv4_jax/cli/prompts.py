@@ -1,0 +1,106 @@
+"""Prompts: text to tokens and back."""
+
+import codecs
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from .errors import InputError, one_line
+
+
+class ByteCodec:
+    """Text of a vocabulary of 256: a token is a byte."""
+
+    def encode(self, data: bytes) -> list[int]:
+        """Token ids of a prompt."""
+        return list(data)
+
+    def decoder(self, prompt: Sequence[int]) -> Callable[..., str]:
+        """`decode(tokens, final=False) -> text` for what follows the prompt; bytes that are not UTF-8 become U+FFFD."""
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        decode(bytes(prompt))  # a character that the prompt begins may end in what follows
+        return lambda tokens, final=False: decode(bytes(tokens), final)
+
+
+class TokenizerCodec:
+    """Text by the checkpoint's tokenizer.json."""
+
+    def __init__(self, path: pathlib.Path):
+        import tokenizers
+
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises plain Exception
+            raise InputError(f"{path} is not a tokenizer: {one_line(error)}") from None
+
+    def encode(self, data: bytes) -> list[int]:
+        """Token ids of a prompt."""
+        try:
+            return self.tokenizer.encode(data.decode()).ids
+        except UnicodeDecodeError as error:
+            raise InputError(f"the prompt is not UTF-8 (byte {error.start}): expected text, or token ids") from None
+
+    def decoder(self, prompt: Sequence[int]) -> Callable[..., str]:
+        """As in ByteCodec; a character comes when all of its tokens are there."""
+        from tokenizers.decoders import DecodeStream
+
+        # Special tokens are shown: one inside a text is worth seeing. A token's text can depend on those before it.
+        stream, ids, sent = DecodeStream(skip_special_tokens=False), [], []
+        for token in prompt:
+            stream.step(self.tokenizer, token)
+
+        def decode(tokens: Sequence[int], final: bool = False) -> str:
+            text = "".join(stream.step(self.tokenizer, token) or "" for token in tokens)
+            ids.extend(tokens)
+            sent.append(text)
+            if final:  # what still waits for its end
+                whole = self.tokenizer.decode([*prompt, *ids], skip_special_tokens=False)
+                before = self.tokenizer.decode(list(prompt), skip_special_tokens=False)
+                done = before + "".join(sent)
+                text += whole[len(done) :] if whole.startswith(done) else ""
+            return text
+
+        return decode
+
+
+class NoCodec:
+    """A vocabulary without a tokenizer: token ids are written as numbers."""
+
+    def __init__(self, why: str):
+        self.why = why
+
+    def encode(self, data: bytes) -> list[int]:
+        """Refuses: there is nothing to turn text into tokens."""
+        raise InputError(f"{self.why}: give the prompt as token ids with --tokens")
+
+    def decoder(self, prompt: Sequence[int]) -> Callable[..., str]:
+        """As in ByteCodec, with the numbers of the tokens for text."""
+        return lambda tokens, final=False: "".join(f"{token} " for token in tokens)
+
+
+def make_codec(checkpoint: pathlib.Path, vocab_size: int) -> ByteCodec | TokenizerCodec | NoCodec:
+    """How text and tokens of this checkpoint turn into each other."""
+    path = checkpoint / "tokenizer.json"
+    if path.is_file():
+        return TokenizerCodec(path)
+    if vocab_size == 256:
+        return ByteCodec()
+    return NoCodec(f"{checkpoint} has no tokenizer.json and a vocabulary of {vocab_size}")
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Token ids from "1,2,3" (commas or spaces)."""
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise InputError(f"--tokens {text[:60]!r}: expected token ids such as 1,2,3") from None
+
+
+def read_prompt_file(path: str) -> bytes:
+    """The bytes of a file, or of standard input for "-"."""
+    if path == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"--file {path}: {(error.strerror or str(error)).lower()}") from None
