@@ -10,6 +10,7 @@ import numpy as np
 from .handle import LayerCacheHandle
 from .kv_cache import KVCache
 from .ledger import BlockLedger, rows_array
+from .memory_plan import cache_cost
 from .paged_cache import PagedKVPool
 from .plan import StepPlan, group_tokens
 from .schema import BLOCK_SIZE_ORIGINAL_TOKENS, CacheSchema, build_schema
@@ -84,6 +85,38 @@ class KVCacheManager:
         self._ledger = BlockLedger({k: num_blocks[k] for k in kinds})
         self._lengths: dict[int, int] = {}
         self._free_slots = list(range(max_concurrent_requests))
+
+    @classmethod
+    def from_memory(
+        cls,
+        config: Any,
+        memory_bytes: int,
+        *,
+        max_concurrent_requests: int,
+        max_context_len: int | None = None,
+        **options: Any,
+    ) -> "KVCacheManager":
+        """A manager whose cache takes at most `memory_bytes`, with as many blocks as that holds.
+
+        max_context_len: tokens of one request at most; the requests share the blocks, which suffice for at least one of
+        that length, and for all where the memory does. By default as many as every request can have at once. options:
+        cache_dtype, indexer_dtype, max_rollback. Raises ValueError when the memory is too small; it says what is
+        missing and what would fit.
+        """
+        cost = cache_cost(config, config.schedule, **options)
+        if max_context_len is None:
+            longest = config.max_position_embeddings
+            max_context_len = max(cost.largest_context(memory_bytes, max_concurrent_requests, longest), 1)
+        size = cost.fill(memory_bytes, max_concurrent_requests, max_context_len)
+        return cls(
+            config,
+            config.schedule,
+            max_concurrent_requests=max_concurrent_requests,
+            num_blocks_per_csa_layer=size.num_blocks.get("csa", 0),
+            num_blocks_per_hca_layer=size.num_blocks.get("hca", 0),
+            max_context_len=max_context_len,
+            **options,
+        )
 
     # What is there.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv4_jax.model.config_forms import gather
 from dsv4_jax.model.field_checks import (
@@ -27,6 +27,9 @@ from dsv4_jax.model.field_checks import (
     token_ids,
 )
 from dsv4_jax.model.untrusted_json import read_json_object, shorten
+
+if TYPE_CHECKING:
+    from dsv4_jax.model.layer_schedule import LayerSpec
 
 __all__ = ["KNOWN_RATIOS", "SCORING_FUNCS", "DSV4Config"]
 
@@ -195,6 +198,13 @@ class DSV4Config:
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @property
+    def schedule(self) -> tuple[LayerSpec, ...]:
+        """`build_schedule` of this configuration: what each layer is made of."""
+        from dsv4_jax.model.layer_schedule import build_schedule
+
+        return build_schedule(self)
 
     def replace(self, **overrides: Any) -> DSV4Config:
         """A copy with other values for some fields, checked like a new one.
