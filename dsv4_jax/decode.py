@@ -13,7 +13,7 @@ from flax import nnx
 from .cache.kv_cache import KVCache
 from .cache.manager import KVCacheManager
 from .cache.plan import StepPlan
-from .cache.schema import BLOCK_SIZE_ORIGINAL_TOKENS, compute_block_budget
+from .cache.schema import compute_block_budget
 from .model.layer_schedule import build_schedule
 from .model.transformer import DSV4Model
 
@@ -219,7 +219,8 @@ def stream(
         return
     batch, longest = len(ids), max(len(p) for p in ids)
     # Sizes in powers of two, so that calls of similar sizes share a compiled program.
-    context = BLOCK_SIZE_ORIGINAL_TOKENS * _power_of_two(-(-(longest + max_new_tokens) // BLOCK_SIZE_ORIGINAL_TOKENS))
+    block = model.config.block_size
+    context = block * _power_of_two(-(-(longest + max_new_tokens) // block))
     width = min(prefill_chunk, _power_of_two(longest))
     manager = make_manager(model, batch, context, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype)
     for _ in ids:

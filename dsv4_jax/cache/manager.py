@@ -13,7 +13,7 @@ from .ledger import BlockLedger, rows_array
 from .memory_plan import cache_cost
 from .paged_cache import PagedKVPool
 from .plan import StepPlan, group_tokens
-from .schema import BLOCK_SIZE_ORIGINAL_TOKENS, CacheSchema, build_schema
+from .schema import CacheSchema, build_schema
 from .slot_copy import copy_slot
 from .state_cache import StateCachePool
 
@@ -69,7 +69,7 @@ class KVCacheManager:
         num_blocks = {"csa": num_blocks_per_csa_layer, "hca": num_blocks_per_hca_layer}
         kinds = {s.kind: s for s in schemas if s.entries_per_block}
         if max_context_len is None:
-            max_context_len = max((num_blocks[k] for k in kinds), default=1) * BLOCK_SIZE_ORIGINAL_TOKENS
+            max_context_len = max((num_blocks[k] for k in kinds), default=1) * config.block_size
         elif max_context_len < 1:
             raise ValueError(f"max_context_len is {max_context_len}: expected at least 1 token")
         self.config = config
@@ -149,6 +149,11 @@ class KVCacheManager:
         """Slots of admitted requests, ascending."""
         return self._ledger.slots
 
+    @property
+    def block_size(self) -> int:
+        """Tokens a block covers."""
+        return self.cache.schemas[0].block_size
+
     def num_free_blocks(self, kind: str) -> int:
         """Free blocks of the "csa" or "hca" pools."""
         if kind not in self._ledger.kinds:
@@ -222,8 +227,7 @@ class KVCacheManager:
         self._require(slot)
         settled = max(self._lengths[slot] - self.max_rollback, 0)
         shared = {
-            kind: min(settled // BLOCK_SIZE_ORIGINAL_TOKENS, len(self._ledger.blocks(slot)[kind]))
-            for kind in self._schema_of
+            kind: min(settled // self.block_size, len(self._ledger.blocks(slot)[kind])) for kind in self._schema_of
         }
         target = self.admit_request()
         self._ledger.close(target)
@@ -235,7 +239,7 @@ class KVCacheManager:
             raise
         self._lengths[target] = self._lengths[slot]
         # At most the open block and what a rollback reaches back to: a fixed number, so that forks compile once.
-        most = -(-self.max_rollback // BLOCK_SIZE_ORIGINAL_TOKENS) + 1
+        most = -(-self.max_rollback // self.block_size) + 1
         pairs = {kind: jnp.asarray(rows_array(rows, most, 2)) for kind, rows in copies.items()}
         self.cache = copy_slot(self.cache, jnp.int32(slot), jnp.int32(target), pairs)
         return target
@@ -320,7 +324,7 @@ class KVCacheManager:
         )
         # A fixed number of rows for a step's shape, so that steps of one shape compile once.
         segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
-        size = segments * (-(-(lookahead + most) // BLOCK_SIZE_ORIGINAL_TOKENS) + 1)
+        size = segments * (-(-(lookahead + most) // self.block_size) + 1)
         rows = {kind: rows_array(new[kind], size, 3) for kind in new}
         for slot, end in ends.items():
             self._lengths[slot] = end

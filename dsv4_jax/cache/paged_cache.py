@@ -16,8 +16,8 @@ Array = jax.Array
 class PagedKVPool:
     """Blocks of one layer, or of all layers of a kind stacked on a leading axis.
 
-    N blocks of E entries (CSA 32, HCA 1). A pytree whose leaves are the arrays of `entries` and `indexer`; the schema
-    is static.
+    N blocks of E entries (CSA 32, HCA 1 in the released models). A pytree whose leaves are the arrays of `entries` and
+    `indexer`; the schema is static.
     """
 
     def __init__(self, schema: CacheSchema, num_blocks: int, num_layers: int | None = None):

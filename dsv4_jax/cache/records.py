@@ -63,6 +63,19 @@ def check_indexer_format(name: str) -> str:
     return name
 
 
+def check_dimensions(cache_dtype: str, nope_dim: int, indexer_dtype: str, index_head_dim: int | None) -> None:
+    """ValueError unless the formats store records and keys of these widths; index_head_dim None: there are no keys."""
+    if RECORD_FORMATS[cache_dtype].scale_dtype == jnp.uint8:
+        scale_bytes(nope_dim)
+    group = GROUP_SIZE.get(indexer_dtype)
+    # A power of two, because these keys are rotated by a Hadamard matrix.
+    if group and index_head_dim and (index_head_dim % group or index_head_dim & (index_head_dim - 1)):
+        raise ValueError(
+            f"indexer_dtype {indexer_dtype!r} stores keys whose width is a power of two and at least {group}, not "
+            f"index_head_dim = {index_head_dim}"
+        )
+
+
 def allocate_keys(name: str, shape: tuple[int, ...], dim: int) -> IndexerKeys:
     """Zero indexer keys of `dim` values and leading shape `shape`."""
     if name in GROUP_SIZE:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .records import DEFAULT_INDEXER_FORMAT, check_indexer_format, record_format
+from .records import DEFAULT_INDEXER_FORMAT, check_dimensions, check_indexer_format, record_format
 
 BLOCK_SIZE_ORIGINAL_TOKENS = 128
-"""Tokens a paged block covers: the least common multiple of the compression ratios 4 and 128."""
+"""Tokens a paged block of the released models covers: the least common multiple of their ratios 4 and 128."""
 
 KINDS = ("swa", "csa", "hca")
 """The kinds of layers, as the cache names its stacks."""
@@ -17,8 +17,8 @@ class CacheSchema:
     """What one layer's cache looks like; layers of one kind share it.
 
     The ring holds `swa_window_size` tokens, the tails what a compressor still needs of tokens it has not compressed,
-    the blocks one entry per `compress_ratio` tokens. With `max_rollback` r, ring and tails have r rows more, so that
-    the last r tokens can be forgotten.
+    a block one entry per `compress_ratio` of its `block_size` tokens. With `max_rollback` r, ring and tails have r rows
+    more, so that the last r tokens can be forgotten.
     """
 
     kind: str  # "swa" | "csa" | "hca"
@@ -30,6 +30,7 @@ class CacheSchema:
     cache_dtype: str = "fp8"
     indexer_dtype: str = "nvfp4"
     max_rollback: int = 0
+    block_size: int = BLOCK_SIZE_ORIGINAL_TOKENS  # tokens a block covers, the same in all layers
 
     @property
     def entry_head_dim(self) -> int:
@@ -48,8 +49,8 @@ class CacheSchema:
 
     @property
     def entries_per_block(self) -> int:
-        """Entries of one block: 32 for CSA, 1 for HCA, 0 for SWA."""
-        return BLOCK_SIZE_ORIGINAL_TOKENS // self.compress_ratio if self.compress_ratio else 0
+        """Entries of one block: 32 for CSA, 1 for HCA in the released models, 0 for SWA."""
+        return self.block_size // self.compress_ratio if self.compress_ratio else 0
 
     @property
     def indexer_entries_per_block(self) -> int:
@@ -94,20 +95,24 @@ def build_schema(
     """Schema of the layer `spec` (a LayerSpec) of `config` (a DSV4Config).
 
     cache_dtype: "fp8" | "fp8_ue8m0" | "bf16" | "fp32"; indexer_dtype: "nvfp4" | "mxfp4" | "bf16" | "fp32", by default
-    the form that goes with cache_dtype. Raises ValueError for a name that is not known, a ratio that does not divide
-    the block, or a negative max_rollback.
+    the form that goes with cache_dtype. Raises ValueError for a name that is not known, dimensions that the form
+    cannot store, a ratio that does not divide the block, or a negative max_rollback.
     """
     kind = spec.attn.name.lower()
     if kind not in KINDS:
         raise ValueError(f"layer {spec.layer_idx}: attention {spec.attn!r} has no cache: expected one of SWA, CSA, HCA")
     ratio = int(config.compress_ratios[spec.layer_idx])
-    if ratio and BLOCK_SIZE_ORIGINAL_TOKENS % ratio:
+    if ratio and config.block_size % ratio:
         raise ValueError(
-            f"layer {spec.layer_idx}: compress ratio {ratio} does not divide a block of {BLOCK_SIZE_ORIGINAL_TOKENS}"
+            f"layer {spec.layer_idx}: compress ratio {ratio} does not divide a block of {config.block_size}"
         )
     if max_rollback < 0:
         raise ValueError(f"max_rollback is {max_rollback}: expected a number of tokens, 0 or more")
     cache_dtype = record_format(cache_dtype).name
+    indexer_dtype = check_indexer_format(indexer_dtype or DEFAULT_INDEXER_FORMAT[cache_dtype])
+    check_dimensions(
+        cache_dtype, config.head_dim - config.rope_dim, indexer_dtype, config.index_head_dim if kind == "csa" else None
+    )
     return CacheSchema(
         kind=kind,
         compress_ratio=ratio,
@@ -116,8 +121,9 @@ def build_schema(
         swa_window_size=config.sliding_window,
         index_head_dim=config.index_head_dim,
         cache_dtype=cache_dtype,
-        indexer_dtype=check_indexer_format(indexer_dtype or DEFAULT_INDEXER_FORMAT[cache_dtype]),
+        indexer_dtype=indexer_dtype,
         max_rollback=max_rollback,
+        block_size=config.block_size,
     )
 
 

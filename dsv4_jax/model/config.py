@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from dsv4_jax.model.field_checks import (
     KNOWN_RATIOS,
     MAX_LAYERS,
     MAX_POSITION,
+    MAX_RATIO,
     MAX_VOCAB,
     boolean,
     integer,
@@ -57,8 +59,9 @@ class DSV4Config:
       hidden_size: width of one residual stream.
       num_hidden_layers: layers, draft (MTP) layers not counted.
       compress_ratios: per layer, tokens per compressed entry: 0 = sliding window only (SWA),
-        4 = compressed sparse attention (CSA), 128 = heavily compressed attention (HCA).
-        Exactly `num_hidden_layers` long.
+        `csa_ratio` = compressed sparse attention (CSA), `hca_ratio` = heavily compressed attention
+        (HCA). Exactly `num_hidden_layers` long.
+      csa_ratio, hca_ratio: these two ratios (section 2.3); 4 and 128 in the released models.
       sliding_window: tokens every layer sees uncompressed, the query's own included.
       max_position_embeddings: positions the model was made for.
       num_attention_heads: query heads; there is one key-value head.
@@ -101,6 +104,8 @@ class DSV4Config:
     hidden_size: int = _field(_dim, "dim")
     num_hidden_layers: int = _field(integer(1, MAX_LAYERS), "n_layers")
     compress_ratios: tuple[int, ...] = _field(ratios)
+    csa_ratio: int = _field(integer(2, MAX_RATIO), default=4)
+    hca_ratio: int = _field(integer(2, MAX_RATIO), default=128)
     sliding_window: int = _field(_dim, "window_size")
     max_position_embeddings: int = _field(integer(1, MAX_POSITION), "max_seq_len", default=1 << 20)
 
@@ -153,6 +158,21 @@ class DSV4Config:
                 f"compress_ratios has {len(self.compress_ratios)} entries: expected exactly "
                 f"num_hidden_layers = {self.num_hidden_layers}"
             )
+        if self.csa_ratio == self.hca_ratio:
+            raise ValueError(
+                f"csa_ratio and hca_ratio are both {self.csa_ratio}: expected two ratios, which tell the layers apart"
+            )
+        if self.block_size > MAX_RATIO:
+            raise ValueError(
+                f"csa_ratio is {self.csa_ratio} and hca_ratio {self.hca_ratio}: expected ratios whose least common "
+                f"multiple, the tokens of a block, is at most {MAX_RATIO}"
+            )
+        for layer, ratio in enumerate(self.compress_ratios):
+            if ratio not in self.attention_of_ratio:
+                known = ", ".join(str(r) for r in self.attention_of_ratio)
+                raise ValueError(
+                    f"compress_ratios[{layer}] is {shorten(ratio)}: expected one of the known ratios {known}"
+                )
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim is {self.rope_dim}: expected an even number, RoPE is pairs")
         # A record keeps at least one value without position beside those that RoPE rotates.
@@ -191,6 +211,16 @@ class DSV4Config:
     def nope_dim(self) -> int:
         """The values of a head that carry no position: the first `head_dim - rope_dim`."""
         return self.head_dim - self.rope_dim
+
+    @property
+    def attention_of_ratio(self) -> dict[int, str]:
+        """Tokens per compressed entry -> the attention of a layer with that ratio, in Hugging Face's words."""
+        return dict(zip((0, self.csa_ratio, self.hca_ratio), KNOWN_RATIOS.values(), strict=True))
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a paged block covers: the least common multiple of the two ratios (128 in the released models)."""
+        return math.lcm(self.csa_ratio, self.hca_ratio)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

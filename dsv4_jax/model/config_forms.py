@@ -23,7 +23,9 @@ _FIXED = {
     "mlp_bias": (False,),
     "topk_method": ("noaux_tc",),
 }
-_RATIO_OF_TYPE = {name: ratio for ratio, name in KNOWN_RATIOS.items()}
+_SWA_TYPE, *_COMPRESSED_TYPES = KNOWN_RATIOS.values()
+# layer_types with entries -> field of DSV4Config with their ratio.
+_RATIO_FIELD = dict(zip(_COMPRESSED_TYPES, ("csa_ratio", "hca_ratio"), strict=True))
 # Keys of a YaRN block -> fields of DSV4Config.
 _YARN = {
     "factor": "rope_factor",
@@ -112,14 +114,17 @@ def _read_layer_types(raw: Mapping[str, Any], found: _Found) -> None:
     """The Hugging Face form: layer_types with compress_rates, and mlp_layer_types."""
     layers = found.get("num_hidden_layers")
     for name, rate in _object("compress_rates", raw.get("compress_rates")).items():
-        if name not in _RATIO_OF_TYPE:
-            raise ValueError(f"compress_rates has {shorten(name)}: expected only {', '.join(_RATIO_OF_TYPE)}")
-        only(_RATIO_OF_TYPE[name])(f"compress_rates.{name}", rate)
+        if name in _RATIO_FIELD:
+            found.add(_RATIO_FIELD[name], f"compress_rates.{name}", rate)
+        elif name == _SWA_TYPE:
+            only(0)(f"compress_rates.{name}", rate)
+        else:
+            raise ValueError(f"compress_rates has {shorten(name)}: expected only {', '.join(KNOWN_RATIOS.values())}")
     if raw.get("layer_types") is not None:
         types = _first_layers("layer_types", raw["layer_types"], layers)
         for layer, name in enumerate(types):
-            only(*_RATIO_OF_TYPE)(f"layer_types[{layer}]", name)
-        ratios = tuple(_RATIO_OF_TYPE[name] for name in types)
+            only(_SWA_TYPE, *_RATIO_FIELD)(f"layer_types[{layer}]", name)
+        ratios = tuple(0 if name == _SWA_TYPE else found.get(_RATIO_FIELD[name]) for name in types)
         found.add("compress_ratios", "layer_types", ratios)
     if raw.get("mlp_layer_types") is not None:
         types = _first_layers("mlp_layer_types", raw["mlp_layer_types"], layers)

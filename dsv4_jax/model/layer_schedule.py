@@ -33,22 +33,25 @@ class RouterMode(enum.Enum):
     DENSE = "dense"  # by learned scores
 
 
-_RATIO = {AttentionType(name): ratio for ratio, name in KNOWN_RATIOS.items()}
+_RELEASED_RATIO = {AttentionType(name): ratio for ratio, name in KNOWN_RATIOS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What layer `layer_idx` (counted from 0) is made of."""
+    """What layer `layer_idx` (counted from 0) is made of.
+
+    compress_ratio: tokens per compressed entry, 0 for no entries; by default that of the released models.
+    """
 
     layer_idx: int
     attn: AttentionType
     ffn: FFNType
     router_mode: RouterMode
+    compress_ratio: int = -1
 
-    @property
-    def compress_ratio(self) -> int:
-        """Tokens per compressed entry: 0 (no entries), 4 or 128."""
-        return _RATIO[self.attn]
+    def __post_init__(self) -> None:
+        if self.compress_ratio < 0:
+            object.__setattr__(self, "compress_ratio", _RELEASED_RATIO[self.attn])
 
 
 def build_schedule(config: DSV4Config) -> tuple[LayerSpec, ...]:
@@ -56,9 +59,10 @@ def build_schedule(config: DSV4Config) -> tuple[LayerSpec, ...]:
     return tuple(
         LayerSpec(
             layer_idx=layer,
-            attn=AttentionType(KNOWN_RATIOS[ratio]),
+            attn=AttentionType(config.attention_of_ratio[ratio]),
             ffn=FFNType.MOE,
             router_mode=RouterMode.HASH if layer < config.num_hash_layers else RouterMode.DENSE,
+            compress_ratio=ratio,
         )
         for layer, ratio in enumerate(config.compress_ratios)
     )

@@ -234,6 +234,8 @@ def native_limit(platform: str, stored: NamedTuple, tail: CompressorTail, weight
         return "it stores only FP8 records with one float32 scale, not with a power of two per group"
     ratio, dim, rope_dim = weights.ape.shape[0], tail.ka.shape[-1], 2 * weights.inv_freq.shape[-1]
     lanes = 1 if tail.kb is None else 2
+    if dim % 2:
+        return f"it supports only an even number of values, not {dim}"
     geometry = (ratio, lanes, dim, rope_dim)
     supported = [(4, 2, 512, 64), (128, 1, 512, 64)] if isinstance(stored, Record) else [(4, 2, 128, 64)]
     if platform == "cuda" and geometry not in supported:

@@ -29,6 +29,43 @@ def test_geometry(layer, entries, keys, tail, rows):
 
 def test_block_covers_the_least_common_multiple():
     assert BLOCK_SIZE_ORIGINAL_TOKENS == 128
+    assert {build_schema(FLASH, spec).block_size for spec in SCHEDULE} == {128}
+
+
+SMALL = FLASH.replace(
+    num_hidden_layers=3,
+    compress_ratios=(0, 4, 6),
+    csa_ratio=4,
+    hca_ratio=6,
+    sliding_window=8,
+    head_dim=48,
+    rope_dim=16,
+    index_head_dim=32,
+)
+
+
+def test_small_geometry():
+    schemas = [build_schema(SMALL, spec, max_rollback=2) for spec in build_schedule(SMALL)]
+    assert [s.block_size for s in schemas] == [12] * 3
+    assert [s.entries_per_block for s in schemas] == [0, 3, 2]
+    assert [s.tail_rows for s in schemas] == [2, 5, 7]
+    assert [s.ring_rows for s in schemas] == [10] * 3
+    assert [s.blocks_for(13) for s in schemas] == [0, 1, 1]
+    assert [s.blocks_for(16) for s in schemas] == [0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"cache_dtype": "fp8_ue8m0"}, "fp8_ue8m0 needs a multiple of 64 values without position, got 32"),
+        ({"index_head_dim": 48}, {"indexer_dtype": "nvfp4"}, "'nvfp4' stores keys .* not index_head_dim = 48"),
+        ({"rope_dim": 8, "index_head_dim": 16}, {"indexer_dtype": "mxfp4"}, "'mxfp4' stores keys .* at least 32, not"),
+    ],
+)
+def test_dimensions_that_a_form_cannot_store(changes, options, message):
+    config = SMALL.replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        build_schema(config, build_schedule(config)[1], **options)
 
 
 @pytest.mark.parametrize("config", [DSV4Config.flash(), DSV4Config.pro()], ids=["flash", "pro"])

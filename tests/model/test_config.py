@@ -259,9 +259,21 @@ def test_absurd_reals_are_refused(name, value):
         (HUGGING_FACE, {"num_hash_layers": 2}, "num_hash_layers says 2 but mlp_layer_types says 1"),
         (
             HUGGING_FACE,
-            {"compress_rates": {"compressed_sparse_attention": 8}},
-            "compress_rates.compressed_sparse_attention is 8: expected 4",
+            {"compress_rates": {"compressed_sparse_attention": 1}},
+            "compress_rates.compressed_sparse_attention is 1: expected an integer from 2",
         ),
+        (
+            HUGGING_FACE,
+            {"compress_rates": {"compressed_sparse_attention": 128}},
+            "csa_ratio and hca_ratio are both 128",
+        ),
+        (HUGGING_FACE, {"compress_rates": {"compressed_sparse_attention": 65535}}, "csa_ratio is 65535 .*: expected r"),
+        (
+            {**HUGGING_FACE, "compress_ratios": [0, 4, 128, 4, 128]},
+            {"compress_rates": {"compressed_sparse_attention": 8}},
+            "compress_ratios says .* but layer_types says",
+        ),
+        (RELEASED, {"csa_ratio": 8}, r"compress_ratios\[2\] is 4: expected one of the known ratios 0, 8, 128"),
         (HUGGING_FACE, {"compress_rates": {"new_attention": 4}}, "compress_rates has 'new_att"),
         (HUGGING_FACE, {"rope_theta": 5e5}, "rope_theta says 500000.0 but rope_parameters.main"),
         (HUGGING_FACE, {"partial_rotary_factor": 0.25}, "rope_dim says 128 but|says 64 but .*128"),
@@ -281,6 +293,16 @@ def test_contradictions_are_named(base, changes, message):
     DSV4Config.from_hf(base)
     with pytest.raises(ValueError, match=message):
         DSV4Config.from_hf(edited(base, **changes))
+
+
+def test_ratios_are_data():
+    rates = {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8}
+    config = DSV4Config.from_hf(edited(HUGGING_FACE, compress_rates=rates))
+    assert (config.csa_ratio, config.hca_ratio, config.block_size) == (2, 8, 8)
+    assert config.compress_ratios == (0, 2, 8, 2, 8)
+    assert set(config.attention_of_ratio.values()) == set(KNOWN_RATIOS.values())
+    assert config.replace(csa_ratio=4, hca_ratio=6, compress_ratios=(0, 4, 6, 4, 6)).block_size == 12
+    assert DSV4Config.flash().block_size == DSV4Config.pro().block_size == 128
 
 
 def test_no_layer_kinds_at_all():
@@ -352,7 +374,7 @@ def test_fuzz_values(base, changes):
         assert "expected" in str(error)  # noqa: PT017 (either outcome is right)
     else:
         assert len(config.compress_ratios) == config.num_hidden_layers
-        assert set(config.compress_ratios) <= set(KNOWN_RATIOS)
+        assert set(config.compress_ratios) <= {0, config.csa_ratio, config.hca_ratio}
         hash(config)
 
 

@@ -42,6 +42,15 @@ def test_order_routers_and_ratios(config):
     assert {spec.router_mode for spec in schedule[3:]} == {RouterMode.DENSE}
 
 
+def test_ratios_of_another_model():
+    config = DSV4Config.flash().replace(
+        num_hidden_layers=3, compress_ratios=(0, 2, 8), csa_ratio=2, hca_ratio=8, num_hash_layers=1
+    )
+    schedule = build_schedule(config)
+    assert [spec.attn for spec in schedule] == [SWA, CSA, HCA]
+    assert [spec.compress_ratio for spec in schedule] == [0, 2, 8]
+
+
 def test_spec_is_a_value():
     assert LayerSpec(0, SWA, FFNType.MOE, RouterMode.HASH) == build_schedule(DSV4Config.flash())[0]
     assert len(set(build_schedule(DSV4Config.flash()))) == 43

@@ -358,6 +358,14 @@ def test_wrong_layers_are_named(layer, message):
         append_swa(jax.tree.map(jnp.asarray, new_ring(2, 128, layers=3)), **arguments(), layer=layer)
 
 
+@pytest.mark.parametrize(("nope", "rope", "native_form"), [(448, 64, True), (32, 16, False)])
+def test_widths_that_the_gpu_form_does_not_serve_fall_back(monkeypatch, nope, rope, native_form):
+    monkeypatch.setattr(native, "available", lambda: frozenset({"cuda"}))
+    ring = jax.tree.map(jnp.asarray, new_ring(2, 8, nope=nope, rope=rope))
+    program = jax.make_jaxpr(append_swa)(ring, jnp.zeros((4, nope + rope)), *[jnp.zeros(4, jnp.int32)] * 2)
+    assert ("dsv4_append_swa" in str(program)) == native_form
+
+
 def test_an_implementation_that_cannot_serve_the_ring_is_refused_by_name(monkeypatch):
     exact = jax.tree.map(jnp.asarray, new_ring(2, 128, dtype="bfloat16"))
     narrow = jax.tree.map(jnp.asarray, new_ring(2, 128, nope=40, rope=8))

@@ -329,6 +329,29 @@ def test_an_implementation_that_cannot_serve_is_refused_by_name(rng, monkeypatch
         apply_step(g, state, step, weights, layer=0, implementation="cpu")
 
 
+@pytest.mark.parametrize(
+    ("platform", "g", "native_form"),
+    [
+        ("cuda", CSA, True),
+        ("cuda", Geometry(2, 2, 512, 64, 64), False),
+        ("cuda", Geometry(4, 2, 48, 16, 2), False),
+        ("cuda", MXFP4._replace(ratio=2), False),
+        ("cpu", Geometry(4, 2, 48, 16, 2), True),
+        ("cpu", Geometry(4, 2, 49, 16, 2), False),
+    ],
+)
+def test_a_geometry_no_native_form_serves_falls_back(rng, monkeypatch, platform, g, native_form):
+    """The program calls the native form where it serves the geometry, and has nothing but jax.numpy elsewhere."""
+    monkeypatch.setattr(native, "available", lambda: frozenset({platform}))
+    state, weights, lengths = new_state(rng, g), new_weights(rng, g), np.zeros(2, np.int64)
+    step = new_step(rng, g, lengths, np.array([1, 1]), np.float32)
+    op = compress if g.key_format is None else functools.partial(compress_indexer, format=g.key_format)
+    program = jax.make_jaxpr(lambda *args: op(*args, layer=0, eps=EPS))(
+        *state[:2], step.kv, step.gate, weights, step.slots, step.positions, step.segments, state.table
+    )
+    assert ("dsv4_compress" in str(program)) == native_form
+
+
 def test_keys_of_another_format_are_refused(rng):
     state, weights = new_state(rng, NVFP4), new_weights(rng, NVFP4)
     step = new_step(rng, NVFP4, np.zeros(2, np.int64), np.array([1, 1]), np.float32)
