@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from .kv_cache import KVCache
-from .schema import BLOCK_SIZE_ORIGINAL_TOKENS, KINDS, CacheSchema, build_schema
+from .schema import KINDS, CacheSchema, build_schema
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class KindCost:
     @property
     def per_token(self) -> float:
         """Growing bytes per token of context."""
-        return self.block / BLOCK_SIZE_ORIGINAL_TOKENS
+        return self.block / self.schema.block_size
 
 
 @dataclass(frozen=True)
