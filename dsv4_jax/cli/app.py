@@ -8,6 +8,7 @@ import typer
 
 from .errors import InputError, run_and_exit
 from .generate import generate
+from .plan import plan
 
 app = typer.Typer(
     help="DeepSeek-V4's KV cache for JAX, and a decode loop over it.",
@@ -16,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(plan)
 
 
 def _version(wanted: bool) -> None:

@@ -4,7 +4,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from .terminal import show_bytes, show_seconds
+from .sizes import show_bytes
+from .terminal import show_seconds
 
 
 class CompileClock:

@@ -93,11 +93,6 @@ def in_background(items: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     thread.join()
 
 
-def show_bytes(count: int) -> str:
-    """Bytes in MiB or GiB."""
-    return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
-
-
 def show_seconds(value: float) -> str:
     """Seconds with as many digits as say something."""
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"

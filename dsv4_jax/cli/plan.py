@@ -1,0 +1,186 @@
+"""`dsv4-jax plan`: what the cache of a model costs, and what fits."""
+
+import json
+import pathlib
+from typing import Annotated, Any
+
+import typer
+
+from .errors import InputError
+from .files import written_whole
+from .options import CacheDtype, IndexerDtype, default_indexer
+from .sizes import parse_bytes
+from .terminal import make_console, status
+
+NAMED = ("flash", "pro")
+DEFAULT_CONTEXT = 131072
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def plan(
+    config: Annotated[
+        str,
+        typer.Option(metavar="flash|pro|PATH", help="A released model by name, a config.json, or a folder with one."),
+    ],
+    memory: Annotated[str, typer.Option(metavar="BYTES", help="Memory of the device: 80GiB, 80GB or plain bytes.")],
+    reserve: Annotated[
+        str, typer.Option(metavar="BYTES", help="Part of it kept for weights and temporaries: 40GiB.")
+    ] = "0",
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of every request; default: 131072, or as many as the model takes."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records.")] = CacheDtype.fp8,
+    indexer: Annotated[
+        IndexerDtype | None, typer.Option(help="Storage of indexer keys; default: what goes with the records.")
+    ] = None,
+    max_rollback: Annotated[int, typer.Option(min=0, help="Tokens a request can be rolled back, for drafts.")] = 0,
+    plot: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Also draw memory against context: .png, .svg or .pdf; needs matplotlib."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object and nothing else to stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> int:
+    """Says what the KV cache takes and whether it fits: per request, per token, per kind of layer, per record format.
+
+    The numbers are those of the arrays that would be allocated, to the byte. They are the cache alone: give --reserve
+    for the weights and the temporaries of a step. Nothing is allocated and no device is touched. The exit status is 0
+    where the cache fits and 1 where it does not.
+
+    Example: dsv4-jax plan --config flash --memory 80GiB --context 131072 --concurrency 16
+    """
+    console = make_console(quiet)
+    total, reserved = parse_bytes(memory, "--memory"), parse_bytes(reserve, "--reserve")
+    if reserved >= total:
+        raise InputError(f"--reserve {reserve} leaves nothing of --memory {memory}")
+    if plot is not None:
+        _check_picture(plot)
+    with status(console, f"planning {config}"):
+        model = _read_config(config)
+        limit = model.max_position_embeddings
+        if context is not None and context > limit:
+            raise InputError(f"--context is {context}: the model has {limit} positions")
+        report = make_report(
+            model, total - reserved, min(DEFAULT_CONTEXT, limit) if context is None else context, concurrency,
+            cache.value, indexer.value if indexer else default_indexer(cache.value), max_rollback,
+        )  # fmt: skip
+        report = {"config": config, "device_bytes": total, "reserved_bytes": reserved, **report}
+        if plot is not None:
+            from .plan_plot import draw
+
+            with written_whole(plot) as temporary:
+                draw(report, make_lines(model, report), temporary)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        from .plan_table import show
+
+        show(report)
+    return 0 if report["fits"] else 1
+
+
+def make_report(
+    config: Any, memory: int, context: int, requests: int, cache_dtype: str, indexer_dtype: str, max_rollback: int
+) -> dict[str, Any]:
+    """All that the command says, as the object of --json; `memory`: bytes for the cache."""
+    from ..cache.records import key_bytes, record_format
+
+    def compare(records: str, keys: str) -> dict[str, Any]:
+        cost = _cost(config, records, keys, max_rollback)
+        total = cost.size(requests, context).total_bytes
+        return {
+            "records": records,
+            "indexer": keys,
+            "record_bytes": record_format(records).record_bytes(config.nope_dim, config.rope_dim),
+            "key_bytes": key_bytes(keys, config.index_head_dim),
+            "bytes_per_request": cost.per_request,
+            "bytes_per_token": cost.per_token,
+            "total_bytes": total,
+            "fits": total <= memory,
+            "largest_context": cost.largest_context(memory, requests, config.max_position_embeddings),
+            "largest_concurrency": cost.largest_concurrency(memory, context),
+        }
+
+    cost = _cost(config, cache_dtype, indexer_dtype, max_rollback)
+    size = cost.size(requests, context)
+    return {
+        "records": cache_dtype,
+        "indexer": indexer_dtype,
+        "max_rollback": max_rollback,
+        "context": context,
+        "concurrency": requests,
+        "context_limit": config.max_position_embeddings,
+        "kinds": [
+            {
+                "kind": kind.kind,
+                "layers": kind.layers,
+                "ring_bytes_per_request": kind.ring,
+                "tail_bytes_per_request": kind.tails,
+                "bytes_per_token": kind.per_token,
+                "bytes_per_block": kind.block,
+                "blocks": size.num_blocks.get(kind.kind, 0),
+                "pool_bytes": size.num_blocks.get(kind.kind, 0) * kind.block,
+            }
+            for kind in cost.kinds
+        ],
+        "bytes_per_request": cost.per_request,
+        "bytes_per_token": cost.per_token,
+        "state_bytes": requests * cost.per_request,
+        "table_bytes": cost.table_bytes(requests, context),
+        "total_bytes": size.total_bytes,
+        "memory_bytes": memory,
+        "fits": size.total_bytes <= memory,
+        "missing_bytes": max(size.total_bytes - memory, 0),
+        "largest_context": cost.largest_context(memory, requests, config.max_position_embeddings),
+        "largest_concurrency": cost.largest_concurrency(memory, context),
+        "largest_context_alone": cost.largest_context(memory, 1, config.max_position_embeddings),
+        "formats": [compare(*pair) for pair in _formats(cache_dtype, indexer_dtype)],
+    }
+
+
+def make_lines(config: Any, report: dict[str, Any]) -> dict[str, list[tuple[int, int]]]:
+    """For every record format (context, bytes) of the planned concurrency, up to the model's longest context."""
+    limit = report["context_limit"]
+    contexts = sorted({min(round(2 ** (step / 4)), limit) for step in range(40, 4 * limit.bit_length() + 1)} | {limit})
+    lines = {}
+    for records, keys in _formats(report["records"], report["indexer"]):
+        if (records, keys) == (report["records"], report["indexer"]) or keys == default_indexer(records):
+            cost = _cost(config, records, keys, report["max_rollback"])
+            sizes = [(tokens, cost.size(report["concurrency"], tokens).total_bytes) for tokens in contexts]
+            lines[f"{records} + {keys}"] = sizes
+    return lines
+
+
+def _cost(config: Any, records: str, keys: str, max_rollback: int) -> Any:
+    from ..cache.memory_plan import cache_cost
+
+    return cache_cost(config, config.schedule, cache_dtype=records, indexer_dtype=keys, max_rollback=max_rollback)
+
+
+def _formats(cache_dtype: str, indexer_dtype: str) -> list[tuple[str, str]]:
+    """The pairs worth comparing: each record format with keys of its own kind, and what was asked for."""
+    from ..cache.records import RECORD_FORMATS
+    from ..ops.fp4 import GROUP_SIZE
+
+    pairs = []
+    for records in RECORD_FORMATS:
+        keys = default_indexer(records)
+        pairs += [(records, k) for k in (GROUP_SIZE if keys in GROUP_SIZE else [keys])]
+    return pairs if (cache_dtype, indexer_dtype) in pairs else [*pairs, (cache_dtype, indexer_dtype)]
+
+
+def _read_config(name: str) -> Any:
+    from ..model.config import DSV4Config
+
+    return getattr(DSV4Config, name)() if name in NAMED else DSV4Config.from_hf(name)
+
+
+def _check_picture(path: str) -> None:
+    if pathlib.Path(path).suffix.lower() not in PICTURES:
+        raise InputError(f"--plot {path}: expected a name that ends in {', '.join(PICTURES)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'dsv4_jax[plot]'") from None

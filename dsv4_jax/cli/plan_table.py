@@ -1,0 +1,125 @@
+"""The report of `dsv4-jax plan` as tables."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .sizes import show_bytes
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints the report to stdout."""
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 100)
+    layers = ", ".join(f"{kind['layers']} {kind['kind'].upper()}" for kind in report["kinds"])
+    formats = f"{report['records']} records, {report['indexer']} indexer keys"
+    rollback = f", rollback of {report['max_rollback']} tokens" * bool(report["max_rollback"])
+    console.print(f"{report['config']}: {sum(k['layers'] for k in report['kinds'])} layers ({layers})")
+    console.print(f"{formats}{rollback}\n")
+    console.print("What one request holds, and what its tokens add (all layers of a kind together)")
+    console.print(_kinds(report))
+    console.print(f"\n{_load(report)}")
+    console.print(_total(report))
+    console.print(f"\n{_verdict(report)}\n", style="bold")
+    console.print(f"The formats side by side, for {_load(report)}")
+    console.print(_formats(report))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right", style="dim" if i == 0 else "", header_style="dim")
+    return table
+
+
+def _kinds(report: dict[str, Any]) -> Table:
+    table = _table("layers", "ring", "tails", "bytes per token", "block of 128 tokens")
+    for kind in report["kinds"]:
+        table.add_row(
+            f"{kind['layers']} {kind['kind'].upper()}",
+            show_bytes(kind["ring_bytes_per_request"]),
+            show_bytes(kind["tail_bytes_per_request"]),
+            f"{kind['bytes_per_token']:,.1f}",
+            show_bytes(kind["bytes_per_block"]),
+        )
+    ring, tails, block = (
+        sum(kind[name] for kind in report["kinds"])
+        for name in ("ring_bytes_per_request", "tail_bytes_per_request", "bytes_per_block")
+    )
+    table.add_row("all", show_bytes(ring), show_bytes(tails), f"{report['bytes_per_token']:,.1f}", show_bytes(block))
+    return table
+
+
+def _total(report: dict[str, Any]) -> Table:
+    table = _table("", "bytes", "")
+
+    def row(name: str, count: int, note: str = "") -> None:
+        table.add_row(name, f"{count:,}", show_bytes(count), note)
+
+    table.add_column(justify="left")
+    row("rings and tails", report["state_bytes"])
+    for kind in report["kinds"]:
+        if kind["bytes_per_block"]:
+            row(f"{kind['kind'].upper()} blocks", kind["pool_bytes"], f"{kind['blocks']:,} in each layer")
+    row("block tables", report["table_bytes"])
+    row("cache", report["total_bytes"])
+    note = f"{show_bytes(report['reserved_bytes'])} more reserved" if report["reserved_bytes"] else ""
+    row("memory for it", report["memory_bytes"], note)
+    return table
+
+
+def _requests(count: int) -> str:
+    return f"{count:,} request{'s' * (count != 1)}"
+
+
+def _load(report: dict[str, Any]) -> str:
+    return f"{_requests(report['concurrency'])} of {report['context']:,} tokens"
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    at_limit = report["largest_context"] == report["context_limit"]
+    context = f"{report['largest_context']:,} tokens" + ", the model's limit" * at_limit
+    lines = [
+        f"Largest context of {_requests(report['concurrency'])}: {context}",
+        f"Largest concurrency at {report['context']:,} tokens: {_requests(report['largest_concurrency'])}",
+    ]
+    if report["fits"]:
+        left = report["memory_bytes"] - report["total_bytes"]
+        return "\n".join([f"It fits: {show_bytes(left)} are left.", *lines])
+    lines.insert(
+        0, f"It does not fit: {show_bytes(report['missing_bytes'])} ({report['missing_bytes']:,}) are missing."
+    )
+    smaller = [f"{entry['records']} + {entry['indexer']}" for entry in report["formats"] if entry["fits"]]
+    if smaller:
+        lines.append(f"As asked for, these formats would fit: {', '.join(smaller)}")
+    if not report["largest_context"] and not report["largest_concurrency"]:
+        alone = report["largest_context_alone"]
+        if alone:
+            lines.append(f"One request alone can have {alone:,} tokens")
+        else:
+            lines.append(
+                f"Not even one request fits: it holds {show_bytes(report['bytes_per_request'])} and its blocks"
+            )
+    return "\n".join(lines)
+
+
+def _formats(report: dict[str, Any]) -> Table:
+    table = _table(
+        "records + keys", "record", "key", "request", "per token", "cache", "fits", "context", "concurrency",
+    )  # fmt: skip
+    for entry in report["formats"]:
+        chosen = (entry["records"], entry["indexer"]) == (report["records"], report["indexer"])
+        table.add_row(
+            f"{entry['records']} + {entry['indexer']}",
+            f"{entry['record_bytes']:,} B",
+            f"{entry['key_bytes']} B",
+            show_bytes(entry["bytes_per_request"]),
+            f"{entry['bytes_per_token']:,.1f} B",
+            show_bytes(entry["total_bytes"]),
+            "yes" if entry["fits"] else "no",
+            f"{entry['largest_context']:,}",
+            f"{entry['largest_concurrency']:,}",
+            style="bold" if chosen else None,
+        )
+    return table

@@ -1,0 +1,187 @@
+"""`dsv4-jax plan`, in process."""
+
+import json
+import struct
+import sys
+
+import pytest
+
+from dsv4_jax import DSV4Config, KVCacheManager, cli
+from dsv4_jax.cli.sizes import parse_bytes, show_bytes
+
+
+@pytest.fixture
+def run(capsys):
+    """run(...) -> (exit status, stdout, stderr) of `dsv4-jax plan ...`."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["plan", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A config.json of five layers."""
+    path = tmp_path_factory.mktemp("small") / "config.json"
+    config = DSV4Config.flash().replace(num_hidden_layers=5, compress_ratios=(0, 4, 128, 4, 128))
+    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    path.write_text(json.dumps(fields))
+    assert DSV4Config.from_hf(path) == config
+    return path
+
+
+def test_a_planned_cache_is_as_large_as_the_real_one(run, small):
+    status, out, _ = run(
+        "--config", small, "--memory", "64MiB", "--context", 600, "--concurrency", 3, "--json",
+        "--cache", "fp8_ue8m0", "--indexer", "nvfp4", "--max-rollback", 2,
+    )  # fmt: skip
+    report = json.loads(out)
+    assert status == 0
+    blocks = {kind["kind"]: kind["blocks"] for kind in report["kinds"]}
+    assert blocks == {"swa": 0, "csa": 15, "hca": 12}
+    config = DSV4Config.from_hf(small)
+    manager = KVCacheManager(
+        config, config.schedule, max_concurrent_requests=3, max_context_len=600, num_blocks_per_csa_layer=blocks["csa"],
+        num_blocks_per_hca_layer=blocks["hca"], cache_dtype="fp8_ue8m0", indexer_dtype="nvfp4", max_rollback=2,
+    )  # fmt: skip
+    assert report["total_bytes"] == manager.memory_bytes()
+    parts = [report["state_bytes"], report["table_bytes"], *(kind["pool_bytes"] for kind in report["kinds"])]
+    assert sum(parts) == report["total_bytes"]
+    (chosen,) = [f for f in report["formats"] if (f["records"], f["indexer"]) == ("fp8_ue8m0", "nvfp4")]
+    for name in ("total_bytes", "fits", "largest_context", "largest_concurrency", "bytes_per_token"):
+        assert chosen[name] == report[name]
+
+
+def test_the_table_says_what_the_object_says(run):
+    arguments = ("--config", "flash", "--memory", "80GiB", "--context", 131072, "--concurrency", 16)
+    status, out, err = run(*arguments)
+    report = json.loads(run(*arguments, "--json")[1])
+    assert (status, err) == (0, "")
+    words = [
+        "43 layers (2 SWA, 21 CSA, 20 HCA)", "16 requests of 131,072 tokens", "16,384 in each layer",
+        f"{report['total_bytes']:,}", f"{report['bytes_per_token']:,.1f}", "It fits",
+        f"Largest concurrency at 131,072 tokens: {report['largest_concurrency']} requests",
+        "1,048,576 tokens, the model's limit",
+    ]  # fmt: skip
+    assert [word for word in words if word not in out] == []
+    assert max(map(len, out.splitlines())) <= 100
+    formats = {f"{f['records']} + {f['indexer']}" for f in report["formats"]}
+    last = out[out.index("side by side") :].splitlines()[2:]
+    assert formats == {" ".join(line.split()[:3]) for line in last}
+
+
+def test_too_little_memory_is_status_1_and_says_what_is_missing_and_what_fits(run):
+    arguments = ("--config", "pro", "--memory", "40GB", "--reserve", "20GB", "--context", 100000, "--concurrency", 40)
+    status, out, _ = run(*arguments, "--cache", "bf16")
+    report = json.loads(run(*arguments, "--cache", "bf16", "--json")[1])
+    assert status == 1
+    assert report["memory_bytes"] == 20 * 10**9
+    assert report["missing_bytes"] == report["total_bytes"] - report["memory_bytes"] > 0
+    assert f"({report['missing_bytes']:,}) are missing" in out
+    assert f"Largest context of 40 requests: {report['largest_context']:,} tokens" in out
+    smaller = [f"{f['records']} + {f['indexer']}" for f in report["formats"] if f["fits"]]
+    assert not smaller
+    status, out, _ = run(
+        "--config", "pro", "--memory", "25GB", "--context", 100000, "--concurrency", 40, "--cache", "bf16"
+    )
+    assert status == 1
+    assert "As asked for, these formats would fit: fp8 + nvfp4, fp8 + mxfp4, fp8_ue8m0 + nvfp4" in out
+    out = run("--config", "pro", "--memory", "30MB", "--concurrency", 4)[1]
+    assert "One request alone can have 1,539 tokens" in out
+    assert "Not even one request fits" in run("--config", "pro", "--memory", "9MB")[1]
+
+
+def test_the_picture_is_written_whole(run, small, tmp_path, monkeypatch):
+    path = tmp_path / "plan.png"
+    status, _, err = run("--config", small, "--memory", "64MiB", "--plot", path)
+    assert (status, err) == (0, "")
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", data[16:24]) == (1200, 750)
+    assert list(tmp_path.iterdir()) == [path]
+
+    def interrupted(report, lines, temporary):
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsv4_jax.cli.plan_plot.draw", interrupted)
+    assert run("--config", small, "--memory", "64MiB", "--plot", path)[0] == 130
+    assert path.read_bytes() == data
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_of_the_picture_are_the_sizes_of_the_plan(small):
+    from dsv4_jax.cli.plan import make_lines, make_report
+
+    config = DSV4Config.from_hf(small)
+    report = make_report(config, 1 << 30, 4096, 2, "fp8", "nvfp4", 0)
+    lines = make_lines(config, report)
+    assert set(lines) == {"fp8 + nvfp4", "fp8_ue8m0 + mxfp4", "bf16 + bf16", "fp32 + fp32"}
+    assert dict(lines["fp8 + nvfp4"])[4096] == report["total_bytes"]
+    assert lines["fp8 + nvfp4"][-1][0] == config.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--memory", "80GiB"], "--config"),
+        (["--config", "flash"], "--memory"),
+        (["--config", "flash", "--memory", "80"], None),
+        (["--config", "flash", "--memory", "80XB"], "--memory '80XB': expected a number of bytes such as 80GiB"),
+        (["--config", "flash", "--memory", "-1"], "--memory '-1'"),
+        (["--config", "flash", "--memory", "nan"], "--memory 'nan'"),
+        (["--config", "flash", "--memory", "9" * 60], "--memory '999"),
+        (["--config", "flash", "--memory", "1GB", "--reserve", "1GB"], "--reserve 1GB leaves nothing of --memory 1GB"),
+        (["--config", "/nowhere", "--memory", "1GB"], "/nowhere"),
+        (["--config", "flash", "--memory", "1GB", "--context", "1048577"], "the model has 1048576 positions"),
+        (["--config", "flash", "--memory", "1GB", "--context", "0"], "--context"),
+        (["--config", "flash", "--memory", "1GB", "--concurrency", "0"], "--concurrency"),
+        (["--config", "flash", "--memory", "1GB", "--max-rollback", "-1"], "--max-rollback"),
+        (["--config", "flash", "--memory", "1GB", "--cache", "fp7"], "'fp7' is not one of"),
+        (["--config", "flash", "--memory", "1GB", "--plot", "x.bmp"], "ends in .png, .svg, .pdf"),
+        (["--config", "flash", "--memory", "1GB", "--plot", "/nowhere/x.png"], "/nowhere/x.png cannot be written"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_status_2(run, arguments, words):
+    status, out, err = run(*arguments)
+    if words is None:  # few bytes, but bytes
+        assert status == 1
+        return
+    assert (status, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_without_matplotlib_it_says_how_to_get_it(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = run("--config", "flash", "--memory", "80GiB", "--plot", "x.png")
+    assert status == 2
+    assert "pip install 'dsv4_jax[plot]'" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("80GiB", 80 * 2**30), ("80GB", 80 * 10**9), ("85899345920", 85899345920), ("1.5TiB", 3 * 2**39),
+        ("12 kB", 12000), ("7KB", 7000), ("3B", 3), ("0.5KiB", 512), ("2PB", 2 * 10**15),
+    ],
+)  # fmt: skip
+def test_sizes_are_read(text, count):
+    assert parse_bytes(text, "--memory") == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "80G", "80gib", "1e9", "1,000", "٣", "0x10", "inf", "1.GB", "--", "80GiB!"]
+)
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(cli.InputError, match="expected a number of bytes such as"):
+        parse_bytes(text, "--memory")
+
+
+def test_sizes_are_shown():
+    shown = [show_bytes(n) for n in (0, 1023, 1024, 1536 * 1024, 2**30, 5 * 2**50)]
+    assert shown == ["0 B", "1023 B", "1.00 KiB", "1.50 MiB", "1.00 GiB", "5,120.00 TiB"]
