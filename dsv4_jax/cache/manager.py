@@ -1,37 +1,23 @@
 """The host's side of the cache: slots, blocks and lengths between jitted steps. Never inside jit."""
 
-import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from . import planning
 from .handle import LayerCacheHandle
 from .kv_cache import KVCache
-from .ledger import BlockLedger, rows_array
+from .layer_views import LayerViews
+from .ledger import rows_array
 from .memory_plan import cache_cost
 from .paged_cache import PagedKVPool
 from .plan import StepPlan, group_tokens
-from .schema import CacheSchema, build_schema
+from .requests import RequestTable
+from .schema import build_schema
 from .slot_copy import copy_slot
 from .state_cache import StateCachePool
-
-
-class LayerViews(Sequence):
-    """One item per layer, sliced from the stacked arrays when asked for."""
-
-    def __init__(self, length: int, view: Callable[[int], Any]):
-        self._length, self._view = length, view
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, layer_idx: int):
-        """The layer's view; negative indices count from the end."""
-        if not -self._length <= layer_idx < self._length:
-            raise IndexError(f"layer {layer_idx}: the model has layers 0 to {self._length - 1}")
-        return self._view(layer_idx % self._length)
 
 
 class KVCacheManager:
@@ -81,10 +67,14 @@ class KVCacheManager:
             num_blocks,
             {k: max(s.blocks_for(max_context_len), 1) for k, s in kinds.items()},
         )
-        self._schema_of: dict[str, CacheSchema] = kinds
-        self._ledger = BlockLedger({k: num_blocks[k] for k in kinds})
-        self._lengths: dict[int, int] = {}
-        self._free_slots = list(range(max_concurrent_requests))
+        self._requests = RequestTable(
+            max_concurrent_requests,
+            {k: num_blocks[k] for k in kinds},
+            kinds,
+            max_context_len=max_context_len,
+            block_size=config.block_size,
+        )
+        self._ledger = self._requests.ledger
 
     @classmethod
     def from_memory(
@@ -162,12 +152,12 @@ class KVCacheManager:
 
     def length(self, slot: int) -> int:
         """Tokens planned for `slot` so far."""
-        self._require(slot)
-        return self._lengths[slot]
+        self._requests.require(slot)
+        return self._requests.lengths[slot]
 
     def blocks(self, slot: int) -> dict[str, list[int]]:
         """Blocks of `slot` by kind, in order."""
-        self._require(slot)
+        self._requests.require(slot)
         return self._ledger.blocks(slot)
 
     def memory_bytes(self) -> int:
@@ -178,23 +168,13 @@ class KVCacheManager:
 
     def admit_request(self) -> int:
         """The lowest free slot. Raises RuntimeError when all are taken."""
-        if not self._free_slots:
-            raise RuntimeError(
-                f"all {self.max_concurrent_requests} concurrent requests are running: release one or make "
-                "max_concurrent_requests larger"
-            )
-        slot = heapq.heappop(self._free_slots)
-        self._ledger.open(slot)
-        self._lengths[slot] = 0
-        return slot
+        return self._requests.open()
 
     def release_request(self, slot: int) -> None:
         """Ends the request of `slot`: its blocks and the slot are free again. Raises ValueError if it has none."""
-        self._require(slot)
+        self._requests.require(slot)
         owned = self._ledger.blocks(slot)
-        self._ledger.close(slot)
-        del self._lengths[slot]
-        heapq.heappush(self._free_slots, slot)
+        self._requests.close(slot)
         # An entry that nobody gave a block must find none, not that of a former owner.
         table = {k: t.at[slot].set(-1) if owned[k] else t for k, t in self.cache.block_table.items()}
         self.cache = self.cache.replace_tables(table)
@@ -205,16 +185,16 @@ class KVCacheManager:
         What is written next is as if they had never been there: their rows lie in the slack of ring and tails, and
         readers go by position. Raises ValueError for n beyond max_rollback or the request's length.
         """
-        self._require(slot)
-        most = min(self.max_rollback, self._lengths[slot])
+        self._requests.require(slot)
+        most = min(self.max_rollback, self._requests.lengths[slot])
         if not 0 <= n <= most:
             raise ValueError(
-                f"slot {slot}: cannot roll back {n} tokens: it has {self._lengths[slot]} and max_rollback is "
+                f"slot {slot}: cannot roll back {n} tokens: it has {self._requests.lengths[slot]} and max_rollback is "
                 f"{self.max_rollback}"
             )
-        length = self._lengths[slot] - n
-        gone = self._ledger.truncate(slot, {k: s.blocks_for(length) for k, s in self._schema_of.items()})
-        self._lengths[slot] = length
+        length = self._requests.lengths[slot] - n
+        gone = self._ledger.truncate(slot, self._requests.blocks_for(length))
+        self._requests.lengths[slot] = length
         self._enter({kind: rows for kind, rows in gone.items() if rows})
 
     def fork(self, slot: int) -> int:
@@ -224,20 +204,12 @@ class KVCacheManager:
         Raises ValueError for a slot without a request, RuntimeError when no slot or too few blocks are free; then
         nothing changed.
         """
-        self._require(slot)
-        settled = max(self._lengths[slot] - self.max_rollback, 0)
+        self._requests.require(slot)
+        settled = max(self._requests.lengths[slot] - self.max_rollback, 0)
         shared = {
-            kind: min(settled // self.block_size, len(self._ledger.blocks(slot)[kind])) for kind in self._schema_of
+            kind: min(settled // self.block_size, len(self._ledger.blocks(slot)[kind])) for kind in self._ledger.kinds
         }
-        target = self.admit_request()
-        self._ledger.close(target)
-        try:
-            copies = self._ledger.fork(slot, target, shared)
-        except RuntimeError:
-            del self._lengths[target]
-            heapq.heappush(self._free_slots, target)
-            raise
-        self._lengths[target] = self._lengths[slot]
+        target, copies = self._requests.fork(slot, shared)
         # At most the open block and what a rollback reaches back to: a fixed number, so that forks compile once.
         most = -(-self.max_rollback // self.block_size) + 1
         pairs = {kind: jnp.asarray(rows_array(rows, most, 2)) for kind, rows in copies.items()}
@@ -246,14 +218,16 @@ class KVCacheManager:
 
     def advance(self, slot: int, n: int) -> None:
         """Counts n tokens more for `slot`, which a loop wrote beyond its plan (see `plan_step`'s lookahead)."""
-        self._require(slot)
-        end = self._lengths[slot] + n
+        self._requests.require(slot)
+        end = self._requests.lengths[slot] + n
         if n < 0 or end > self.max_context_len:
-            raise ValueError(f"slot {slot}: {n} tokens more than {self._lengths[slot]}: expected 0 to max_context_len")
+            raise ValueError(
+                f"slot {slot}: {n} tokens more than {self._requests.lengths[slot]}: expected 0 to max_context_len"
+            )
         for kind in self._ledger.kinds:
-            if self._missing(kind, slot, end):
+            if self._requests.missing(kind, slot, end):
                 raise ValueError(f"slot {slot}: {end} tokens need {kind.upper()} blocks that no plan gave out")
-        self._lengths[slot] = end
+        self._requests.lengths[slot] = end
 
     def check(self) -> None:
         """AssertionError unless blocks, tables, lengths and ring rows fit together. Reads the device: for tests."""
@@ -263,10 +237,10 @@ class KVCacheManager:
             for slot in self._ledger.slots:
                 ids = self._ledger.blocks(slot)[kind]
                 host[slot, : len(ids)] = ids
-                needed = self._schema_of[kind].blocks_for(self._lengths[slot])
+                needed = self._requests.schema_of[kind].blocks_for(self._requests.lengths[slot])
                 assert len(ids) >= needed, f"slot {slot} has {len(ids)} {kind.upper()} blocks and needs {needed}"
             np.testing.assert_array_equal(np.asarray(table), host, f"{kind.upper()} block table")
-        assert sorted([*self._free_slots, *self._ledger.slots]) == list(range(self.max_concurrent_requests))
+        assert sorted([*self._requests.free_slots, *self._ledger.slots]) == list(range(self.max_concurrent_requests))
         for kind, state in self.cache.state.items():
             pos = np.asarray(state.swa_pos)
             rows = np.arange(pos.shape[-1])
@@ -279,7 +253,7 @@ class KVCacheManager:
         Returns the block's id. Raises ValueError for an SWA layer, a slot without a request or a full table,
         RuntimeError (OOM) when no block is free.
         """
-        self._require(request_slot)
+        self._requests.require(request_slot)
         kind = self._layer_kind(layer_idx)
         if kind not in self._ledger.kinds:
             raise ValueError(f"layer {layer_idx} is SWA: it has no blocks")
@@ -307,28 +281,15 @@ class KVCacheManager:
         the grouping to, where tokens of one slot come together (see `group_tokens`). Raises ValueError for slots
         without a request or bad positions, RuntimeError (OOM) when the blocks do not suffice; then nothing changed.
         """
-        slots, positions = self._tokens(request_slots, positions)
-        grouped = group_tokens(slots, positions, num_segments, width)
-        ends = {int(s): 0 for s in np.unique(slots[slots >= 0])}
-        for slot in ends:
-            ends[slot] = int(positions[slots == slot].max()) + 1
-        for slot, end in ends.items() if max_blocks is not None else ():
-            needed = max((s.blocks_for(end + lookahead) for s in self._schema_of.values()), default=0)
-            if needed > max_blocks:
-                raise ValueError(f"max_blocks is {max_blocks}: slot {slot} needs {needed} blocks that readers look at")
-        new = self._ledger.extend(
-            {
-                kind: {slot: self._missing(kind, slot, end + lookahead) for slot, end in ends.items()}
-                for kind in self._ledger.kinds
-            }
+        return planning.plan_step(
+            self._requests,
+            request_slots,
+            positions,
+            lookahead=lookahead,
+            num_segments=num_segments,
+            width=width,
+            max_blocks=max_blocks,
         )
-        # A fixed number of rows for a step's shape, so that steps of one shape compile once.
-        segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
-        size = segments * (-(-(lookahead + most) // self.block_size) + 1)
-        rows = {kind: rows_array(new[kind], size, 3) for kind in new}
-        for slot, end in ends.items():
-            self._lengths[slot] = end
-        return StepPlan(slots, positions, grouped, rows, max_blocks)
 
     def acquire(self, layer_idx: int, request_slots: Any, positions: Any, request_ids: Any = None) -> LayerCacheHandle:
         """A handle on one layer for T tokens; allocates neither device memory nor blocks (`allocate_block` does).
@@ -341,45 +302,13 @@ class KVCacheManager:
         kind = self._layer_kind(layer_idx)
         slots = np.asarray(request_slots)
         if request_ids is not None:
-            slots = _slots_of_tokens(slots, np.asarray(positions), np.asarray(request_ids))
-        slots, positions = self._tokens(slots, positions)
+            slots = planning.slots_of_tokens(slots, np.asarray(positions), np.asarray(request_ids))
+        slots, positions = planning.check_tokens(self._requests, slots, positions)
         plan = StepPlan(slots, positions, group_tokens(slots, positions))
-        reason = None
-        for slot in np.unique(slots[slots >= 0]) if kind in self._ledger.kinds else ():
-            schema, owned = self._schema_of[kind], len(self._ledger.blocks(int(slot))[kind])
-            needed = schema.blocks_for(int(positions[slots == slot].max()) + 1)
-            if needed > owned:
-                reason = (
-                    f"layer {layer_idx}: slot {slot} has {owned} blocks and these positions need {needed}: call "
-                    f"allocate_block({layer_idx}, {slot}) first"
-                )
-                break
+        reason = planning.why_unallocated(self._requests, layer_idx, kind, slots, positions)
         return LayerCacheHandle(self.cache, plan, layer_idx, unallocated=reason)
 
     # Checks.
-
-    def _tokens(self, request_slots: Any, positions: Any) -> tuple[np.ndarray, np.ndarray]:
-        slots, positions = np.asarray(request_slots), np.asarray(positions)
-        if slots.ndim != 1 or slots.shape != positions.shape:
-            raise ValueError(
-                f"request_slots has shape {slots.shape} and positions {positions.shape}: expected both (T,)"
-            )
-        if slots.size and not (np.issubdtype(slots.dtype, np.integer) and np.issubdtype(positions.dtype, np.integer)):
-            raise ValueError(f"request_slots is {slots.dtype} and positions {positions.dtype}: expected integers")
-        slots = slots.astype(np.int32)
-        for slot in np.unique(slots[slots != -1]):
-            self._require(int(slot))
-        live = positions[slots >= 0]
-        if live.size and (live.min() < 0 or live.max() >= self.max_context_len):
-            raise ValueError(
-                f"positions reach from {live.min()} to {live.max()}: expected 0 to {self.max_context_len - 1} "
-                "(max_context_len - 1)"
-            )
-        return slots, positions.astype(np.int32)
-
-    def _require(self, slot: int) -> None:
-        if slot not in self._ledger:
-            raise ValueError(f"slot {slot} holds no request: slots in use are {self.active_slots}")
 
     def _layer_kind(self, layer_idx: int) -> str:
         if not 0 <= layer_idx < len(self.cache.schemas):
@@ -394,28 +323,7 @@ class KVCacheManager:
                 f"{columns}"
             )
 
-    def _missing(self, kind: str, slot: int, num_tokens: int) -> int:
-        needed = self._schema_of[kind].blocks_for(min(num_tokens, self.max_context_len))
-        return max(needed - len(self._ledger.blocks(slot)[kind]), 0)
-
     def _enter(self, rows: dict[str, list[tuple[int, int, int]]]) -> None:
         """Enters rows (slot, column, block) in the tables now, outside a step."""
         padded = {kind: jnp.asarray(rows_array(r, 1, 3)) for kind, r in rows.items()}
         self.cache = self.cache.with_blocks(padded)
-
-
-def _slots_of_tokens(slots: np.ndarray, positions: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    if ids.shape != positions.shape or slots.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(
-            f"request_ids has shape {ids.shape} and dtype {ids.dtype}: expected integers, one for each of the "
-            f"{positions.size} positions"
-        )
-    if slots.shape != positions.shape:
-        if ids.size and not (ids.min() >= 0 and ids.max() < slots.size):
-            raise ValueError(f"request_ids reach from {ids.min()} to {ids.max()}: there are {slots.size} request_slots")
-        return slots[ids]
-    live = slots >= 0
-    pairs = {(int(s), int(i)) for s, i in zip(slots[live], ids[live], strict=True)}
-    if len(pairs) != len({s for s, _ in pairs}) or len(pairs) != len({i for _, i in pairs}):
-        raise ValueError(f"request_ids and request_slots disagree: got the pairs (slot, id) {sorted(pairs)[:8]}")
-    return slots

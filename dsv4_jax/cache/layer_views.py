@@ -1,0 +1,20 @@
+"""Items per layer, made when asked for."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class LayerViews(Sequence):
+    """One item per layer, sliced from the stacked arrays when asked for."""
+
+    def __init__(self, length: int, view: Callable[[int], Any]):
+        self._length, self._view = length, view
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, layer_idx: int):
+        """The layer's view; negative indices count from the end."""
+        if not -self._length <= layer_idx < self._length:
+            raise IndexError(f"layer {layer_idx}: the model has layers 0 to {self._length - 1}")
+        return self._view(layer_idx % self._length)

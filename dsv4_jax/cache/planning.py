@@ -1,0 +1,98 @@
+"""Turning slots and positions into a step plan, with every check that can be made before the step."""
+
+from typing import Any
+
+import numpy as np
+
+from .ledger import rows_array
+from .plan import StepPlan, group_tokens
+from .requests import RequestTable
+
+
+def plan_step(
+    requests: RequestTable,
+    request_slots: Any,
+    positions: Any,
+    *,
+    lookahead: int = 0,
+    num_segments: int | None = None,
+    width: int | None = None,
+    max_blocks: int | None = None,
+) -> StepPlan:
+    """See `KVCacheManager.plan_step`."""
+    slots, positions = check_tokens(requests, request_slots, positions)
+    grouped = group_tokens(slots, positions, num_segments, width)
+    ends = ends_by_slot(slots, positions)
+    for slot, end in ends.items() if max_blocks is not None else ():
+        needed = max(requests.blocks_for(end + lookahead).values(), default=0)
+        if needed > max_blocks:
+            raise ValueError(f"max_blocks is {max_blocks}: slot {slot} needs {needed} blocks that readers look at")
+    ledger = requests.ledger
+    new = ledger.extend(
+        {
+            kind: {slot: requests.missing(kind, slot, end + lookahead) for slot, end in ends.items()}
+            for kind in ledger.kinds
+        }
+    )
+    # A fixed number of rows for a step's shape, so that steps of one shape compile once.
+    segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
+    size = segments * (-(-(lookahead + most) // requests.block_size) + 1)
+    rows = {kind: rows_array(new[kind], size, 3) for kind in new}
+    requests.lengths.update(ends)
+    return StepPlan(slots, positions, grouped, rows, max_blocks)
+
+
+def ends_by_slot(slots: np.ndarray, positions: np.ndarray) -> dict[int, int]:
+    """For each slot of a step the length its request has after it."""
+    return {int(slot): int(positions[slots == slot].max()) + 1 for slot in np.unique(slots[slots >= 0])}
+
+
+def check_tokens(requests: RequestTable, request_slots: Any, positions: Any) -> tuple[np.ndarray, np.ndarray]:
+    """request_slots and positions as (T,) int32; ValueError for what no step can take."""
+    slots, positions = np.asarray(request_slots), np.asarray(positions)
+    if slots.ndim != 1 or slots.shape != positions.shape:
+        raise ValueError(f"request_slots has shape {slots.shape} and positions {positions.shape}: expected both (T,)")
+    if slots.size and not (np.issubdtype(slots.dtype, np.integer) and np.issubdtype(positions.dtype, np.integer)):
+        raise ValueError(f"request_slots is {slots.dtype} and positions {positions.dtype}: expected integers")
+    slots = slots.astype(np.int32)
+    for slot in np.unique(slots[slots != -1]):
+        requests.require(int(slot))
+    live = positions[slots >= 0]
+    if live.size and (live.min() < 0 or live.max() >= requests.max_context_len):
+        raise ValueError(
+            f"positions reach from {live.min()} to {live.max()}: expected 0 to {requests.max_context_len - 1} "
+            "(max_context_len - 1)"
+        )
+    return slots, positions.astype(np.int32)
+
+
+def why_unallocated(
+    requests: RequestTable, layer_idx: int, kind: str, slots: np.ndarray, positions: np.ndarray
+) -> str | None:
+    """Why the entries of these tokens cannot be written in this layer; None when every block is there."""
+    for slot, end in ends_by_slot(slots, positions).items() if kind in requests.ledger.kinds else ():
+        owned, needed = len(requests.ledger.blocks(slot)[kind]), requests.schema_of[kind].blocks_for(end)
+        if needed > owned:
+            return (
+                f"layer {layer_idx}: slot {slot} has {owned} blocks and these positions need {needed}: call "
+                f"allocate_block({layer_idx}, {slot}) first"
+            )
+    return None
+
+
+def slots_of_tokens(slots: np.ndarray, positions: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The slot (T,) of each token, whose request is ids (T,); ValueError when they contradict each other."""
+    if ids.shape != positions.shape or slots.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"request_ids has shape {ids.shape} and dtype {ids.dtype}: expected integers, one for each of the "
+            f"{positions.size} positions"
+        )
+    if slots.shape != positions.shape:
+        if ids.size and not (ids.min() >= 0 and ids.max() < slots.size):
+            raise ValueError(f"request_ids reach from {ids.min()} to {ids.max()}: there are {slots.size} request_slots")
+        return slots[ids]
+    live = slots >= 0
+    pairs = {(int(s), int(i)) for s, i in zip(slots[live], ids[live], strict=True)}
+    if len(pairs) != len({s for s, _ in pairs}) or len(pairs) != len({i for _, i in pairs}):
+        raise ValueError(f"request_ids and request_slots disagree: got the pairs (slot, id) {sorted(pairs)[:8]}")
+    return slots
