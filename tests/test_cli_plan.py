@@ -125,6 +125,20 @@ def test_lines_of_the_picture_are_the_sizes_of_the_plan(small):
     assert lines["fp8 + nvfp4"][-1][0] == config.max_position_embeddings
 
 
+def test_formats_that_cannot_store_a_model_are_left_out(run, tmp_path):
+    config = DSV4Config.flash().replace(num_hidden_layers=3, compress_ratios=(0, 4, 6), hca_ratio=6, head_dim=112)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({name: getattr(config, name) for name in config.__dataclass_fields__}))
+    status, out, _ = run("--config", path, "--memory", "1GiB", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["block_tokens"] == 12
+    assert {f["records"] for f in report["formats"]} == {"fp8", "bf16", "fp32"}
+    status, _, err = run("--config", path, "--memory", "1GiB", "--cache", "fp8_ue8m0")
+    assert status == 2
+    assert "64" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,5 +1,6 @@
 """`dsv4-jax plan`: what the cache of a model costs, and what fits."""
 
+import contextlib
 import json
 import pathlib
 from typing import Annotated, Any
@@ -87,44 +88,48 @@ def make_report(
     """All that the command says, as the object of --json; `memory`: bytes for the cache."""
     from ..cache.records import key_bytes, record_format
 
-    def compare(records: str, keys: str) -> dict[str, Any]:
-        cost = _cost(config, records, keys, max_rollback)
-        total = cost.size(requests, context).total_bytes
-        return {
+    limit = config.max_position_embeddings
+    costs = _costs(config, cache_dtype, indexer_dtype, max_rollback)
+    cost = costs[cache_dtype, indexer_dtype]
+    size = cost.size(requests, context)
+    formats = []
+    for (records, keys), other in costs.items():
+        total = other.size(requests, context).total_bytes
+        entry = {
             "records": records,
             "indexer": keys,
             "record_bytes": record_format(records).record_bytes(config.nope_dim, config.rope_dim),
             "key_bytes": key_bytes(keys, config.index_head_dim),
-            "bytes_per_request": cost.per_request,
-            "bytes_per_token": cost.per_token,
+            "bytes_per_request": other.per_request,
+            "bytes_per_token": other.per_token,
             "total_bytes": total,
             "fits": total <= memory,
-            "largest_context": cost.largest_context(memory, requests, config.max_position_embeddings),
-            "largest_concurrency": cost.largest_concurrency(memory, context),
+            "largest_context": other.largest_context(memory, requests, limit),
+            "largest_concurrency": other.largest_concurrency(memory, context),
         }
-
-    cost = _cost(config, cache_dtype, indexer_dtype, max_rollback)
-    size = cost.size(requests, context)
+        formats.append(entry)
+    kinds = [
+        {
+            "kind": kind.kind,
+            "layers": kind.layers,
+            "ring_bytes_per_request": kind.ring,
+            "tail_bytes_per_request": kind.tails,
+            "bytes_per_token": kind.per_token,
+            "bytes_per_block": kind.block,
+            "blocks": size.num_blocks.get(kind.kind, 0),
+            "pool_bytes": size.num_blocks.get(kind.kind, 0) * kind.block,
+        }
+        for kind in cost.kinds
+    ]
     return {
         "records": cache_dtype,
         "indexer": indexer_dtype,
         "max_rollback": max_rollback,
         "context": context,
         "concurrency": requests,
-        "context_limit": config.max_position_embeddings,
-        "kinds": [
-            {
-                "kind": kind.kind,
-                "layers": kind.layers,
-                "ring_bytes_per_request": kind.ring,
-                "tail_bytes_per_request": kind.tails,
-                "bytes_per_token": kind.per_token,
-                "bytes_per_block": kind.block,
-                "blocks": size.num_blocks.get(kind.kind, 0),
-                "pool_bytes": size.num_blocks.get(kind.kind, 0) * kind.block,
-            }
-            for kind in cost.kinds
-        ],
+        "context_limit": limit,
+        "block_tokens": config.block_size,
+        "kinds": kinds,
         "bytes_per_request": cost.per_request,
         "bytes_per_token": cost.per_token,
         "state_bytes": requests * cost.per_request,
@@ -133,10 +138,10 @@ def make_report(
         "memory_bytes": memory,
         "fits": size.total_bytes <= memory,
         "missing_bytes": max(size.total_bytes - memory, 0),
-        "largest_context": cost.largest_context(memory, requests, config.max_position_embeddings),
+        "largest_context": cost.largest_context(memory, requests, limit),
         "largest_concurrency": cost.largest_concurrency(memory, context),
-        "largest_context_alone": cost.largest_context(memory, 1, config.max_position_embeddings),
-        "formats": [compare(*pair) for pair in _formats(cache_dtype, indexer_dtype)],
+        "largest_context_alone": cost.largest_context(memory, 1, limit),
+        "formats": formats,
     }
 
 
@@ -144,31 +149,32 @@ def make_lines(config: Any, report: dict[str, Any]) -> dict[str, list[tuple[int,
     """For every record format (context, bytes) of the planned concurrency, up to the model's longest context."""
     limit = report["context_limit"]
     contexts = sorted({min(round(2 ** (step / 4)), limit) for step in range(40, 4 * limit.bit_length() + 1)} | {limit})
-    lines = {}
-    for records, keys in _formats(report["records"], report["indexer"]):
-        if (records, keys) == (report["records"], report["indexer"]) or keys == default_indexer(records):
-            cost = _cost(config, records, keys, report["max_rollback"])
-            sizes = [(tokens, cost.size(report["concurrency"], tokens).total_bytes) for tokens in contexts]
-            lines[f"{records} + {keys}"] = sizes
-    return lines
+    chosen = report["records"], report["indexer"]
+    return {
+        f"{records} + {keys}": [(n, cost.size(report["concurrency"], n).total_bytes) for n in contexts]
+        for (records, keys), cost in _costs(config, *chosen, report["max_rollback"]).items()
+        if (records, keys) == chosen or keys == default_indexer(records)
+    }
 
 
-def _cost(config: Any, records: str, keys: str, max_rollback: int) -> Any:
+def _costs(config: Any, cache_dtype: str, indexer_dtype: str, max_rollback: int) -> dict[tuple[str, str], Any]:
+    """The pairs of formats worth comparing: every record format with keys of its own kind, and what was asked for."""
     from ..cache.memory_plan import cache_cost
-
-    return cache_cost(config, config.schedule, cache_dtype=records, indexer_dtype=keys, max_rollback=max_rollback)
-
-
-def _formats(cache_dtype: str, indexer_dtype: str) -> list[tuple[str, str]]:
-    """The pairs worth comparing: each record format with keys of its own kind, and what was asked for."""
     from ..cache.records import RECORD_FORMATS
     from ..ops.fp4 import GROUP_SIZE
 
-    pairs = []
+    def cost(records: str, keys: str) -> Any:
+        options = {"cache_dtype": records, "indexer_dtype": keys, "max_rollback": max_rollback}
+        return cache_cost(config, config.schedule, **options)
+
+    chosen = cost(cache_dtype, indexer_dtype)  # a ValueError is the user's to see
+    costs = {}
     for records in RECORD_FORMATS:
-        keys = default_indexer(records)
-        pairs += [(records, k) for k in (GROUP_SIZE if keys in GROUP_SIZE else [keys])]
-    return pairs if (cache_dtype, indexer_dtype) in pairs else [*pairs, (cache_dtype, indexer_dtype)]
+        default = default_indexer(records)
+        for keys in GROUP_SIZE if default in GROUP_SIZE else [default]:
+            with contextlib.suppress(ValueError):  # a format that cannot store these dimensions
+                costs[records, keys] = cost(records, keys)
+    return {**costs, (cache_dtype, indexer_dtype): chosen}
 
 
 def _read_config(name: str) -> Any:

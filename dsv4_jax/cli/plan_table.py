@@ -34,7 +34,7 @@ def _table(*columns: str) -> Table:
 
 
 def _kinds(report: dict[str, Any]) -> Table:
-    table = _table("layers", "ring", "tails", "bytes per token", "block of 128 tokens")
+    table = _table("layers", "ring", "tails", "bytes per token", f"block of {report['block_tokens']} tokens")
     for kind in report["kinds"]:
         table.add_row(
             f"{kind['layers']} {kind['kind'].upper()}",

@@ -16,15 +16,18 @@ from dsv4_jax.cache.schema import compute_block_budget
 FLASH = DSV4Config.flash()
 
 configs = st.builds(
-    lambda ratios, head_dim, window: FLASH.replace(
-        num_hidden_layers=len(ratios),
-        compress_ratios=tuple(ratios),
+    lambda kinds, ratios, head_dim, window: FLASH.replace(
+        num_hidden_layers=len(kinds),
+        compress_ratios=tuple((0, *ratios)[kind] for kind in kinds),
+        csa_ratio=ratios[0],
+        hca_ratio=ratios[1],
         head_dim=head_dim,
         sliding_window=window,
         num_hash_layers=0,
         max_position_embeddings=4096,
     ),
-    st.lists(st.sampled_from([0, 4, 128]), min_size=1, max_size=6),
+    st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=6),
+    st.sampled_from([(4, 128), (4, 6)]),
     st.sampled_from([128, 512]),
     st.sampled_from([16, 128]),
 )
