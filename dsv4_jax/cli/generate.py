@@ -15,7 +15,7 @@ from .errors import InputError
 from .options import CacheDtype, Dtype, IndexerDtype, default_indexer, packaged_checkpoint
 from .outcome import CompileClock, Outcome, summary
 from .prompts import ByteCodec, make_codec, parse_tokens, read_prompt_file
-from .terminal import TextOutput, in_background, make_console, make_progress, status
+from .terminal import TextOutput, in_background, make_bytes_progress, make_console, make_progress
 
 
 def generate(
@@ -57,10 +57,13 @@ def generate(
     progress = make_progress(console, "tokens")
     start = time.perf_counter()
     folder = pathlib.Path(checkpoint) if checkpoint is not None else packaged_checkpoint()
-    with status(console, f"loading {folder}"):
+    with make_bytes_progress(console) as bar:
+        task = bar.add_task("loading", total=None)
         import dsv4_jax
 
-        model = dsv4_jax.from_pretrained(folder, dtype=dtype.value)
+        model = dsv4_jax.from_pretrained(
+            folder, dtype=dtype.value, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
     vocab_size = model.config.vocab_size
     codec = make_codec(folder, vocab_size)
     ids = [*(codec.encode(text) for text in texts), *ids]

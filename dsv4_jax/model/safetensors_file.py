@@ -127,6 +127,18 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         count = info.nbytes // dtype.itemsize
         return np.frombuffer(self._map, dtype, count, info.begin).reshape(shape)
 
+    def forget(self, name: str) -> None:
+        """Lets go of the memory that reading the tensor has filled; arrays over it stay right, reading again is slow.
+
+        Without it the mapped pages of a whole checkpoint would count as the process's own, until memory runs short.
+        """
+        info = self._tensors[name]
+        # Whole pages only, so that a neighbour's bytes stay.
+        begin = -(-info.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (info.begin + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+
     __getitem__ = read
 
     def __iter__(self) -> Iterator[str]:
@@ -159,6 +171,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def read(self, name: str) -> np.ndarray:
         """Like `SafetensorsFile.read`."""
         return self.files[self._file_of[name]].read(name)
+
+    def forget(self, name: str) -> None:
+        """Like `SafetensorsFile.forget`."""
+        self.files[self._file_of[name]].forget(name)
 
     __getitem__ = read
 

@@ -21,6 +21,7 @@ TAGS = {
     np.dtype(np.int64): "I64",
     np.dtype(np.int32): "I32",
     np.dtype(np.int8): "I8",
+    np.dtype(np.uint8): "U8",
 }
 
 
@@ -45,13 +46,13 @@ def file_bytes(header, body):
     return len(text).to_bytes(8, "little") + text + body
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data():
     """The folder of the tests' data."""
     return DATA
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """The folder of the packaged checkpoint."""
     return TINY

@@ -8,15 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv4_jax.model.checkpoint import (
-    canonical_name,
-    expected_tensors,
-    keeps_float32,
-    load_tensors,
-    match_tensors,
-)
+from dsv4_jax.model.checkpoint import load_tensors, match_tensors
 from dsv4_jax.model.config import DSV4Config
 from dsv4_jax.model.safetensors_file import open_checkpoint
+from dsv4_jax.model.tensor_names import canonical_name, expected_tensors, keeps_float32
 
 FLOAT32_NAMES = {
     "norm.weight",
@@ -81,6 +76,10 @@ def rewrite(sharp, tmp_path, to_bytes):
         ("hc_head_fn", "hc_head.hc_fn"),
         ("hc_head_base", "hc_head.hc_base"),
         ("hc_head_scale", "hc_head.hc_scale"),
+        ("layers.0.attn.kv_norm.weight", "layers.0.attn.norm.weight"),
+        ("layers.0.attn.q_norm.weight", "layers.0.attn.q_norm.weight"),
+        ("layers.0.attn.wq_a.scale", "layers.0.attn.wq_a.scale"),
+        ("model.layers.0.attn.wq_a.weight_scale_inv", "layers.0.attn.wq_a.scale"),
     ],
 )
 def test_canonical_names(name, canonical):
@@ -192,7 +191,7 @@ def refused(folder, message):
 
 def test_missing_tensors(stored, rewrite):
     del stored["model.norm.weight"]
-    refused(rewrite(stored), "1 tensors are missing: norm.weight; expected")
+    refused(rewrite(stored), "1 tensor is missing: norm.weight; expected")
     for name in [name for name in stored if ".attn.wq" in name]:
         del stored[name]
     refused(
@@ -205,7 +204,7 @@ def test_missing_tensors(stored, rewrite):
 
 def test_surplus_tensors(stored, rewrite):
     stored["model.layers.0.attn.compressor.ape"] = stored["model.norm.weight"]
-    refused(rewrite(stored), "1 tensors are surplus: .*model.layers.0.attn.compressor.ape")
+    refused(rewrite(stored), "1 tensor is surplus: .*model.layers.0.attn.compressor.ape")
 
 
 def test_one_tensor_under_two_names(stored, rewrite):
@@ -219,11 +218,17 @@ def test_misshapen_tensors(stored, rewrite):
     refused(rewrite(stored), rf"misshapen: {name} is \(64, 512\) instead of \(512, 64\)")
 
 
-def test_unsupported_types_are_named(stored, rewrite):
-    name = "model.layers.3.attn.wkv.weight"
-    stored[name] = stored[name].astype(ml_dtypes.float8_e4m3fn)
-    stored[name.replace(".weight", ".scale")] = np.ones((4, 1), ml_dtypes.float8_e8m0fnu)
-    refused(rewrite(stored), rf"a type that is not supported: '{name}' \(F8_E4M3\); expected F32")
+@pytest.mark.parametrize(
+    ("name", "dtype", "tag"),
+    [
+        ("model.layers.3.attn.wkv.weight", np.int32, "I32"),
+        ("model.layers.3.attn.q_norm.weight", ml_dtypes.float8_e4m3fn, "F8_E4M3"),
+        ("model.layers.0.ffn.gate.tid2eid", np.float32, "F32"),
+    ],
+)
+def test_unsupported_types_are_named(stored, rewrite, name, dtype, tag):
+    stored[name] = stored[name].astype(dtype)
+    refused(rewrite(stored), rf"1 tensor is stored in a type that is not supported: '{name}' \({tag}\); expected F32")
 
 
 @pytest.mark.parametrize("bad", [-1, 6, 1 << 40])

@@ -1,0 +1,135 @@
+"""The tensors of a model: their names in files, and their shapes.
+
+Files name tensors in two ways, Hugging Face's (`model.layers.0…`, `model.embed_tokens.weight`) and the release's
+(`layers.0…`, `embed.weight`). Inside this library there is one, the canonical name: the release's, with the head of the
+residual streams as `hc_head.hc_fn`, `hc_head.hc_base` and `hc_head.hc_scale` and the norm of key-value records as
+`attn.norm.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from dsv4_jax.model.config import DSV4Config
+from dsv4_jax.model.layer_schedule import AttentionType, LayerSpec, RouterMode, build_schedule
+
+_RENAMED = {
+    "embed_tokens.weight": "embed.weight",
+    "lm_head.weight": "head.weight",
+    "hc_head_fn": "hc_head.hc_fn",
+    "hc_head_base": "hc_head.hc_base",
+    "hc_head_scale": "hc_head.hc_scale",
+}
+_ENDINGS = {".attn.kv_norm.weight": ".attn.norm.weight", ".weight_scale_inv": ".scale"}
+_LAYER = re.compile(r"layers\.(\d{1,9})\.")
+_FLOAT32 = re.compile(r"(^|.*[._])norm\.weight|.*\.?hc_[a-z_]+|.*\.(attn_sink|ape)|.*\.gate\.bias")
+
+
+def canonical_name(name: str) -> str:
+    """The canonical name of a tensor, from either form.
+
+    `model.layers.0.attn.wq_a.weight` -> `layers.0.attn.wq_a.weight`,
+    `model.embed_tokens.weight` -> `embed.weight`,
+    `layers.0.attn.kv_norm.weight` -> `layers.0.attn.norm.weight`.
+    The scales of a weight are its name with `.scale`, in files also `.weight_scale_inv`.
+    """
+    name = name.removeprefix("model.")
+    for ending, canonical in _ENDINGS.items():
+        if name.endswith(ending):
+            return name.removesuffix(ending) + canonical
+    return _RENAMED.get(name, name)
+
+
+def released_name(canonical: str) -> str:
+    """The name a release gives the tensor with this canonical name."""
+    return canonical.replace("hc_head.hc_", "hc_head_").replace(".attn.norm.weight", ".attn.kv_norm.weight")
+
+
+def scale_name(weight: str) -> str:
+    """Canonical name of the scales of the weight with this canonical name."""
+    return weight.removesuffix(".weight") + ".scale"
+
+
+def is_draft(name: str, config: DSV4Config) -> bool:
+    """Whether the tensor with this canonical name belongs to a draft (multi-token prediction) layer."""
+    layer = _LAYER.match(name)
+    beyond = layer is not None and int(layer[1]) >= config.num_hidden_layers
+    return beyond or name.startswith("mtp.")
+
+
+def keeps_float32(name: str) -> bool:
+    """Whether the tensor with this canonical name stays float32 whatever type the model computes
+    in: norms, the residual streams' weights (hc_*), sinks, ape, the router's bias."""
+    return _FLOAT32.fullmatch(name) is not None
+
+
+def expected_tensors(config: DSV4Config) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor a checkpoint of this model holds.
+
+    Linear weights are (out, in). Experts are separate, as files have them. `head.weight` is
+    absent where the embedding is the head.
+    """
+    streams, hidden = config.hc_mult, config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed.weight": (config.vocab_size, hidden),
+        "norm.weight": (hidden,),
+        "hc_head.hc_fn": (streams, streams * hidden),
+        "hc_head.hc_base": (streams,),
+        "hc_head.hc_scale": (1,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["head.weight"] = (config.vocab_size, hidden)
+    for spec in build_schedule(config):
+        layer = _layer_shapes(config, spec)
+        shapes |= {f"layers.{spec.layer_idx}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _layer_shapes(config: DSV4Config, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+    hidden, head_dim = config.hidden_size, config.head_dim
+    heads, streams = config.num_attention_heads, config.hc_mult
+    outputs = config.o_groups * config.o_lora_rank
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (hidden,),
+        "ffn_norm.weight": (hidden,),
+        "attn.wq_a.weight": (config.q_lora_rank, hidden),
+        "attn.q_norm.weight": (config.q_lora_rank,),
+        "attn.wq_b.weight": (heads * head_dim, config.q_lora_rank),
+        "attn.wkv.weight": (head_dim, hidden),
+        "attn.norm.weight": (head_dim,),
+        "attn.attn_sink": (heads,),
+        "attn.wo_a.weight": (outputs, heads // config.o_groups * head_dim),
+        "attn.wo_b.weight": (hidden, outputs),
+    }
+    for part in ("attn", "ffn"):
+        mixes = streams * (2 + streams)  # pre, post and comb
+        shapes[f"hc_{part}_fn"] = (mixes, streams * hidden)
+        shapes[f"hc_{part}_base"] = (mixes,)
+        shapes[f"hc_{part}_scale"] = (3,)
+
+    def compressor(name: str, width: int) -> None:
+        lanes = 2 if spec.attn is AttentionType.CSA else 1  # CSA's windows overlap
+        shapes[f"{name}.wkv.weight"] = (lanes * width, hidden)
+        shapes[f"{name}.wgate.weight"] = (lanes * width, hidden)
+        shapes[f"{name}.norm.weight"] = (width,)
+        shapes[f"{name}.ape"] = (spec.compress_ratio, lanes * width)
+
+    if spec.attn is not AttentionType.SWA:
+        compressor("attn.compressor", head_dim)
+    if spec.attn is AttentionType.CSA:
+        index_heads, index_dim = config.index_n_heads, config.index_head_dim
+        shapes["attn.indexer.wq_b.weight"] = (index_heads * index_dim, config.q_lora_rank)
+        shapes["attn.indexer.weights_proj.weight"] = (index_heads, hidden)
+        compressor("attn.indexer.compressor", index_dim)
+
+    experts, width = config.n_routed_experts, config.moe_intermediate_size
+    shapes["ffn.gate.weight"] = (experts, hidden)
+    if spec.router_mode is RouterMode.HASH:
+        shapes["ffn.gate.tid2eid"] = (config.vocab_size, config.num_experts_per_tok)
+    else:
+        shapes["ffn.gate.bias"] = (experts,)
+    for expert in (*(f"experts.{e}" for e in range(experts)), "shared_experts"):
+        shapes[f"ffn.{expert}.w1.weight"] = (width, hidden)
+        shapes[f"ffn.{expert}.w2.weight"] = (hidden, width)
+        shapes[f"ffn.{expert}.w3.weight"] = (width, hidden)
+    return shapes
