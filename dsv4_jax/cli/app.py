@@ -9,6 +9,7 @@ import typer
 from .errors import InputError, run_and_exit
 from .generate import generate
 from .plan import plan
+from .quantize import quantize
 
 app = typer.Typer(
     help="DeepSeek-V4's KV cache for JAX, and a decode loop over it.",
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(plan)
+app.command()(quantize)
 
 
 def _version(wanted: bool) -> None:

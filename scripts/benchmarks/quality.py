@@ -1,7 +1,8 @@
 """Bits per byte of Python source, read through the cache in each storage format, beside the exact (fp32) cache.
 
 Every text is fed through the cache in steps, as a prompt would be; each next byte is scored by what the model says
-after reading its past out of the cache.
+after reading its past out of the cache. "released" rows: the same with the weights as a release stores them, FP8 with
+FP4 experts (see dsv4-jax quantize).
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import math
 import pathlib
 import platform
+import tempfile
 import time
 from functools import partial
 
@@ -21,6 +23,8 @@ FORMATS = {
     "fp8+mxfp4": ("fp8", "mxfp4"),
     "fp8_ue8m0+mxfp4": ("fp8_ue8m0", "mxfp4"),
 }
+RELEASED = "released "
+NAMES = [*FORMATS, *(f"{RELEASED}{name}" for name in ("fp32", "fp8_ue8m0+mxfp4"))]
 
 
 def make_step(graphdef):
@@ -69,6 +73,16 @@ def score(model, sources: list[bytes], width: int, cache_dtype: str, indexer_dty
     return nats / math.log(2) / sum(len(text) - 1 for text in sources), time.perf_counter() - start
 
 
+def load_released(checkpoint):
+    """The model of the checkpoint after its weights went through the released form."""
+    import dsv4_jax
+    from dsv4_jax.model.released_form import quantise_checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        quantise_checkpoint(checkpoint, folder)
+        return dsv4_jax.from_pretrained(folder)
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(prog="scripts/bench quality", description=__doc__)
@@ -77,7 +91,7 @@ def main() -> None:
     parser.add_argument("--shortest", type=int, default=512, help="bytes of the shortest (default 512)")
     parser.add_argument("--longest", type=int, default=1024, help="bytes of the longest (default 1024)")
     parser.add_argument("--width", type=int, default=128, help="tokens of each text in one step (default 128)")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS), help="default: all")
+    parser.add_argument("--formats", nargs="+", default=NAMES, choices=NAMES, help="default: all")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     options = parser.parse_args()
 
@@ -86,7 +100,8 @@ def main() -> None:
     import dsv4_jax
     from dsv4_jax.cli import packaged_checkpoint
 
-    model = dsv4_jax.from_pretrained(options.checkpoint or packaged_checkpoint())
+    checkpoint = options.checkpoint or packaged_checkpoint()
+    model = dsv4_jax.from_pretrained(checkpoint)
     if model.config.vocab_size != 256:
         raise SystemExit(f"bench: the vocabulary has {model.config.vocab_size} tokens: expected 256, one for each byte")
     sources = texts.python_source(options.texts, options.shortest, options.longest)
@@ -97,12 +112,16 @@ def main() -> None:
     )
     found = {}
     exact = None
+    released = None
     for name in options.formats:
-        bits, seconds = score(model, sources, options.width, *FORMATS[name])
+        if name.startswith(RELEASED) and released is None:
+            released = load_released(checkpoint)
+        weights = released if name.startswith(RELEASED) else model
+        bits, seconds = score(weights, sources, options.width, *FORMATS[name.removeprefix(RELEASED)])
         exact = bits if name == "fp32" else exact
         found[name] = {"bits_per_byte": bits, "percent": None if exact is None else 100 * (bits / exact - 1)}
         difference = "" if exact is None else f"  {found[name]['percent']:+.3f} %"
-        print(f"{name:16}  {bits:.5f} bits per byte{difference}   ({seconds:.0f} s)", flush=True)
+        print(f"{name:24}  {bits:.5f} bits per byte{difference}   ({seconds:.0f} s)", flush=True)
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps({"bytes": total, "formats": found}, indent=1) + "\n")
 
