@@ -79,6 +79,34 @@ def test_rollback_too_far(model, n):
     assert manager.length(0) == 5
 
 
+def test_rollbacks_add_up(model):
+    """What one rollback took counts for the next, until as many tokens came after it: their rows are overwritten."""
+    manager = fresh(model, 2).manager
+    manager.plan_step([0] * 30, np.arange(30))
+    manager.rollback(0, 5)
+    child = manager.fork(0)
+    for slot in (0, child):
+        for n in (5, 25):
+            with pytest.raises(ValueError, match=f"roll back {n} tokens: it has 25 .* expected 0 to 4"):
+                manager.rollback(slot, n)
+    manager.plan_step([0] * 3, np.arange(25, 28))
+    with pytest.raises(ValueError, match="expected 0 to 7"):
+        manager.rollback(0, 8)
+    manager.rollback(0, 7)
+    manager.rollback(child, 4)
+    assert (manager.length(0), manager.length(child)) == (21, 21)
+
+
+def test_writing_over_tokens_takes_a_rollback(model):
+    """Tokens before the end would cut the request short unseen, further back than ring and tails reach."""
+    manager = fresh(model).manager
+    manager.plan_step([0] * 5, np.arange(5))
+    for start in (0, 4):
+        with pytest.raises(ValueError, match=f"brings position {start} and has 5 tokens: expected .* from 5 on"):
+            manager.plan_step([0] * 3, start + np.arange(3))
+    assert manager.length(0) == 5
+
+
 @pytest.mark.parametrize("at", [2, 127, 128, 133, 140, 200])
 def test_fork(model, ids, whole, at):
     """Parent and child go on with different tokens across the next edges; each sees only its own."""

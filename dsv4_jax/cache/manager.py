@@ -73,6 +73,7 @@ class KVCacheManager:
             kinds,
             max_context_len=max_context_len,
             block_size=config.block_size,
+            max_rollback=max_rollback,
         )
         self._ledger = self._requests.ledger
 
@@ -183,18 +184,19 @@ class KVCacheManager:
         """Forgets the last n tokens of a request; blocks no longer needed are free again. O(blocks), nothing is copied.
 
         What is written next is as if they had never been there: their rows lie in the slack of ring and tails, and
-        readers go by position. Raises ValueError for n beyond max_rollback or the request's length.
+        readers go by position. Raises ValueError for n beyond the request's length, or for going back further than
+        max_rollback tokens from the newest that it ever had.
         """
         self._requests.require(slot)
-        most = min(self.max_rollback, self._requests.lengths[slot])
+        most = self._requests.lengths[slot] - self._requests.settled(slot)
         if not 0 <= n <= most:
             raise ValueError(
                 f"slot {slot}: cannot roll back {n} tokens: it has {self._requests.lengths[slot]} and max_rollback is "
-                f"{self.max_rollback}"
+                f"{self.max_rollback}, counted from the newest token it ever had: expected 0 to {most}"
             )
         length = self._requests.lengths[slot] - n
         gone = self._ledger.truncate(slot, self._requests.blocks_for(length))
-        self._requests.lengths[slot] = length
+        self._requests.resize({slot: length})
         self._enter({kind: rows for kind, rows in gone.items() if rows})
 
     def fork(self, slot: int) -> int:
@@ -205,7 +207,7 @@ class KVCacheManager:
         nothing changed.
         """
         self._requests.require(slot)
-        settled = max(self._requests.lengths[slot] - self.max_rollback, 0)
+        settled = self._requests.settled(slot)
         shared = {
             kind: min(settled // self.block_size, len(self._ledger.blocks(slot)[kind])) for kind in self._ledger.kinds
         }
@@ -227,7 +229,7 @@ class KVCacheManager:
         for kind in self._ledger.kinds:
             if self._requests.missing(kind, slot, end):
                 raise ValueError(f"slot {slot}: {end} tokens need {kind.upper()} blocks that no plan gave out")
-        self._requests.lengths[slot] = end
+        self._requests.resize({slot: end})
 
     def check(self) -> None:
         """AssertionError unless blocks, tables, lengths and ring rows fit together. Reads the device: for tests."""

@@ -23,6 +23,7 @@ def plan_step(
     slots, positions = check_tokens(requests, request_slots, positions)
     grouped = group_tokens(slots, positions, num_segments, width)
     ends = ends_by_slot(slots, positions)
+    _check_starts(requests, slots, positions)
     for slot, end in ends.items() if max_blocks is not None else ():
         needed = max(requests.blocks_for(end + lookahead).values(), default=0)
         if needed > max_blocks:
@@ -38,8 +39,19 @@ def plan_step(
     segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
     size = segments * (-(-(lookahead + most) // requests.block_size) + 1)
     rows = {kind: rows_array(new[kind], size, 3) for kind in new}
-    requests.lengths.update(ends)
+    requests.resize(ends)
     return StepPlan(slots, positions, grouped, rows, max_blocks)
+
+
+def _check_starts(requests: RequestTable, slots: np.ndarray, positions: np.ndarray) -> None:
+    """ValueError for tokens before the end of their request: what follows them would be forgotten unseen."""
+    for slot in np.unique(slots[slots >= 0]).tolist():
+        start, length = int(positions[slots == slot].min()), requests.lengths[slot]
+        if start < length:
+            raise ValueError(
+                f"slot {slot} brings position {start} and has {length} tokens: expected positions from {length} on; "
+                "roll back first"
+            )
 
 
 def ends_by_slot(slots: np.ndarray, positions: np.ndarray) -> dict[int, int]:

@@ -20,15 +20,18 @@ class RequestTable:
         *,
         max_context_len: int,
         block_size: int,
+        max_rollback: int,
     ):
         """num_blocks, schema_of: physical blocks and geometry of the kinds of layers that have blocks.
 
-        max_context_len: tokens of one request at most. block_size: tokens that a block covers.
+        max_context_len: tokens of one request at most. block_size: tokens that a block covers. max_rollback: tokens
+        that can be forgotten.
         """
         self.num_slots, self.schema_of = num_slots, schema_of
-        self.max_context_len, self.block_size = max_context_len, block_size
+        self.max_context_len, self.block_size, self.max_rollback = max_context_len, block_size, max_rollback
         self.ledger = BlockLedger(num_blocks)
         self.lengths: dict[int, int] = {}
+        self._longest: dict[int, int] = {}  # most tokens the request ever had
         self.free_slots = list(range(num_slots))
 
     @property
@@ -45,7 +48,7 @@ class RequestTable:
         """A request without tokens or blocks -> the lowest free slot. RuntimeError when all are taken."""
         slot = self.take_slot()
         self.ledger.open(slot)
-        self.lengths[slot] = 0
+        self.lengths[slot] = self._longest[slot] = 0
         return slot
 
     def take_slot(self) -> int:
@@ -60,7 +63,7 @@ class RequestTable:
     def close(self, slot: int) -> None:
         """Ends a request: its share of its blocks and the slot are free again."""
         self.ledger.close(slot)
-        del self.lengths[slot]
+        del self.lengths[slot], self._longest[slot]
         heapq.heappush(self.free_slots, slot)
 
     def fork(self, slot: int, shared: dict[str, int]) -> tuple[int, dict[str, list[tuple[int, int]]]]:
@@ -71,8 +74,22 @@ class RequestTable:
         except RuntimeError:
             heapq.heappush(self.free_slots, target)
             raise
-        self.lengths[target] = self.lengths[slot]
+        self.lengths[target], self._longest[target] = self.lengths[slot], self._longest[slot]
         return target, copies
+
+    def resize(self, lengths: dict[int, int]) -> None:
+        """Gives slots the lengths that their requests have now."""
+        self.lengths.update(lengths)
+        for slot, n in lengths.items():
+            self._longest[slot] = max(self._longest[slot], n)
+
+    def settled(self, slot: int) -> int:
+        """Tokens of `slot` that no rollback can take back, so that nothing writes there again.
+
+        Ring and tails have room for `max_rollback` tokens more than a step needs, counted from the newest token the
+        request ever had: an older row may be overwritten, and going back does not bring it back.
+        """
+        return max(self._longest[slot] - self.max_rollback, 0)
 
     def blocks_for(self, num_tokens: int) -> dict[str, int]:
         """Blocks that so many tokens of one request need, by kind."""
