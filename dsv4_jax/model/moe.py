@@ -63,7 +63,22 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Array, picks: Array, weights: Array) -> Array:
         """x (T, hidden), picks and weights (T, k) -> (T, hidden)."""
-        return self._dense(x, picks, weights) if self.dense else self._grouped(x, picks, weights)
+        if not self.dense:
+            return self._grouped(x, picks, weights)
+        return self._single(x, picks, weights) if x.shape[0] == 1 else self._dense(x, picks, weights)
+
+    def _single(self, x: Array, picks: Array, weights: Array) -> Array:
+        """One token: only the experts it picked are read."""
+        out = jnp.zeros((x.shape[1],), self.w2.dtype)
+        for expert, weight in zip(picks[0], weights[0], strict=True):
+            w1, w2, w3 = (
+                jax.lax.dynamic_index_in_dim(w[...], expert, keepdims=False) for w in (self.w1, self.w2, self.w3)
+            )
+            precision = matmul_precision(w1.dtype)
+            gate, up = (jnp.einsum("h,ih->i", x[0], w, precision=precision) for w in (w1, w3))
+            inner = _swiglu(gate, up, self.limit) * weight.astype(gate.dtype)
+            out = out + jnp.einsum("i,hi->h", inner, w2, precision=precision)
+        return out[None]
 
     def _dense(self, x: Array, picks: Array, weights: Array) -> Array:
         w1, w2, w3 = self.w1[...], self.w2[...], self.w3[...]
