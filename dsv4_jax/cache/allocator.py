@@ -15,6 +15,7 @@ def _count(name: str, n: int) -> int:
 class BlockAllocator:
     """Gives out block ids 0 … num_total_blocks - 1; a block is free when its last owner has released it.
 
+    A block that a step not yet dispatched may still read is held on release: nobody's, but not free before `unhold`.
     Every call succeeds as a whole or changes nothing.
     """
 
@@ -22,12 +23,23 @@ class BlockAllocator:
         """Raises ValueError for a negative number."""
         self.num_total_blocks = _count("num_total_blocks", num_total_blocks)
         self._free = deque(range(self.num_total_blocks))
+        self._held: set[int] = set()
         self._owners = np.zeros(self.num_total_blocks, np.int32)
 
     @property
     def num_free(self) -> int:
-        """Blocks nobody owns."""
+        """Blocks that `acquire` can give out: nobody owns them, and they are not held."""
         return len(self._free)
+
+    @property
+    def num_held(self) -> int:
+        """Blocks nobody owns that are not free yet."""
+        return len(self._held)
+
+    @property
+    def free_ids(self) -> list[int]:
+        """The free blocks, the next to be given out first."""
+        return list(self._free)
 
     def acquire(self, n: int) -> np.ndarray:
         """n distinct ids, int32 (n,). Raises RuntimeError (OOM) when fewer are free, ValueError when n is negative."""
@@ -46,11 +58,24 @@ class BlockAllocator:
         changed."""
         self._owners[self._owned(ids, "shared")] += 1
 
-    def release(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Takes ids (n,) back. ValueError for one that is unknown, not owned or named twice; then nothing changed."""
+    def release(self, ids: Sequence[int] | np.ndarray, *, hold: bool = False) -> list[int]:
+        """Takes ids (n,) back -> those that nobody owns any more; they are free, or held if `hold`.
+
+        ValueError for one that is unknown, not owned or named twice; then nothing changed.
+        """
         ids = self._owned(ids, "released")
         self._owners[ids] -= 1
-        self._free.extend(i for i in ids if not self._owners[i])
+        gone = [i for i in ids if not self._owners[i]]
+        if hold:
+            self._held.update(gone)
+        else:
+            self._free.extend(gone)
+        return gone
+
+    def unhold(self, ids: Sequence[int]) -> None:
+        """Held blocks are free now."""
+        self._held.difference_update(ids)
+        self._free.extend(ids)
 
     def owners(self, block: int) -> int:
         """How many owners a block has; 0 when it is free."""

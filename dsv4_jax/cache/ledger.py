@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from .allocator import BlockAllocator
+from .pending import Released
 
 
 class BlockLedger:
@@ -32,8 +33,16 @@ class BlockLedger:
         return slot in self._blocks
 
     def num_free(self, kind: str) -> int:
-        """Free blocks of a kind."""
+        """Blocks of a kind that can be given out."""
         return self._allocators[kind].num_free
+
+    def num_held(self, kind: str) -> int:
+        """Blocks of a kind that nobody owns and that cannot be given out yet."""
+        return self._allocators[kind].num_held
+
+    def free_blocks(self, kind: str) -> list[int]:
+        """The blocks of a kind that can be given out."""
+        return self._allocators[kind].free_ids
 
     def blocks(self, slot: int) -> dict[str, list[int]]:
         """Blocks of a slot by kind (a copy)."""
@@ -43,19 +52,27 @@ class BlockLedger:
         """A request without blocks."""
         self._blocks[slot] = {kind: [] for kind in self._allocators}
 
-    def close(self, slot: int) -> None:
-        """Gives up a request's share of all its blocks."""
-        for kind, ids in self._blocks.pop(slot).items():
-            self._allocators[kind].release(ids)
+    def close(self, slot: int) -> Released:
+        """Gives up a request's share of all its blocks; those nobody owns any more are held until `unhold`."""
+        released = self.truncate(slot, dict.fromkeys(self.kinds, 0))
+        del self._blocks[slot]
+        released.slots.append(slot)
+        return released
+
+    def unhold(self, blocks: dict[str, list[int]]) -> None:
+        """Held blocks, by kind, can be given out now."""
+        for kind, ids in blocks.items():
+            self._allocators[kind].unhold(ids)
 
     def extend(self, need: dict[str, dict[int, int]]) -> dict[str, list[tuple[int, int, int]]]:
         """New blocks, need[kind][slot] of them -> by kind rows (slot, column, block). RuntimeError (OOM) if too few."""
         for kind, by_slot in need.items():
-            asked, free = sum(by_slot.values()), self._allocators[kind].num_free
+            asked, free, held = sum(by_slot.values()), self.num_free(kind), self.num_held(kind)
             if asked > free:
+                wait = f" and {held} wait until planned steps are dispatched" if held else ""
                 raise RuntimeError(
-                    f"OOM: {asked} more {kind.upper()} blocks are needed, {free} are free: release requests or make "
-                    f"num_blocks_per_{kind}_layer larger"
+                    f"OOM: {asked} more {kind.upper()} blocks are needed, {free} are free{wait}: release requests or "
+                    f"make num_blocks_per_{kind}_layer larger"
                 )
         rows: dict[str, list[tuple[int, int, int]]] = {kind: [] for kind in need}
         for kind, by_slot in need.items():
@@ -66,14 +83,25 @@ class BlockLedger:
                     owned.append(block)
         return rows
 
-    def truncate(self, slot: int, keep: dict[str, int]) -> dict[str, list[tuple[int, int, int]]]:
-        """Gives up the blocks after the first keep[kind] -> by kind rows (slot, column, -1) of what is gone."""
-        rows: dict[str, list[tuple[int, int, int]]] = {}
+    def truncate(self, slot: int, keep: dict[str, int]) -> Released:
+        """Gives up the blocks after the first keep[kind]; those nobody owns any more are held until `unhold`."""
+        cells: dict[str, list[tuple[int, int]]] = {}
+        blocks: dict[str, list[int]] = {}
         for kind, n in keep.items():
             owned = self._blocks[slot][kind]
-            self._allocators[kind].release(owned[n:])
-            rows[kind] = [(slot, column, -1) for column in range(n, len(owned))]
+            cells[kind] = [(slot, column) for column in range(n, len(owned))]
+            blocks[kind] = self._allocators[kind].release(owned[n:], hold=True)
             del owned[n:]
+        return Released(cells, blocks)
+
+    def entered(self, cells: dict[str, list[tuple[int, int]]]) -> dict[str, list[tuple[int, int, int]]]:
+        """What the tables hold at (slot, column), by kind: rows (slot, column, block), block -1 where none is owned."""
+        rows: dict[str, list[tuple[int, int, int]]] = {}
+        for kind, places in cells.items():
+            rows[kind] = []
+            for slot, column in places:
+                owned = self._blocks[slot][kind] if slot in self._blocks else []
+                rows[kind].append((slot, column, owned[column] if column < len(owned) else -1))
         return rows
 
     def fork(self, source: int, target: int, shared: dict[str, int]) -> dict[str, list[tuple[int, int]]]:
@@ -111,7 +139,10 @@ class BlockLedger:
             assert counts.tolist() == owners, (
                 f"{kind.upper()} blocks have owners {owners}, listed are {counts.tolist()}"
             )
-            assert allocator.num_free == int((counts == 0).sum()), f"{kind.upper()}: the free list is not what is free"
+            free, held = allocator.free_ids, allocator.num_held
+            assert len(free) + held == int((counts == 0).sum()), f"{kind.upper()}: {len(free)} free and {held} held"
+            assert not counts[free].any(), f"{kind.upper()}: blocks are owned and free: {free}"
+            assert len(set(free)) == len(free), f"{kind.upper()}: a block is free twice: {free}"
 
 
 def rows_array(rows: Iterable[tuple[int, ...]], size: int, width: int) -> np.ndarray:

@@ -8,23 +8,26 @@ import numpy as np
 
 from . import planning
 from .handle import LayerCacheHandle
+from .holder import CacheHolder
 from .kv_cache import KVCache
-from .layer_views import LayerViews
 from .ledger import rows_array
 from .memory_plan import cache_cost
-from .paged_cache import PagedKVPool
 from .plan import StepPlan, group_tokens
 from .requests import RequestTable
 from .schema import build_schema
+from .slot import Slot
 from .slot_copy import copy_slot
-from .state_cache import StateCachePool
+from .slot_io import enter_cells
 
 
-class KVCacheManager:
+class KVCacheManager(CacheHolder):
     """Builds the cache of a model, hands out its slots and blocks, and plans its steps.
 
     `cache` is the pytree: a loop takes it, donates it to its jitted step and puts the result back. Everything else here
-    is bookkeeping on the host, and every call that fails leaves it as it was.
+    is bookkeeping on the host, and every call that fails leaves it as it was. Steps are dispatched in the order in
+    which they were planned; they may still run when the host goes on (`pending.py` says why that is safe).
+
+    A request is named by the Slot that admission returns: after its end that handle is an error, never another request.
     """
 
     def __init__(
@@ -39,12 +42,15 @@ class KVCacheManager:
         cache_dtype: str = "fp8",
         indexer_dtype: str | None = None,
         max_rollback: int = 0,
+        debug_nan: bool = False,
     ):
         """Allocates the cache of all layers of `schedule` (build_schedule(config)).
 
         num_blocks_per_*_layer: physical blocks (`compute_block_budget` says how many a load needs). max_context_len:
         tokens of one request at most, by default as many as the pools hold blocks for; a step's readers look at that
-        many. cache_dtype, indexer_dtype, max_rollback: see `build_schema`. Raises ValueError for what does not fit.
+        many. cache_dtype, indexer_dtype, max_rollback: see `build_schema`. debug_nan: free blocks and slots are filled
+        with NaN, so that reading one shows, and `check` finds who wrote to one; slow. Raises ValueError for what does
+        not fit.
         """
         if max_concurrent_requests < 1:
             raise ValueError(f"max_concurrent_requests is {max_concurrent_requests}: expected at least 1")
@@ -61,21 +67,21 @@ class KVCacheManager:
         self.config = config
         self.max_context_len = max_context_len
         self.max_rollback = max_rollback
-        self.cache = KVCache.allocate(
+        cache = KVCache.allocate(
             schemas,
             max_concurrent_requests,
             num_blocks,
             {k: max(s.blocks_for(max_context_len), 1) for k, s in kinds.items()},
         )
-        self._requests = RequestTable(
+        requests = RequestTable(
             max_concurrent_requests,
             {k: num_blocks[k] for k in kinds},
             kinds,
             max_context_len=max_context_len,
-            block_size=config.block_size,
             max_rollback=max_rollback,
+            block_size=config.block_size,
         )
-        self._ledger = self._requests.ledger
+        super().__init__(cache, requests, debug_nan=debug_nan)
 
     @classmethod
     def from_memory(
@@ -109,76 +115,21 @@ class KVCacheManager:
             **options,
         )
 
-    # What is there.
-
-    @property
-    def paged_pools(self) -> LayerViews:
-        """Per layer its PagedKVPool, None for SWA."""
-
-        def view(layer_idx: int) -> PagedKVPool | None:
-            kind = self.cache.schemas[layer_idx].kind
-            return self.cache.paged[kind].layer(self.cache.layers[layer_idx]) if kind in self.cache.paged else None
-
-        return LayerViews(len(self.cache.schemas), view)
-
-    @property
-    def state_pools(self) -> LayerViews:
-        """Per layer its StateCachePool."""
-
-        def view(layer_idx: int) -> StateCachePool:
-            return self.cache.state[self.cache.schemas[layer_idx].kind].layer(self.cache.layers[layer_idx])
-
-        return LayerViews(len(self.cache.schemas), view)
-
-    @property
-    def max_concurrent_requests(self) -> int:
-        """Slots."""
-        return self.cache.max_requests
-
-    @property
-    def active_slots(self) -> list[int]:
-        """Slots of admitted requests, ascending."""
-        return self._ledger.slots
-
-    @property
-    def block_size(self) -> int:
-        """Tokens a block covers."""
-        return self.cache.schemas[0].block_size
-
-    def num_free_blocks(self, kind: str) -> int:
-        """Free blocks of the "csa" or "hca" pools."""
-        if kind not in self._ledger.kinds:
-            raise ValueError(f"kind {kind!r} has no blocks here: expected one of {sorted(self._ledger.kinds)}")
-        return self._ledger.num_free(kind)
-
-    def length(self, slot: int) -> int:
-        """Tokens planned for `slot` so far."""
-        self._requests.require(slot)
-        return self._requests.lengths[slot]
-
-    def blocks(self, slot: int) -> dict[str, list[int]]:
-        """Blocks of `slot` by kind, in order."""
-        self._requests.require(slot)
-        return self._ledger.blocks(slot)
-
-    def memory_bytes(self) -> int:
-        """Bytes of device memory the cache holds."""
-        return self.cache.memory_bytes()
-
     # Requests come and go.
 
-    def admit_request(self) -> int:
+    def admit_request(self) -> Slot:
         """The lowest free slot. Raises RuntimeError when all are taken."""
+        self._settle()
         return self._requests.open()
 
     def release_request(self, slot: int) -> None:
-        """Ends the request of `slot`: its blocks and the slot are free again. Raises ValueError if it has none."""
+        """Ends the request of `slot`, at any moment: its blocks and the slot are free again.
+
+        Where a planned step was not dispatched yet, they are free once it is. Raises ValueError if the slot has none.
+        """
         self._requests.require(slot)
-        owned = self._ledger.blocks(slot)
         self._requests.close(slot)
-        # An entry that nobody gave a block must find none, not that of a former owner.
-        table = {k: t.at[slot].set(-1) if owned[k] else t for k, t in self.cache.block_table.items()}
-        self.cache = self.cache.replace_tables(table)
+        self._settle()
 
     def rollback(self, slot: int, n: int) -> None:
         """Forgets the last n tokens of a request; blocks no longer needed are free again. O(blocks), nothing is copied.
@@ -188,66 +139,49 @@ class KVCacheManager:
         max_rollback tokens from the newest that it ever had.
         """
         self._requests.require(slot)
-        most = self._requests.lengths[slot] - self._requests.settled(slot)
+        length = self._requests.length(slot)
+        most = max(length - self._requests.settled(slot), 0)
         if not 0 <= n <= most:
             raise ValueError(
-                f"slot {slot}: cannot roll back {n} tokens: it has {self._requests.lengths[slot]} and max_rollback is "
-                f"{self.max_rollback}, counted from the newest token it ever had: expected 0 to {most}"
+                f"slot {slot}: cannot roll back {n} tokens: it has {length} and max_rollback is {self.max_rollback}, "
+                f"counted from the newest token it ever had: expected 0 to {most}"
             )
-        length = self._requests.lengths[slot] - n
-        gone = self._ledger.truncate(slot, self._requests.blocks_for(length))
-        self._requests.resize({slot: length})
-        self._enter({kind: rows for kind, rows in gone.items() if rows})
+        self._requests.shrink(slot, length - n)
+        self._settle()
 
-    def fork(self, slot: int) -> int:
+    def fork(self, slot: int) -> Slot:
         """A second request with the same tokens so far -> its slot; the two go on independently.
 
         Blocks that neither will write again are shared by reference count, the others and the state row are copied.
-        Raises ValueError for a slot without a request, RuntimeError when no slot or too few blocks are free; then
-        nothing changed.
+        Raises ValueError for a slot without a request or with a planned step not dispatched, RuntimeError when no slot
+        or too few blocks are free; then nothing changed.
         """
-        self._requests.require(slot)
-        settled = self._requests.settled(slot)
-        shared = {
-            kind: min(settled // self.block_size, len(self._ledger.blocks(slot)[kind])) for kind in self._ledger.kinds
-        }
+        self._requests.require_written(slot)
+        self._live_cache()
+        self._settle()
+        settled = self._requests.settled(slot) // self.block_size
+        shared = {kind: min(settled, len(ids)) for kind, ids in self._ledger.blocks(slot).items()}
         target, copies = self._requests.fork(slot, shared)
         # At most the open block and what a rollback reaches back to: a fixed number, so that forks compile once.
         most = -(-self.max_rollback // self.block_size) + 1
         pairs = {kind: jnp.asarray(rows_array(rows, most, 2)) for kind, rows in copies.items()}
-        self.cache = copy_slot(self.cache, jnp.int32(slot), jnp.int32(target), pairs)
+        self._cache = copy_slot(self._cache, jnp.int32(slot), jnp.int32(target), pairs)
         return target
 
     def advance(self, slot: int, n: int) -> None:
-        """Counts n tokens more for `slot`, which a loop wrote beyond its plan (see `plan_step`'s lookahead)."""
+        """Counts n tokens more for `slot`, which a loop wrote beyond its plan (see `plan_step`'s lookahead).
+
+        A loop that wrote more than it keeps counts all of them, then rolls the rest back.
+        """
         self._requests.require(slot)
-        end = self._requests.lengths[slot] + n
+        length = self._requests.length(slot)
+        end = length + n
         if n < 0 or end > self.max_context_len:
-            raise ValueError(
-                f"slot {slot}: {n} tokens more than {self._requests.lengths[slot]}: expected 0 to max_context_len"
-            )
+            raise ValueError(f"slot {slot}: {n} tokens more than {length}: expected 0 to max_context_len")
         for kind in self._ledger.kinds:
             if self._requests.missing(kind, slot, end):
                 raise ValueError(f"slot {slot}: {end} tokens need {kind.upper()} blocks that no plan gave out")
-        self._requests.resize({slot: end})
-
-    def check(self) -> None:
-        """AssertionError unless blocks, tables, lengths and ring rows fit together. Reads the device: for tests."""
-        self._ledger.check()
-        for kind, table in self.cache.block_table.items():
-            host = np.full(table.shape, -1, np.int32)
-            for slot in self._ledger.slots:
-                ids = self._ledger.blocks(slot)[kind]
-                host[slot, : len(ids)] = ids
-                needed = self._requests.schema_of[kind].blocks_for(self._requests.lengths[slot])
-                assert len(ids) >= needed, f"slot {slot} has {len(ids)} {kind.upper()} blocks and needs {needed}"
-            np.testing.assert_array_equal(np.asarray(table), host, f"{kind.upper()} block table")
-        assert sorted([*self._requests.free_slots, *self._ledger.slots]) == list(range(self.max_concurrent_requests))
-        for kind, state in self.cache.state.items():
-            pos = np.asarray(state.swa_pos)
-            rows = np.arange(pos.shape[-1])
-            impossible = (pos >= self.max_context_len) | (pos < -1) | ((pos >= 0) & (pos % pos.shape[-1] != rows))
-            assert not impossible.any(), f"{kind.upper()} ring rows claim impossible positions"
+        self._requests.grow(slot, end)
 
     def allocate_block(self, layer_idx: int, request_slot: int) -> int:
         """Gives the request its next block in this layer, and in all layers of its kind, which share one block table.
@@ -260,8 +194,10 @@ class KVCacheManager:
         if kind not in self._ledger.kinds:
             raise ValueError(f"layer {layer_idx} is SWA: it has no blocks")
         self._check_room(request_slot, kind, len(self._ledger.blocks(request_slot)[kind]) + 1)
+        self._live_cache()
+        self._settle()
         rows = self._ledger.extend({kind: {request_slot: 1}})
-        self._enter(rows)
+        self._cache = enter_cells(self._cache, rows)
         return rows[kind][0][2]
 
     # Steps.
@@ -282,7 +218,11 @@ class KVCacheManager:
         that the blocks must suffice for, so that a loop can go on without the host. num_segments, width: sizes to pad
         the grouping to, where tokens of one slot come together (see `group_tokens`). Raises ValueError for slots
         without a request or bad positions, RuntimeError (OOM) when the blocks do not suffice; then nothing changed.
+
+        The step is outstanding until its result is assigned to `cache`, or the plan is dropped: blocks and slots given
+        up until then are not given to others, and the requests in it cannot be copied.
         """
+        self._settle()
         return planning.plan_step(
             self._requests,
             request_slots,
@@ -302,6 +242,7 @@ class KVCacheManager:
         when these do not fit together.
         """
         kind = self._layer_kind(layer_idx)
+        planning.check_handles(self._requests, request_slots)
         slots = np.asarray(request_slots)
         if request_ids is not None:
             slots = planning.slots_of_tokens(slots, np.asarray(positions), np.asarray(request_ids))
@@ -324,8 +265,3 @@ class KVCacheManager:
                 f"slot {slot} needs {blocks} {kind.upper()} blocks: max_context_len = {self.max_context_len} allows "
                 f"{columns}"
             )
-
-    def _enter(self, rows: dict[str, list[tuple[int, int, int]]]) -> None:
-        """Enters rows (slot, column, block) in the tables now, outside a step."""
-        padded = {kind: jnp.asarray(rows_array(r, 1, 3)) for kind, r in rows.items()}
-        self.cache = self.cache.with_blocks(padded)

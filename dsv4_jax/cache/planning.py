@@ -1,5 +1,6 @@
 """Turning slots and positions into a step plan, with every check that can be made before the step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from .ledger import rows_array
 from .plan import StepPlan, group_tokens
 from .requests import RequestTable
+from .slot import Slot
 
 
 def plan_step(
@@ -39,14 +41,15 @@ def plan_step(
     segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
     size = segments * (-(-(lookahead + most) // requests.block_size) + 1)
     rows = {kind: rows_array(new[kind], size, 3) for kind in new}
-    requests.resize(ends)
-    return StepPlan(slots, positions, grouped, rows, max_blocks)
+    plan = StepPlan(slots, positions, grouped, rows, max_blocks)
+    requests.planned(plan, ends)
+    return plan
 
 
 def _check_starts(requests: RequestTable, slots: np.ndarray, positions: np.ndarray) -> None:
     """ValueError for tokens before the end of their request: what follows them would be forgotten unseen."""
     for slot in np.unique(slots[slots >= 0]).tolist():
-        start, length = int(positions[slots == slot].min()), requests.lengths[slot]
+        start, length = int(positions[slots == slot].min()), requests.length(slot)
         if start < length:
             raise ValueError(
                 f"slot {slot} brings position {start} and has {length} tokens: expected positions from {length} on; "
@@ -59,8 +62,16 @@ def ends_by_slot(slots: np.ndarray, positions: np.ndarray) -> dict[int, int]:
     return {int(slot): int(positions[slots == slot].max()) + 1 for slot in np.unique(slots[slots >= 0])}
 
 
+def check_handles(requests: RequestTable, request_slots: Any) -> None:
+    """ValueError for a Slot among `request_slots` whose request has ended; an array has lost its Slots."""
+    for slot in request_slots if isinstance(request_slots, Sequence) else ():
+        if isinstance(slot, Slot):
+            requests.require(slot)
+
+
 def check_tokens(requests: RequestTable, request_slots: Any, positions: Any) -> tuple[np.ndarray, np.ndarray]:
     """request_slots and positions as (T,) int32; ValueError for what no step can take."""
+    check_handles(requests, request_slots)
     slots, positions = np.asarray(request_slots), np.asarray(positions)
     if slots.ndim != 1 or slots.shape != positions.shape:
         raise ValueError(f"request_slots has shape {slots.shape} and positions {positions.shape}: expected both (T,)")

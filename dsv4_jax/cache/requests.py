@@ -3,13 +3,17 @@
 import heapq
 
 from .ledger import BlockLedger
+from .pending import PendingSteps, Released
+from .plan import StepPlan
 from .schema import CacheSchema
+from .slot import Slot
 
 
 class RequestTable:
     """Which slots hold a request, how long it is and which blocks it owns.
 
-    Every call that fails leaves it as it was.
+    Every call that fails leaves it as it was. What a request gives up is free after the next `settle` that finds no
+    older plan outstanding.
     """
 
     def __init__(
@@ -19,69 +23,79 @@ class RequestTable:
         schema_of: dict[str, CacheSchema],
         *,
         max_context_len: int,
-        block_size: int,
         max_rollback: int,
+        block_size: int,
     ):
         """num_blocks, schema_of: physical blocks and geometry of the kinds of layers that have blocks.
 
-        max_context_len: tokens of one request at most. block_size: tokens that a block covers. max_rollback: tokens
-        that can be forgotten.
+        max_context_len: tokens of one request at most. block_size: tokens that a block covers.
         """
         self.num_slots, self.schema_of = num_slots, schema_of
-        self.max_context_len, self.block_size, self.max_rollback = max_context_len, block_size, max_rollback
+        self.max_context_len, self.max_rollback, self.block_size = max_context_len, max_rollback, block_size
         self.ledger = BlockLedger(num_blocks)
-        self.lengths: dict[int, int] = {}
-        self._longest: dict[int, int] = {}  # most tokens the request ever had
+        self.pending = PendingSteps()
         self.free_slots = list(range(num_slots))
+        self._lengths: dict[int, int] = {}
+        self._settled: dict[int, int] = {}
+        self._generations = [-1] * num_slots
+        self._released: list[Released] = []
+
+    # Requests.
 
     @property
-    def slots(self) -> list[int]:
+    def slots(self) -> list[Slot]:
         """Slots with a request, ascending."""
-        return self.ledger.slots
+        return [self.handle(slot) for slot in self.ledger.slots]
+
+    def handle(self, slot: int) -> Slot:
+        """The handle of the request that a slot holds."""
+        return Slot(slot, self._generations[slot])
 
     def require(self, slot: int) -> None:
-        """ValueError unless `slot` holds a request."""
-        if slot not in self.ledger:
-            raise ValueError(f"slot {slot} holds no request: slots in use are {self.slots}")
-
-    def open(self) -> int:
-        """A request without tokens or blocks -> the lowest free slot. RuntimeError when all are taken."""
-        slot = self.take_slot()
-        self.ledger.open(slot)
-        self.lengths[slot] = self._longest[slot] = 0
-        return slot
-
-    def take_slot(self) -> int:
-        """The lowest free slot, no longer free. RuntimeError when there is none."""
-        if not self.free_slots:
-            raise RuntimeError(
-                f"all {self.num_slots} concurrent requests are running: release one or make max_concurrent_requests "
-                "larger"
+        """ValueError unless `slot` holds a request and, if it is a Slot, that very request."""
+        if isinstance(slot, Slot) and 0 <= slot < self.num_slots and slot.generation != self._generations[slot]:
+            raise ValueError(
+                f"slot {slot} was released and has been given out again: this handle's request has ended, use the one "
+                "that admission returned last"
             )
-        return heapq.heappop(self.free_slots)
+        if slot not in self.ledger:
+            raise ValueError(f"slot {slot} holds no request: slots in use are {self.ledger.slots}")
 
-    def close(self, slot: int) -> None:
-        """Ends a request: its share of its blocks and the slot are free again."""
-        self.ledger.close(slot)
-        del self.lengths[slot], self._longest[slot]
-        heapq.heappush(self.free_slots, slot)
+    def require_written(self, slot: int) -> None:
+        """ValueError unless `slot` holds a request and all its tokens are in the cache."""
+        self.require(slot)
+        if self.pending.involves(slot):
+            raise ValueError(
+                f"slot {slot} has a planned step that was not dispatched: assign the step's result to manager.cache "
+                "first"
+            )
 
-    def fork(self, slot: int, shared: dict[str, int]) -> tuple[int, dict[str, list[tuple[int, int]]]]:
+    def open(self) -> Slot:
+        """A request without tokens or blocks -> the lowest free slot. RuntimeError when all are taken."""
+        slot = self._take_slot()
+        self.ledger.open(slot)
+        return self._begin(slot, 0, 0)
+
+    def fork(self, slot: int, shared: dict[str, int]) -> tuple[Slot, dict[str, list[tuple[int, int]]]]:
         """A second request as long as `slot` -> its slot, and `BlockLedger.fork`'s copies. RuntimeError as there."""
-        target = self.take_slot()
+        target = self._take_slot()
         try:
             copies = self.ledger.fork(slot, target, shared)
         except RuntimeError:
             heapq.heappush(self.free_slots, target)
             raise
-        self.lengths[target], self._longest[target] = self.lengths[slot], self._longest[slot]
-        return target, copies
+        return self._begin(target, self._lengths[slot], self._settled[slot]), copies
 
-    def resize(self, lengths: dict[int, int]) -> None:
-        """Gives slots the lengths that their requests have now."""
-        self.lengths.update(lengths)
-        for slot, n in lengths.items():
-            self._longest[slot] = max(self._longest[slot], n)
+    def close(self, slot: int) -> None:
+        """Ends a request."""
+        self._give_up(self.ledger.close(slot))
+        del self._lengths[slot], self._settled[slot]
+
+    # Lengths.
+
+    def length(self, slot: int) -> int:
+        """Tokens of a request."""
+        return self._lengths[slot]
 
     def settled(self, slot: int) -> int:
         """Tokens of `slot` that no rollback can take back, so that nothing writes there again.
@@ -89,7 +103,17 @@ class RequestTable:
         Ring and tails have room for `max_rollback` tokens more than a step needs, counted from the newest token the
         request ever had: an older row may be overwritten, and going back does not bring it back.
         """
-        return max(self._longest[slot] - self.max_rollback, 0)
+        return self._settled[slot]
+
+    def grow(self, slot: int, length: int) -> None:
+        """A request has `length` tokens now."""
+        self._lengths[slot] = length
+        self._settled[slot] = max(self._settled[slot], length - self.max_rollback)
+
+    def shrink(self, slot: int, length: int) -> None:
+        """A request has only `length` tokens any more; it gives up the blocks beyond."""
+        self._lengths[slot] = length
+        self._give_up(self.ledger.truncate(slot, self.blocks_for(length)))
 
     def blocks_for(self, num_tokens: int) -> dict[str, int]:
         """Blocks that so many tokens of one request need, by kind."""
@@ -99,3 +123,61 @@ class RequestTable:
         """Blocks that `slot` lacks to hold so many tokens (at most max_context_len)."""
         needed = self.schema_of[kind].blocks_for(min(num_tokens, self.max_context_len))
         return max(needed - len(self.ledger.blocks(slot)[kind]), 0)
+
+    # Steps that were planned, and what waits for them.
+
+    def planned(self, plan: StepPlan, ends: dict[int, int]) -> None:
+        """A plan was made, after which the slots have these lengths."""
+        self.pending.add(plan, frozenset(ends))
+        for slot, end in ends.items():
+            self.grow(slot, end)
+
+    def settle(self) -> list[Released]:
+        """Makes free what no outstanding plan can read -> what that is; its places in the tables are to be entered."""
+        oldest = self.pending.oldest()
+        done = [r for r in self._released if r.after < oldest]
+        self._released = [r for r in self._released if r.after >= oldest]
+        for released in done:
+            self.ledger.unhold(released.blocks)
+            for slot in released.slots:
+                heapq.heappush(self.free_slots, slot)
+        return done
+
+    @property
+    def waiting(self) -> list[Released]:
+        """What was given up and is not free yet."""
+        return list(self._released)
+
+    def check(self) -> None:
+        """AssertionError unless slots, lengths and blocks fit together."""
+        self.ledger.check()
+        waiting = [slot for released in self._released for slot in released.slots]
+        assert sorted([*self.free_slots, *waiting, *self.ledger.slots]) == list(range(self.num_slots)), "slots"
+        assert set(self._lengths) == set(self._settled) == set(self.ledger.slots), "lengths"
+        for slot, length in self._lengths.items():
+            assert 0 <= length <= self.max_context_len, f"slot {slot} has {length} tokens"
+            for kind, needed in self.blocks_for(length).items():
+                owned = len(self.ledger.blocks(slot)[kind])
+                assert owned >= needed, f"slot {slot} has {owned} {kind.upper()} blocks and needs {needed}"
+        for kind in self.ledger.kinds:
+            held = sum(len(released.blocks[kind]) for released in self._released)
+            assert held == self.ledger.num_held(kind), f"{kind.upper()}: {held} blocks wait"
+
+    def _take_slot(self) -> int:
+        if not self.free_slots:
+            waiting = sum(len(released.slots) for released in self._released)
+            wait = f" ({waiting} of them wait until planned steps are dispatched)" if waiting else ""
+            raise RuntimeError(
+                f"all {self.num_slots} concurrent requests are running{wait}: release one or make "
+                "max_concurrent_requests larger"
+            )
+        return heapq.heappop(self.free_slots)
+
+    def _begin(self, slot: int, length: int, settled: int) -> Slot:
+        self._lengths[slot], self._settled[slot] = length, settled
+        self._generations[slot] += 1
+        return self.handle(slot)
+
+    def _give_up(self, released: Released) -> None:
+        released.after = self.pending.newest()
+        self._released.append(released)

@@ -1,0 +1,40 @@
+"""Whether what the host believes and what the device holds fit together. Reads the device: for tests."""
+
+import numpy as np
+
+from .debug_fill import check_blocks
+from .kv_cache import KVCache
+from .requests import RequestTable
+
+
+def check_cache(requests: RequestTable, cache: KVCache, *, free_is_unreadable: bool) -> None:
+    """AssertionError unless blocks, tables, lengths and ring rows fit together.
+
+    Every block is free, waiting, or owned as often as it is listed; the tables list what is owned, except where a
+    planned step has not been dispatched; ring rows hold positions that are theirs; with `free_is_unreadable`, nobody
+    has written to a free block.
+    """
+    requests.check()
+    for kind, table in cache.block_table.items():
+        _check_table(requests, kind, np.asarray(table))
+    for kind, state in cache.state.items():
+        pos = np.asarray(state.swa_pos)
+        rows = np.arange(pos.shape[-1])
+        impossible = (pos >= requests.max_context_len) | (pos < -1) | ((pos >= 0) & (pos % pos.shape[-1] != rows))
+        assert not impossible.any(), f"{kind.upper()} ring rows claim impossible positions"
+    if free_is_unreadable:
+        check_blocks(cache, {kind: requests.ledger.free_blocks(kind) for kind in requests.ledger.kinds})
+
+
+def _check_table(requests: RequestTable, kind: str, table: np.ndarray) -> None:
+    expected = np.full(table.shape, -1, np.int32)
+    for slot in requests.slots:
+        ids = requests.ledger.blocks(slot)[kind]
+        expected[slot, : len(ids)] = ids
+    for slot in range(len(table)):
+        if requests.pending.involves(slot):
+            expected[slot] = table[slot]
+    for released in requests.waiting:
+        for slot, column in released.cells[kind]:
+            expected[slot, column] = table[slot, column]
+    np.testing.assert_array_equal(table, expected, f"{kind.upper()} block table")

@@ -1,0 +1,124 @@
+"""The cache and the host's bookkeeping of it, kept together."""
+
+from collections.abc import Sequence
+
+import jax
+
+from .checks import check_cache
+from .debug_fill import fill_blocks, fill_slot
+from .kv_cache import KVCache
+from .layer_views import LayerViews
+from .paged_cache import PagedKVPool
+from .requests import RequestTable
+from .slot import Slot
+from .slot_io import enter_cells
+from .state_cache import StateCachePool
+
+
+class CacheHolder:
+    """Holds the pytree and the table of requests; what the host changes on the device goes through here."""
+
+    def __init__(self, cache: KVCache, requests: RequestTable, *, debug_nan: bool):
+        """debug_nan: free blocks and slots are kept unreadable (`debug_fill.py`)."""
+        self._cache, self._requests, self._debug_nan = cache, requests, debug_nan
+        self._ledger = requests.ledger
+        if debug_nan:
+            free = {kind: self._ledger.free_blocks(kind) for kind in self._ledger.kinds}
+            self._make_unreadable(free, range(cache.max_requests))
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache. Assigning a step's result says that the oldest planned step was dispatched."""
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._requests.pending.dispatched()
+        self._settle()
+
+    @property
+    def paged_pools(self) -> LayerViews:
+        """Per layer its PagedKVPool, None for SWA."""
+
+        def view(layer_idx: int) -> PagedKVPool | None:
+            kind = self.cache.schemas[layer_idx].kind
+            return self.cache.paged[kind].layer(self.cache.layers[layer_idx]) if kind in self.cache.paged else None
+
+        return LayerViews(len(self.cache.schemas), view)
+
+    @property
+    def state_pools(self) -> LayerViews:
+        """Per layer its StateCachePool."""
+
+        def view(layer_idx: int) -> StateCachePool:
+            return self.cache.state[self.cache.schemas[layer_idx].kind].layer(self.cache.layers[layer_idx])
+
+        return LayerViews(len(self.cache.schemas), view)
+
+    @property
+    def max_concurrent_requests(self) -> int:
+        """Slots."""
+        return self.cache.max_requests
+
+    @property
+    def active_slots(self) -> list[Slot]:
+        """Slots of admitted requests, ascending."""
+        return self._requests.slots
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block covers."""
+        return self.cache.schemas[0].block_size
+
+    def num_free_blocks(self, kind: str) -> int:
+        """Blocks of the "csa" or "hca" pools that can be given out now.
+
+        Those that a request gave up while a planned step was not dispatched yet are not among them until it is.
+        """
+        if kind not in self._ledger.kinds:
+            raise ValueError(f"kind {kind!r} has no blocks here: expected one of {sorted(self._ledger.kinds)}")
+        self._settle()
+        return self._ledger.num_free(kind)
+
+    def length(self, slot: int) -> int:
+        """Tokens planned for `slot` so far."""
+        self._requests.require(slot)
+        return self._requests.length(slot)
+
+    def blocks(self, slot: int) -> dict[str, list[int]]:
+        """Blocks of `slot` by kind, in order."""
+        self._requests.require(slot)
+        return self._ledger.blocks(slot)
+
+    def memory_bytes(self) -> int:
+        """Bytes of device memory the cache holds."""
+        return self.cache.memory_bytes()
+
+    def check(self) -> None:
+        """AssertionError unless blocks, tables, lengths and ring rows fit together. Reads the device: for tests."""
+        self._settle()
+        check_cache(self._requests, self._live_cache(), free_is_unreadable=self._debug_nan)
+
+    def _live_cache(self) -> KVCache:
+        if self._is_donated():
+            raise RuntimeError("the cache was donated to a step whose result was not assigned to manager.cache yet")
+        return self._cache
+
+    def _is_donated(self) -> bool:
+        return any(x.is_deleted() for x in jax.tree.leaves(self._cache))
+
+    def _settle(self) -> None:
+        """Gives back what was released and no planned step can read any more, once the cache is here to be cleared."""
+        if not self._requests.waiting or self._is_donated():
+            return
+        for released in self._requests.settle():
+            # An entry that nobody gave a block must find none, not that of a former owner.
+            self._cache = enter_cells(self._cache, self._ledger.entered(released.cells))
+            if self._debug_nan:
+                self._make_unreadable(released.blocks, released.slots)
+
+    def _make_unreadable(self, blocks: dict[str, Sequence[int]], slots: Sequence[int]) -> None:
+        self._cache = fill_blocks(self._cache, blocks)
+        for slot in slots:
+            self._cache = fill_slot(self._cache, slot)
