@@ -68,7 +68,8 @@ def read_json_object(path: str | os.PathLike[str], *, max_bytes: int) -> dict[st
     if not os.path.isfile(path):
         raise ValueError(f"{os.fspath(path)}: expected a JSON file, got something else")
     with open(path, "rb") as file:
-        raw = file.read(max_bytes + 1)
+        # read(n) takes n bytes of memory at once, however short the file is.
+        raw = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
     if len(raw) > max_bytes:
         raise ValueError(f"{os.fspath(path)}: larger than {max_bytes} bytes, too large for a file of its kind")
     return parse_json_object(raw, os.fspath(path))

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -296,6 +297,21 @@ def test_an_index_that_does_not_match(save, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{")
     with pytest.raises(ValueError, match=r"index\.json: not valid JSON"):
         open_checkpoint(tmp_path)
+
+
+def test_an_index_takes_no_more_memory_than_it_has_bytes(save, tmp_path):
+    save({"a": f32(2)}, name="x.safetensors")
+    write_index(tmp_path, {"a": "x.safetensors"})
+    tracemalloc.start()
+    try:
+        open_checkpoint(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        with (tmp_path / "model.safetensors.index.json").open("r+b") as file:
+            file.truncate(MAX_HEADER_BYTES + 1)  # sparse: the size is claimed, not written
+        with pytest.raises(ValueError, match=rf"index\.json: larger than {MAX_HEADER_BYTES} bytes"):
+            open_checkpoint(tmp_path)
+    finally:
+        tracemalloc.stop()
 
 
 def survives(raw):
