@@ -8,6 +8,7 @@ import typer
 
 from .errors import InputError, run_and_exit
 from .generate import generate
+from .inspect import inspect
 from .plan import plan
 from .quantize import quantize
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(inspect)
 app.command()(plan)
 app.command()(quantize)
 
