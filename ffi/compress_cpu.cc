@@ -10,6 +10,7 @@
 #include "parallel_for.h"
 #include "quantise.h"
 #include "rms_norm_rope.h"
+#include "vector_clones.h"
 
 namespace dsv4 {
 namespace {
@@ -26,14 +27,8 @@ Channels add(const Channels& a, const Channels& b) {
   return sum;
 }
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__)
-#define DSV4_FOR_FMA_TOO __attribute__((target_clones("default", "arch=haswell")))  // without it std::fma is a call
-#else
-#define DSV4_FOR_FMA_TOO
-#endif
-
-// Adds a row's weights e^(z - top), and its weighted k.
-DSV4_FOR_FMA_TOO void weigh(const Channels& z, const Channels& k, const Channels& top, Channels* weight, Channels* sum) {
+// Adds a row's weights e^(z - top), and its weighted k. Without FMA instructions std::fma is a call.
+DSV4_VECTOR_CLONES void weigh(const Channels& z, const Channels& k, const Channels& top, Channels* weight, Channels* sum) {
   for (size_t i = 0; i < z.size(); ++i) {
     const float e = exp_of_negative(z[i] - top[i]);
     (*weight)[i] += e;

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ..ops.append_swa import append_swa
 from ..ops.compress import CompressorWeights, compress, compress_indexer
 from ..ops.ordering import after as ordered_after
-from ..ops.read_entries import decode_keys, read_blocks, read_selected
+from ..ops.read_entries import read_entries, read_keys
 from ..ops.read_window import read_window
 from ..ops.record import Record, decode_record, encode_record
 from ..ops.segments import per_token, to_segments
@@ -213,39 +213,39 @@ class LayerCacheHandle:
         return jnp.where(live, (jnp.asarray(self.plan.positions) + 1) // self.schema.compress_ratio, 0)
 
     def _dense(self) -> tuple[Array, Array, Array]:
-        """Whether an entry of the segment exists (S, E), its first position (S, E), whether a token sees it (T, E)."""
+        """How many entries a segment has (S,), their first positions (S, E), whether a token sees them (T, E)."""
         segments = self.plan.segments
         entry = jnp.arange(self.max_entries, dtype=jnp.int32)[None]
         closed = jnp.where(segments.slots >= 0, segments.starts + segments.counts, 0) // self.schema.compress_ratio
-        exists = entry < closed[:, None]
-        positions = jnp.where(exists, entry * self.schema.compress_ratio, -1)
-        return exists, positions, entry < self.visible_entries()[:, None]
+        positions = jnp.where(entry < closed[:, None], entry * self.schema.compress_ratio, -1)
+        return closed, positions, entry < self.visible_entries()[:, None]
 
     def read_classical_view(self, selected: Array | None = None, dtype: jnp.dtype = jnp.float32) -> ClassicalView:
         """Entries of every segment, or of each token those `selected` (T, K) int32: index in the request, -1 none."""
         self._need(("csa", "hca"), "compressed entries")
         pool = self.cache.paged[self.schema.kind].entries
         if selected is None:
-            exists, positions, valid = self._dense()
-            rows = read_blocks(
-                pool, self._table, self.plan.segments.slots, layer=self._index, max_blocks=self._num_columns()
-            )
-            kv = jnp.where(exists[..., None], decode_record(rows, dtype), jnp.zeros((), dtype))
+            closed, positions, valid = self._dense()
+            kv = read_entries(
+                pool, self._table, self.plan.segments.slots, closed, layer=self._index, max_blocks=self._num_columns(),
+                dtype=dtype,
+            )  # fmt: skip
             return ClassicalView(kv, positions, valid)
-        valid = (selected >= 0) & (selected < self.visible_entries()[:, None])
-        rows = read_selected(pool, self._table, jnp.asarray(self.plan.slots), selected, layer=self._index)
-        kv = jnp.where(valid[..., None], decode_record(rows, dtype), jnp.zeros((), dtype))
+        visible = self.visible_entries()
+        valid = (selected >= 0) & (selected < visible[:, None])
+        kv = read_entries(
+            pool, self._table, jnp.asarray(self.plan.slots), visible, selected, layer=self._index, dtype=dtype
+        )
         return ClassicalView(kv, jnp.where(valid, selected * self.schema.compress_ratio, -1), valid)
 
     def read_indexer_view(self) -> IndexerView:
         """Indexer keys of every segment; FP4 keys are in the Hadamard-rotated basis (`keys_rotated`)."""
         self._need(("csa",), "indexer keys")
-        exists, positions, valid = self._dense()
-        rows = read_blocks(
-            self.cache.paged["csa"].indexer, self._table, self.plan.segments.slots, layer=self._index,
-            max_blocks=self._num_columns(),
+        closed, positions, valid = self._dense()
+        keys = read_keys(
+            self.cache.paged["csa"].indexer, self._table, self.plan.segments.slots, closed,
+            format=self.schema.indexer_dtype, layer=self._index, max_blocks=self._num_columns(),
         )  # fmt: skip
-        keys = jnp.where(exists[..., None], decode_keys(rows, self.schema.indexer_dtype), 0.0)
         return IndexerView(keys, positions, valid)
 
     @property

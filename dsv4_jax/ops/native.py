@@ -6,6 +6,8 @@ import logging
 import os
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -23,6 +25,9 @@ _HANDLERS = {
         "dsv4_append_swa_fused": "Dsv4AppendSwaFused",
         "dsv4_compress": "Dsv4Compress",
         "dsv4_compress_indexer": "Dsv4CompressIndexer",
+        "dsv4_read_entries": "Dsv4ReadEntries",
+        "dsv4_read_keys": "Dsv4ReadKeys",
+        "dsv4_read_window": "Dsv4ReadWindow",
         "dsv4_set_rows": "Dsv4SetRows",
         "dsv4_sinkhorn": "Dsv4Sinkhorn",
     },
@@ -31,6 +36,9 @@ _HANDLERS = {
         "dsv4_append_swa_fused": "Dsv4AppendSwaFused",
         "dsv4_compress": "Dsv4Compress",
         "dsv4_compress_indexer": "Dsv4CompressIndexer",
+        "dsv4_read_entries": "Dsv4ReadEntries",
+        "dsv4_read_keys": "Dsv4ReadKeys",
+        "dsv4_read_window": "Dsv4ReadWindow",
     },
 }
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
@@ -48,6 +56,33 @@ def available() -> frozenset[str]:
             " or ".join(str(folder) for folder in library_dirs()),
         )
     return found
+
+
+def dispatch(
+    name: str,
+    implementation: str | None,
+    limit: Callable[[str], str | None],
+    in_native: Callable[..., Any],
+    in_jnp: Callable[..., Any],
+    *operands: Any,
+) -> Any:
+    """Calls the implementation asked for ("jnp", "cpu", "cuda"), or for None the native one wherever there is one.
+
+    limit(platform) says what keeps the native implementation from serving, or None. Raises ValueError for another
+    name, and for a native implementation that cannot serve.
+    """
+    if implementation not in (None, "jnp", *_HANDLERS):
+        raise ValueError(f"{name}: got implementation {implementation!r}; expected None, 'jnp', 'cpu' or 'cuda'.")
+    if implementation in _HANDLERS:
+        if implementation not in available():
+            reason = f"the native library for {implementation!r} is not installed"
+        else:
+            reason = limit(implementation)
+        if reason:
+            raise ValueError(f"{name}: implementation {implementation!r} cannot be used: {reason}; leave it to None.")
+        return in_native(*operands)
+    choices = {} if implementation else {p: in_native for p in available() if limit(p) is None}
+    return jax.lax.platform_dependent(*operands, **choices, default=in_jnp) if choices else in_jnp(*operands)
 
 
 def library_dirs() -> list[pathlib.Path]:

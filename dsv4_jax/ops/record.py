@@ -47,6 +47,18 @@ def decode_record(record: Record, dtype: jnp.dtype = jnp.float32) -> Array:
     return jnp.concatenate([nope, record.rope.astype(dtype)], axis=-1)
 
 
+def native_read_limit(platform: str, record: Record, dtype: jnp.dtype) -> str | None:
+    """What keeps the native readers for "cpu" or "cuda" from giving these records as `dtype`; None if nothing does."""
+    if record.nope.dtype != jnp.uint8:
+        return f"it reads only FP8 records (uint8), not {record.nope.dtype}"
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it gives float32 or bfloat16, not {jnp.dtype(dtype)}"
+    widths = (record.nope.shape[-1], record.rope.shape[-1])
+    if platform == "cuda" and widths != (448, 64):
+        return f"it reads only records of 448 + 64 values, not {widths[0]} + {widths[1]}"
+    return None
+
+
 def pack_records(record: Record) -> Array:
     """ "fp8_ue8m0" records (...) -> bytes (..., 584) uint8, as torch engines lay one out: codes, RoPE half, scales.
 
