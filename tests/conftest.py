@@ -1,9 +1,12 @@
 """Settings for every test: strict dtypes and ranks, fixed seeds, GPU tests only where there is a GPU."""
 
+from pathlib import Path
+
 import hypothesis
 import jax
 import numpy as np
 import pytest
+from safetensors_bytes import file_bytes, safetensors_bytes
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +26,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def rng():
     return np.random.default_rng(2606)
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The folder of the tests' data."""
+    return Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def to_bytes():
+    """`safetensors_bytes` and `file_bytes`."""
+    return safetensors_bytes, file_bytes

@@ -13,11 +13,11 @@ import warnings
 import ml_dtypes
 import numpy as np
 
+from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.model.checkpoint import load_tensors
 from dsv4_jax.model.config import DSV4Config
 from dsv4_jax.model.inspection import inspect_checkpoint
 from dsv4_jax.model.released_form import quantise_checkpoint
-from dsv4_jax.model.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.model.tensor_names import expected_tensors, keeps_float32
 
 MEMORY_BOUND = 16 << 20

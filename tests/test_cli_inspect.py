@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dsv4_jax import cli
+from dsv4_jax.files.safetensors_file import DTYPES, open_checkpoint
+from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.model.checkpoint import load_tensors
 from dsv4_jax.model.inspection import inspect_checkpoint
 from dsv4_jax.model.released_form import quantise_checkpoint
-from dsv4_jax.model.safetensors_file import DTYPES, open_checkpoint
-from dsv4_jax.model.safetensors_writer import TensorEntry, write_safetensors
 
 SHARP = pathlib.Path(__file__).parent / "data" / "sharp_dsv4"
 

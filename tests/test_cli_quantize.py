@@ -12,7 +12,7 @@ import pytest
 
 import dsv4_jax
 from dsv4_jax import cli
-from dsv4_jax.model.safetensors_file import open_checkpoint
+from dsv4_jax.files.safetensors_file import open_checkpoint
 
 SHARP = pathlib.Path(__file__).parent / "data" / "sharp_dsv4"
 

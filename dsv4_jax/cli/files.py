@@ -1,35 +1,19 @@
-"""Output files: whole, or not there at all."""
+"""Output files of the commands."""
 
 import contextlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator
 
+from ..files import written_whole as files
 from .errors import InputError
 
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """The path of a temporary file beside `path` to write to; it takes the name `path` when the block ends well.
-
-    After an error or Ctrl-C the temporary file is gone and `path` is what it was. Raises InputError where no file can
-    be made.
-    """
-    path = pathlib.Path(path)
+    """As `dsv4_jax.files.written_whole`, with an InputError where no file can be made."""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}") from None
-    os.close(handle)
-    temporary = pathlib.Path(name)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        if path.is_dir():
-            raise InputError(f"{path} cannot be written: it is a folder")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with files.written_whole(path) as temporary:
+            yield temporary
+    except files.CannotWriteError as error:
+        raise InputError(str(error)) from None

@@ -17,10 +17,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dsv4_jax.files.safetensors_file import Checkpoint, TensorInfo, open_checkpoint
+from dsv4_jax.files.untrusted_json import read_json_object, shorten
 from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
-from dsv4_jax.model.safetensors_file import Checkpoint, TensorInfo, open_checkpoint
 from dsv4_jax.model.tensor_names import canonical_name, expected_tensors, is_draft, keeps_float32, scale_name
-from dsv4_jax.model.untrusted_json import read_json_object, shorten
 from dsv4_jax.model.weight_formats import BLOCK, GROUP, dequantise, scale_shape
 
 _log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dsv4_jax.files.untrusted_json import read_json_object, shorten
 from dsv4_jax.model.config_forms import gather
 from dsv4_jax.model.field_checks import (
     KNOWN_RATIOS,
@@ -28,7 +29,6 @@ from dsv4_jax.model.field_checks import (
     token_id,
     token_ids,
 )
-from dsv4_jax.model.untrusted_json import read_json_object, shorten
 
 if TYPE_CHECKING:
     from dsv4_jax.model.layer_schedule import LayerSpec

@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dsv4_jax.files.untrusted_json import shorten
 from dsv4_jax.model.field_checks import KNOWN_RATIOS, only, real, sequence
-from dsv4_jax.model.untrusted_json import shorten
 
 # What the model computes without asking; a file that says otherwise describes another model.
 _FIXED = {

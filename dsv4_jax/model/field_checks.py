@@ -10,7 +10,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
-from dsv4_jax.model.untrusted_json import shorten
+from dsv4_jax.files.untrusted_json import shorten
 
 #: Tokens per compressed entry in the released models -> the attention of such a layer, in Hugging Face's words.
 KNOWN_RATIOS = {

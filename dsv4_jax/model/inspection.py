@@ -9,9 +9,9 @@ import re
 from collections import Counter
 from typing import Any
 
+from dsv4_jax.files.safetensors_file import Checkpoint, open_checkpoint
 from dsv4_jax.model.checkpoint import compare_tensors, result_bytes
 from dsv4_jax.model.config import DSV4Config
-from dsv4_jax.model.safetensors_file import Checkpoint, open_checkpoint
 from dsv4_jax.model.tensor_names import canonical_name, is_draft
 
 #: Parts of the model, each with what its canonical names look like; the first that fits counts.

@@ -347,7 +347,7 @@ def test_broken_files_are_named(tmp_path, content, message):
 
 
 def test_many_containers_are_refused_before_parsing():
-    from dsv4_jax.model.untrusted_json import parse_json_object
+    from dsv4_jax.files.untrusted_json import parse_json_object
 
     with pytest.raises(ValueError, match="holds 2000002 lists and objects"):
         parse_json_object(b'{"a":[' + b"[]," * 2_000_000, "file")

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
+from dsv4_jax.files.safetensors_file import DTYPES
+from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.model.config import DSV4Config
 from dsv4_jax.model.released_form import released_type
-from dsv4_jax.model.safetensors_file import DTYPES
-from dsv4_jax.model.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.model.tensor_names import expected_tensors, released_name, scale_name
 from dsv4_jax.model.weight_formats import scale_shape
 

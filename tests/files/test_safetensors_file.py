@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.model.safetensors_file import (
+from dsv4_jax.files.safetensors_file import (
     DTYPES,
     MAX_HEADER_BYTES,
     SafetensorsFile,

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
-from dsv4_jax.model.safetensors_file import DTYPES
+from dsv4_jax.files.safetensors_file import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +35,23 @@ class TensorEntry:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], entries: Sequence[TensorEntry], arrays: Iterable[np.ndarray]
+    path: str | os.PathLike[str],
+    entries: Sequence[TensorEntry],
+    arrays: Iterable[np.ndarray],
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
     """Writes a file with `entries` in their order; `arrays` brings the array of each, one after the other.
+
+    Args:
+      path: the file.
+      entries: names, types and shapes, in the order of the bytes.
+      arrays: the arrays, in that order.
+      metadata: texts by name for the header.
 
     Raises:
       ValueError: an array that is not what its entry says, fewer or more of them, or a name given twice.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:
         if entry.name in header:

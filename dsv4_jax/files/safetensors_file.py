@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dsv4_jax.model.untrusted_json import parse_json_object, read_json_object, shorten
+from dsv4_jax.files.untrusted_json import parse_json_object, read_json_object, shorten
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
