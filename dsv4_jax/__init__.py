@@ -7,3 +7,5 @@ from .model.layer_schedule import build_schedule
 from .model.pretrained import from_pretrained
 
 __all__ = ["DSV4Config", "KVCacheManager", "build_schedule", "from_pretrained", "generate", "stream"]
+
+__version__ = "0.1.0"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax import DSV4Config, KVCacheManager
-from dsv4_jax.cache.handle import LayerCacheHandle
+from dsv4_jax.cache.handle import ClassicalView, LayerCacheHandle, SWAView
 from dsv4_jax.ops.compress import CompressorWeights
 from dsv4_jax.ops.fp4 import hadamard
 
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, handle: LayerCacheHandle) -> tuple[jax.Array, LayerCacheHandle]:
         """x (T, HIDDEN), one token of every request."""
         handle = handle.write_swa(self.kv(x))
-        views = [handle.read_swa_view()]
+        views: list[SWAView | ClassicalView] = [handle.read_swa_view()]
         if self.overlap:
             handle = self.index_keys(handle.write_indexer, x)
             handle = self.compressor(handle.write_compressed, x)

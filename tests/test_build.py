@@ -8,6 +8,7 @@ import tomllib
 
 import pytest
 
+import dsv4_jax
 from dsv4_jax.ops import native
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -28,3 +29,15 @@ def test_an_installation_on_a_machine_with_a_compiler_is_native():
     if not (shutil.which("c++") or shutil.which("g++") or os.environ.get("CXX")):
         pytest.skip("no C++ compiler")
     assert "cpu" in native.available()
+
+
+def test_the_version_is_said_once():
+    """In dsv4_jax/__init__.py, which the build reads."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["scikit-build"]["metadata"]["version"]["input"] == "dsv4_jax/__init__.py"
+    try:
+        installed = importlib.metadata.version("dsv4_jax")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("dsv4_jax is not installed here")
+    assert installed == dsv4_jax.__version__

@@ -2,11 +2,12 @@
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 
-def _count(name: str, n: int) -> int:
+def _count(name: str, n: Any) -> int:
     if isinstance(n, bool | np.bool_) or not isinstance(n, int | np.integer) or n < 0:
         raise ValueError(f"{name} is {n!r}: expected an integer, 0 or more")
     return int(n)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from .schema import CacheSchema
 from .state_cache import StateCachePool
 
 Array = jax.Array
+T = TypeVar("T")
 
 
 class SWAView(NamedTuple):
@@ -173,7 +174,7 @@ class LayerCacheHandle:
         self._check("kv", kv, lanes * schema.head_dim)
         self._check("gate", gate, lanes * schema.head_dim)
         entries, tail = compress(
-            self.cache.paged[kind].entries, self.cache.state[kind].tail, kv, gate, weights, *self._where(),
+            self.cache.paged[kind].entries, _given(self.cache.state[kind].tail), kv, gate, weights, *self._where(),
             layer=self._index, eps=eps,
         )  # fmt: skip
         return replace(self, cache=self.cache.with_paged(kind, entries=entries).with_state(kind, tail=tail))
@@ -188,8 +189,8 @@ class LayerCacheHandle:
         self._check("kv", kv, 2 * schema.index_head_dim)
         self._check("gate", gate, 2 * schema.index_head_dim)
         keys, tail = compress_indexer(
-            self.cache.paged[kind].indexer, self.cache.state[kind].indexer_tail, kv, gate, weights, *self._where(),
-            format=schema.indexer_dtype, layer=self._index, eps=eps,
+            _given(self.cache.paged[kind].indexer), _given(self.cache.state[kind].indexer_tail), kv, gate, weights,
+            *self._where(), format=schema.indexer_dtype, layer=self._index, eps=eps,
         )  # fmt: skip
         return replace(self, cache=self.cache.with_paged(kind, indexer=keys).with_state(kind, indexer_tail=tail))
 
@@ -243,7 +244,7 @@ class LayerCacheHandle:
         self._need(("csa",), "indexer keys")
         closed, positions, valid = self._dense()
         keys = read_keys(
-            self.cache.paged["csa"].indexer, self._table, self.plan.segments.slots, closed,
+            _given(self.cache.paged["csa"].indexer), self._table, self.plan.segments.slots, closed,
             format=self.schema.indexer_dtype, layer=self._index, max_blocks=self._num_columns(),
         )  # fmt: skip
         return IndexerView(keys, positions, valid)
@@ -255,3 +256,9 @@ class LayerCacheHandle:
 
     def _num_columns(self) -> int:
         return self.max_entries // self.schema.entries_per_block
+
+
+def _given(part: T | None) -> T:
+    """A part of the cache that layers of this kind have."""
+    assert part is not None
+    return part

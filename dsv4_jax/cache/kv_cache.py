@@ -1,10 +1,12 @@
 """The whole cache as one pytree of a few large arrays."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .paged_cache import PagedKVPool
 from .schema import CacheSchema
@@ -35,7 +37,8 @@ class KVCache:
     ) -> "KVCache":
         """Empty cache: `num_blocks` physical blocks a layer and `max_blocks` blocks a request at most, by kind."""
         count: dict[str, int] = {}
-        layers, first = [], {}
+        layers: list[int] = []
+        first: dict[str, CacheSchema] = {}
         for schema in schemas:
             layers.append(count.get(schema.kind, 0))
             count[schema.kind] = layers[-1] + 1
@@ -77,7 +80,7 @@ class KVCache:
         """This cache with other block tables."""
         return replace(self, block_table=block_table)
 
-    def with_blocks(self, new_blocks: dict[str, Array]) -> "KVCache":
+    def with_blocks(self, new_blocks: Mapping[str, Array | np.ndarray]) -> "KVCache":
         """This cache with blocks entered in its tables: by kind (n, 3) int32 rows (slot, column, block).
 
         A row with a slot or column out of range is padding and changes nothing; block -1 takes an entry out.

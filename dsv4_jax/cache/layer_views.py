@@ -1,10 +1,10 @@
 """Items per layer, made when asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
-class LayerViews(Sequence):
+class LayerViews:
     """One item per layer, sliced from the stacked arrays when asked for."""
 
     def __init__(self, length: int, view: Callable[[int], Any]):
@@ -13,7 +13,10 @@ class LayerViews(Sequence):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, layer_idx: int):
+    def __iter__(self) -> Iterator[Any]:
+        return (self[layer_idx] for layer_idx in range(self._length))
+
+    def __getitem__(self, layer_idx: int) -> Any:
         """The layer's view; negative indices count from the end."""
         if not -self._length <= layer_idx < self._length:
             raise IndexError(f"layer {layer_idx}: the model has layers 0 to {self._length - 1}")

@@ -1,7 +1,9 @@
 """The plan of a step: which tokens it brings, for which slots, and which blocks were given out for them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +28,10 @@ class StepPlan:
     `max_blocks` (static) bounds how many blocks of a request readers look at; None is all the table has.
     """
 
-    slots: Array
-    positions: Array
+    slots: Array | np.ndarray
+    positions: Array | np.ndarray
     grouped: Segments | None = None
-    new_blocks: dict[str, Array] = field(default_factory=dict)
+    new_blocks: Mapping[str, Array | np.ndarray] = field(default_factory=dict)
     max_blocks: int | None = None
 
     @property
@@ -73,13 +75,14 @@ def group_tokens(slots: np.ndarray, positions: np.ndarray, num_segments: int | N
             f"the step has {len(unique)} slots with up to {most} tokens: expected at most {num_segments} slots with "
             f"{width} tokens"
         )
-    segment = Segments(
-        slots=np.full(num_segments, -1, np.int32),
-        starts=np.zeros(num_segments, np.int32),
-        counts=np.zeros(num_segments, np.int32),
-        tokens=np.full((num_segments, width), num_tokens, np.int32),
-        rows=np.full(num_tokens, num_segments * width, np.int32),
-    )
+    arrays: dict[str, Any] = {  # on the host: jit takes them as they are
+        "slots": np.full(num_segments, -1, np.int32),
+        "starts": np.zeros(num_segments, np.int32),
+        "counts": np.zeros(num_segments, np.int32),
+        "tokens": np.full((num_segments, width), num_tokens, np.int32),
+        "rows": np.full(num_tokens, num_segments * width, np.int32),
+    }
+    segment = Segments(**arrays)
     for s, (slot, start, n) in enumerate(zip(unique, first, count, strict=True)):
         tokens = order[start : start + n]
         segment.slots[s], segment.starts[s], segment.counts[s] = slot, positions[tokens[0]], n

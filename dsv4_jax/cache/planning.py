@@ -26,9 +26,9 @@ def plan_step(
     grouped = group_tokens(slots, positions, num_segments, width)
     ends = ends_by_slot(slots, positions)
     _check_starts(requests, slots, positions)
-    for slot, end in ends.items() if max_blocks is not None else ():
+    for slot, end in ends.items():
         needed = max(requests.blocks_for(end + lookahead).values(), default=0)
-        if needed > max_blocks:
+        if max_blocks is not None and needed > max_blocks:
             raise ValueError(f"max_blocks is {max_blocks}: slot {slot} needs {needed} blocks that readers look at")
     ledger = requests.ledger
     new = ledger.extend(

@@ -1,12 +1,11 @@
 """The application: its commands, and what all of them share."""
 
-import importlib.metadata
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from .errors import InputError, run_and_exit
+from .errors import run_and_exit
 from .generate import generate
 from .inspect import inspect
 from .plan import plan
@@ -26,10 +25,9 @@ app.command()(quantize)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        try:
-            print(importlib.metadata.version("dsv4_jax"))
-        except importlib.metadata.PackageNotFoundError:
-            raise InputError("dsv4_jax is not installed, this is its source: there is no version to show") from None
+        from dsv4_jax import __version__
+
+        print(__version__)
         raise typer.Exit
 
 

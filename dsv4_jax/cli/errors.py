@@ -26,7 +26,7 @@ def one_line(error: BaseException | str) -> str:
 def describe(error: Exception) -> tuple[str, int]:
     """One sentence and the exit status."""
     if hasattr(error, "format_message"):  # the parser's own errors
-        return f"{one_line(error.format_message()).rstrip('.')} (see dsv4-jax --help)", error.exit_code
+        return f"{one_line(error.format_message()).rstrip('.')} (see dsv4-jax --help)", getattr(error, "exit_code", 2)
     if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)):
         return one_line(error), 2
     if isinstance(error, MemoryError):
@@ -46,7 +46,7 @@ def run_and_exit(command: Callable[[], object]) -> None:
         status = INTERRUPTED
     except (BrokenPipeError, SystemExit):
         # Whoever read the text has gone (typer turns that into SystemExit): Python must not complain at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 1
     except Exception as error:
         message, status = describe(error)

@@ -86,8 +86,8 @@ def generate(
 
     decoders = [codec.decoder(prompt) for prompt in ids]
     new_texts = ["" for _ in ids]
-    output = None if as_json else TextOutput()
-    streams = output is not None and len(ids) == 1
+    output = TextOutput()
+    streams = not as_json and len(ids) == 1
     if streams and echo:
         output.write(_prompt_text(codec, ids[0]))
 
@@ -115,7 +115,7 @@ def generate(
         for b, text in enumerate(new_texts):
             output.end_line()
             output.write(f"--- prompt {b + 1}\n{_prompt_text(codec, ids[b]) if echo else ''}{text}")
-    if output is not None:
+    if not as_json:
         output.end_line()
     formats = f"{cache.value} records, {indexer_name} indexer keys"
     console.print(summary(outcome, formats), style="dim", markup=False, soft_wrap=True)

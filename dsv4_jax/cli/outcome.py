@@ -14,10 +14,10 @@ class CompileClock:
     def __init__(self):
         self._spans: list[tuple[float, float]] = []
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
             now = time.perf_counter()
-            self._spans.append((now - seconds, now))
+            self._spans.append((now - duration_secs, now))
 
     def __enter__(self) -> "CompileClock":
         import jax.monitoring

@@ -45,7 +45,9 @@ class TokenizerCodec:
         from tokenizers.decoders import DecodeStream
 
         # Special tokens are shown: one inside a text is worth seeing. A token's text can depend on those before it.
-        stream, ids, sent = DecodeStream(skip_special_tokens=False), [], []
+        stream = DecodeStream(skip_special_tokens=False)
+        ids: list[int] = []
+        sent: list[str] = []
         for token in prompt:
             stream.step(self.tokenizer, token)
 

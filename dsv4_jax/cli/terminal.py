@@ -39,7 +39,7 @@ class TextOutput:
 
     def __init__(self):
         with contextlib.suppress(AttributeError, ValueError):
-            sys.stdout.reconfigure(errors="replace")
+            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
         # A model may write what moves a terminal's cursor or changes its title: there, show such characters instead.
         controls = {c: 0xFFFD for c in (*range(32), *range(127, 160)) if c not in (9, 10)}
         self._shown = controls if sys.stdout.isatty() else {}

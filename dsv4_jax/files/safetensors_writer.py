@@ -68,6 +68,6 @@ def write_safetensors(
                     f"{os.fspath(path)}: tensor {entry.name!r} is {array.dtype}{array.shape}: "
                     f"expected {entry.dtype}{entry.shape}"
                 )
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())

@@ -1,5 +1,7 @@
 """Attention of one layer over the window and the compressed entries (arXiv 2606.19348, section 2.3)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -59,7 +61,7 @@ class Attention(nnx.Module):
     def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config, self.kind = config, spec.attn
         heads, dim = config.num_attention_heads, config.head_dim
-        make = {"dtype": dtype, "rngs": rngs}
+        make: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.wq_a = Linear(config.hidden_size, config.q_lora_rank, **make)
         self.q_norm = RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
         self.wq_b = Linear(config.q_lora_rank, heads * dim, **make)

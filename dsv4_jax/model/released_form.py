@@ -221,7 +221,7 @@ def _write_shards(
             done += checkpoint.info(job.source).nbytes
             progress(done, total)
 
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, shard in shards.items():
         entries = [entry for job in shard for entry in job.entries]
         write_safetensors(folder / file, entries, arrays(shard))

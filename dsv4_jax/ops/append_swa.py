@@ -132,10 +132,13 @@ def _append_jnp(
     head_slot = jnp.where(roles == 2, slots, num_slots)
     row = jnp.where(roles > 0, positions % num_rows, 0)
     stack = () if layer is None else (layer,)
+    inv_scale = None
+    if ring.inv_scale is not None and record.inv_scale is not None:
+        inv_scale = write(ring.inv_scale, (*stack, slot, row), record.inv_scale)
     return SWARing(
         nope=write(ring.nope, (*stack, slot, row), record.nope),
         rope=write(ring.rope, (*stack, slot, row), record.rope),
-        inv_scale=None if record.inv_scale is None else write(ring.inv_scale, (*stack, slot, row), record.inv_scale),
+        inv_scale=inv_scale,
         pos=write(ring.pos, (*stack, slot, row), positions),
         head=write(ring.head, (*stack, head_slot), _next_row(positions, num_rows)),
     )
@@ -152,11 +155,12 @@ def _next_row(positions: Array, num_rows: int) -> Array:
 def _append_native(
     ring: SWARing, kv: Array, slots: Array, positions: Array, roles: Array, *, layer: int | None
 ) -> SWARing:
+    arrays = jax.tree.leaves(ring)
     results = jax.ffi.ffi_call(
         "dsv4_append_swa",
-        tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ring),
-        input_output_aliases={i: i for i in range(len(ring))},
-    )(*ring, kv, slots, positions, roles, layer=np.int64(-1 if layer is None else layer))
+        tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays),
+        input_output_aliases={i: i for i in range(len(arrays))},
+    )(*arrays, kv, slots, positions, roles, layer=np.int64(-1 if layer is None else layer))
     return SWARing(*results)
 
 
@@ -164,7 +168,7 @@ def native_limit(platform: str, ring: SWARing) -> str | None:
     """What keeps the native implementation for "cpu" or "cuda" from serving this ring; None if nothing does."""
     if platform not in native.available():
         return f"the native library for {platform!r} is not installed"
-    if ring.nope.dtype != jnp.uint8 or ring.inv_scale.dtype != jnp.float32:
+    if ring.nope.dtype != jnp.uint8 or ring.inv_scale is None or ring.inv_scale.dtype != jnp.float32:
         scale = "no scale" if ring.inv_scale is None else f"scales of {ring.inv_scale.dtype}"
         return f"it stores only FP8 records (nope uint8, one float32 scale), not {ring.nope.dtype} with {scale}"
     widths = (ring.nope.shape[-1], ring.rope.shape[-1])
@@ -190,7 +194,7 @@ def _check(
             "expected a scale exactly when ring.nope is uint8."
         )
     width = ring.nope.shape[-1] + ring.rope.shape[-1]
-    expected = {
+    expected: dict[str, tuple[Array, tuple, tuple]] = {
         "ring.rope": (ring.rope, (*stack_and_ring, ring.rope.shape[-1]), (formats[ring.nope.dtype],)),
         "ring.pos": (ring.pos, stack_and_ring, (jnp.int32,)),
         "ring.head": (ring.head, stack_and_ring[:-1], (jnp.int32,)),
@@ -198,10 +202,10 @@ def _check(
         "slots": (slots, kv.shape[:1], (jnp.int32,)),
         "positions": (positions, kv.shape[:1], (jnp.int32,)),
     }
-    if has_scale and ring.inv_scale.dtype == jnp.uint8:
+    if ring.inv_scale is not None and ring.inv_scale.dtype == jnp.uint8:
         groups = (scale_bytes(ring.nope.shape[-1]),)
         expected["ring.inv_scale"] = (ring.inv_scale, stack_and_ring + groups, (jnp.uint8,))
-    elif has_scale:
+    elif ring.inv_scale is not None:
         expected["ring.inv_scale"] = (ring.inv_scale, stack_and_ring, (jnp.float32, jnp.uint8))
     for name, (array, shape, dtypes) in expected.items():
         if array.dtype not in dtypes:
@@ -213,7 +217,7 @@ def _check(
         raise ValueError(f"append_swa: the ring is stacked over {stack_and_ring[0]} layers; give layer.")
     if not stacked and layer is not None:
         raise ValueError(f"append_swa: got layer {layer} with a ring that is not stacked over layers; leave it out.")
-    if stacked and not 0 <= layer < stack_and_ring[0]:
+    if layer is not None and not 0 <= layer < stack_and_ring[0]:
         raise ValueError(f"append_swa: got layer {layer}; expected 0 to {stack_and_ring[0] - 1}.")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"append_swa: got implementation {implementation!r}; expected None, 'jnp', 'cpu' or 'cuda'.")

@@ -1,6 +1,8 @@
 """Writing raw projections into the sliding-window ring: RMSNorm, RoPE, quantisation and the write in one operation."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +53,7 @@ def append_swa_fused(
       ValueError: for a wrong shape, layer or implementation.
     """
     _check(ring, kv, norm, cos, sin)
-    options = {"layer": layer, "one_token_per_slot": one_token_per_slot}
+    options: dict[str, Any] = {"layer": layer, "one_token_per_slot": one_token_per_slot}
 
     def in_jnp(ring, kv, norm, cos, sin, slots, positions, form=None):
         values = apply_rope(rms_norm(kv.astype(jnp.float32), norm, eps=eps), cos, sin)
@@ -62,7 +64,7 @@ def append_swa_fused(
     jax.eval_shape(functools.partial(in_jnp, form=implementation), *operands)
     if implementation == "jnp":
         return in_jnp(*operands, form="jnp")
-    in_native = functools.partial(_in_native, eps=eps, **options)
+    in_native: Callable[..., SWARing] = functools.partial(_in_native, eps=eps, **options)
     if implementation is not None:
         return in_native(*operands)
     choices = {platform: in_native for platform in native.available() if native_limit(platform, ring) is None}
@@ -83,12 +85,13 @@ def _in_native(
     one_token_per_slot: bool,
 ) -> SWARing:
     roles = resolve_writes(slots, positions, ring.head.shape[-1], ring.pos.shape[-1], one_token_per_slot)
+    arrays = jax.tree.leaves(ring)
     results = jax.ffi.ffi_call(
         "dsv4_append_swa_fused",
-        tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ring),
-        input_output_aliases={i: i for i in range(len(ring))},
+        tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays),
+        input_output_aliases={i: i for i in range(len(arrays))},
     )(
-        *ring, kv, slots, positions, roles, norm, cos, sin,
+        *arrays, kv, slots, positions, roles, norm, cos, sin,
         layer=np.int64(-1 if layer is None else layer), eps=np.float32(eps),
     )  # fmt: skip
     return SWARing(*results)

@@ -69,7 +69,6 @@ def _rows_up_to(old: Array, fresh: Array, layer: int, segments: Segments, reach:
 
 
 def _pool(tail: CompressorTail, kv: Array, gate: Array, layer: int, segments: Segments, ratio: int) -> ClosedWindows:
-    lanes = 1 if tail.kb is None else 2
     d = tail.ka.shape[-1]
     most = (segments.tokens.shape[1] - 1) // ratio + 1
     starts = segments.starts[:, None]
@@ -85,7 +84,7 @@ def _pool(tail: CompressorTail, kv: Array, gate: Array, layer: int, segments: Se
         return rows[jnp.arange(rows.shape[0])[:, None, None], index]
 
     def pooled() -> Array:
-        if lanes == 1:
+        if tail.kb is None or tail.zb is None:
             k, z = window(tail.ka, kv, 0), window(tail.za, gate, 0)
         else:
             # Window 0 has no predecessor: its lane-a rows weigh exactly nothing, whatever the tail holds there.
@@ -202,11 +201,11 @@ def _dispatch(
     name: str,
     implementation: str | None,
     limit: Callable[[str], str | None],
-    in_jnp: Callable[..., tuple[NamedTuple, CompressorTail]],
-    in_native: Callable[..., tuple[NamedTuple, CompressorTail]],
+    in_jnp: Callable[..., tuple[Any, CompressorTail]],
+    in_native: Callable[..., tuple[Any, CompressorTail]],
     operands: tuple,
     tokens: tuple[Array, Array],
-) -> tuple[NamedTuple, CompressorTail]:
+) -> tuple[Any, CompressorTail]:
     """The implementation asked for, or on each platform the native one if there is one; `tokens`: slots, positions."""
     if implementation not in (None, "jnp", "cpu", "cuda"):
         raise ValueError(f"{name}: got implementation {implementation!r}; expected None, 'jnp', 'cpu' or 'cuda'.")
@@ -230,7 +229,7 @@ def native_limit(platform: str, stored: NamedTuple, tail: CompressorTail, weight
     first = jax.tree.leaves(stored)[0]
     if first.dtype != jnp.uint8:
         return f"it stores only FP8 records and FP4 keys (uint8), not {first.dtype}"
-    if isinstance(stored, Record) and stored.inv_scale.dtype != jnp.float32:
+    if isinstance(stored, Record) and (stored.inv_scale is None or stored.inv_scale.dtype != jnp.float32):
         return "it stores only FP8 records with one float32 scale, not with a power of two per group"
     ratio, dim, rope_dim = weights.ape.shape[0], tail.ka.shape[-1], 2 * weights.inv_freq.shape[-1]
     lanes = 1 if tail.kb is None else 2
@@ -316,7 +315,11 @@ def compress_indexer(
 
     Raises ValueError also for FP4 keys whose groups are not those of the format.
     """
-    if format in GROUP_SIZE and tail.ka.shape[-1] != GROUP_SIZE[format] * keys.scale.shape[-1]:
+    if (
+        format in GROUP_SIZE
+        and keys.scale is not None
+        and tail.ka.shape[-1] != GROUP_SIZE[format] * keys.scale.shape[-1]
+    ):
         raise ValueError(
             f"compress_indexer: got keys.scale {keys.scale.shape}; expected a scale per {GROUP_SIZE[format]} of "
             f"{tail.ka.shape[-1]} values for {format!r}."

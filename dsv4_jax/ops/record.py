@@ -30,7 +30,7 @@ def encode_record(x: Array, like: Record) -> Record:
     split = like.nope.shape[-1]
     nope, rope = x[..., :split], x[..., split:]
     rope = to_bf16(rope.astype(jnp.float32)) if like.rope.dtype == jnp.bfloat16 else rope.astype(like.rope.dtype)
-    if like.nope.dtype == jnp.uint8:
+    if like.nope.dtype == jnp.uint8 and like.inv_scale is not None:
         codes, inv_scale = (quantise_ue8m0 if like.inv_scale.dtype == jnp.uint8 else quantise_fp8)(nope)
         return Record(codes, rope, inv_scale)
     nope = to_bf16(nope.astype(jnp.float32)) if like.nope.dtype == jnp.bfloat16 else nope.astype(like.nope.dtype)
@@ -39,7 +39,7 @@ def encode_record(x: Array, like: Record) -> Record:
 
 def decode_record(record: Record, dtype: jnp.dtype = jnp.float32) -> Array:
     """Record -> (..., head_dim) of `dtype`: stored * inv_scale for the first part, the rope part as it is."""
-    if record.nope.dtype == jnp.uint8:
+    if record.nope.dtype == jnp.uint8 and record.inv_scale is not None:
         dequantise = dequantise_ue8m0 if record.inv_scale.dtype == jnp.uint8 else dequantise_fp8
         nope = dequantise(record.nope, record.inv_scale, dtype)
     else:
