@@ -3,11 +3,14 @@
 import json
 import pathlib
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from dsv4_jax import cli
+from dsv4_jax.cache.occupancy import Occupancy, PoolState
+from dsv4_jax.cli import small_run
 from dsv4_jax.files.safetensors_file import DTYPES, open_checkpoint
 from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.model.checkpoint import load_tensors
@@ -122,3 +125,75 @@ def test_what_cannot_be_read_is_one_sentence_and_status_2(run, tmp_path):
         assert (status, out) == (2, "")
         assert words in err
         assert err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory):
+    """The packaged checkpoint's first layers, two SWA, one CSA, one HCA; the others count as draft layers."""
+    folder, tiny = tmp_path_factory.mktemp("four"), cli.packaged_checkpoint()
+    config = json.loads((tiny / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    (folder / "model.safetensors").symlink_to(tiny / "model.safetensors")
+    return folder
+
+
+def test_a_small_run_shows_its_cache_step_by_step(run, four_layers, tmp_path):
+    picture = tmp_path / "state.svg"
+    text = "def main(): pass\n" * 8  # 136 bytes
+    status, out, err = run(
+        "inspect", four_layers, "--run", text, "--tokens", "105,109", "--steps", 1, "--picture", picture
+    )
+    assert (status, err) == (0, "")
+    titles = [line for line in out.splitlines() if line and not line.startswith(" ")]
+    assert titles == [
+        "prefill of 136 tokens in slot 0",
+        "prefill of 2 tokens in slot 1",
+        "decode step 1: one token in every slot",
+        "fork of slot 0 into slot 2",
+        "release of slot 0",
+    ]
+    decoded = out.split("\n\n")[2].splitlines()
+    assert decoded[1:8] == [
+        "  A  slot 0, 137 tokens",
+        "     ring  128 of 128 rows hold tokens 9 to 136, the next goes to row 9",
+        "     tail  csa: 1 of 3 rows hold token 136",
+        "     tail  csa lane a: 5 of 7 rows hold tokens 132 to 136",
+        "     tail  hca: 9 of 127 rows hold tokens 128 to 136",
+        "     csa   34 entries; blocks: 0, 1",
+        "     hca   1 entries; blocks: 0",
+    ]
+    assert decoded[-2:] == ["  csa blocks  AA....  4 of 6 free", "  hca blocks  A.....  5 of 6 free"]
+    forked, released = out.split("\n\n")[3:5]
+    assert "     block 0 is shared by A and C" in forked
+    assert "  csa blocks  *AC...  3 of 6 free" in forked
+    assert "  csa blocks  C.C...  4 of 6 free" in released
+    drawn = ElementTree.fromstring(picture.read_text())
+    words = [node.text for node in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    for title in titles:
+        assert title in words
+    assert words.count("AC") == 2  # one block of each kind is shared
+
+
+def test_states_as_json_without_a_model(run, four_layers, monkeypatch):
+    state = Occupancy((), (PoolState("csa", ((), (0,)), (0, 3), 32),))
+    monkeypatch.setattr(small_run, "small_run", lambda *arguments: iter([("first", state)]))
+    status, out, _ = run("inspect", four_layers, "--run", "x", "--json")
+    pool = {"kind": "csa", "owners": [[], [0]], "filled": [0, 3], "entries_per_block": 32}
+    assert (status, json.loads(out)) == (0, {"steps": [{"step": "first", "slots": [], "pools": [pool]}]})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--picture", "a.svg"), "--picture draws the states of a run: give a prompt with --run"),
+        (("--run", "x", "--picture", "a.bmp"), "--picture a.bmp: expected the name of an .svg file"),
+        (("--run", ""), "prompt 1 is empty: expected at least one token"),
+        (("--tokens", "300"), "prompt 1 has token ids from 300 to 300: expected 0 to 255"),
+        (("--run", "x" * 4090, "--steps", 9), "4090 tokens and 9 steps: the model has 4096 positions"),
+    ],
+)
+def test_runs_that_cannot_be_are_one_sentence_and_status_2(run, four_layers, arguments, words):
+    status, out, err = run("inspect", four_layers, *arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1

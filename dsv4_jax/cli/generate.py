@@ -14,7 +14,7 @@ from rich.progress import Progress
 from .errors import InputError
 from .options import CacheDtype, Dtype, IndexerDtype, default_indexer, packaged_checkpoint
 from .outcome import CompileClock, Outcome, summary
-from .prompts import ByteCodec, make_codec, parse_tokens, read_prompt_file
+from .prompts import ByteCodec, check_prompts, make_codec, parse_tokens, read_prompt_file
 from .terminal import TextOutput, in_background, make_bytes_progress, make_console, make_progress
 
 
@@ -66,14 +66,7 @@ def generate(
         )
     vocab_size = model.config.vocab_size
     codec = make_codec(folder, vocab_size)
-    ids = [*(codec.encode(text) for text in texts), *ids]
-    for i, prompt in enumerate(ids):
-        if not prompt:
-            raise InputError(f"prompt {i + 1} is empty: expected at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise InputError(
-                f"prompt {i + 1} has token ids from {min(prompt)} to {max(prompt)}: expected 0 to {vocab_size - 1}"
-            )
+    ids = check_prompts([*(codec.encode(text) for text in texts), *ids], vocab_size)
     outcome = Outcome(prompts=ids, tokens=[[] for _ in ids])
     outcome.seconds["load"] = time.perf_counter() - start
     stops = () if ignore_eos else model.config.eos_token_ids

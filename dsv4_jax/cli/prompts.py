@@ -98,6 +98,18 @@ def parse_tokens(text: str) -> list[int]:
         raise InputError(f"--tokens {text[:60]!r}: expected token ids such as 1,2,3") from None
 
 
+def check_prompts(prompts: list[list[int]], vocab_size: int) -> list[list[int]]:
+    """The prompts; InputError for one that is empty or has tokens outside the vocabulary."""
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError(f"prompt {i + 1} is empty: expected at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise InputError(
+                f"prompt {i + 1} has token ids from {min(prompt)} to {max(prompt)}: expected 0 to {vocab_size - 1}"
+            )
+    return prompts
+
+
 def read_prompt_file(path: str) -> bytes:
     """The bytes of a file, or of standard input for "-"."""
     if path == "-":
