@@ -28,7 +28,7 @@ def check_cache(requests: RequestTable, cache: KVCache, *, free_is_unreadable: b
 
 def _check_table(requests: RequestTable, kind: str, table: np.ndarray) -> None:
     expected = np.full(table.shape, -1, np.int32)
-    for slot in requests.slots:
+    for slot in requests.ledger.slots:
         ids = requests.ledger.blocks(slot)[kind]
         expected[slot, : len(ids)] = ids
     for slot in range(len(table)):

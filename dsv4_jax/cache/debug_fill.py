@@ -1,6 +1,6 @@
 """Bytes that show when they are read: what a debug mode leaves in freed blocks and released slots."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import numpy as np
 
 from .kv_cache import KVCache
 from .paged_cache import PagedKVPool
-from .slot_io import read_blocks, write_blocks, write_slot
+from .slot_io import read_blocks, slot_shapes, write_blocks, write_slot
 
 _BYTES = {"scale": 0xFF, "inv_scale": 0xFF, "nope": 0x7F, "keys": 0x77}  # both E4M3 and E8M0 read 0xff as NaN
 
@@ -21,16 +21,16 @@ def unreadable(tree: Any) -> Any:
 
     def fill(path: tuple, x: Any) -> np.ndarray:
         name = path[-1].name
-        if np.issubdtype(x.dtype, np.integer):
-            value = _BYTES[name] if x.dtype == np.uint8 else (-1 if name == "pos" else 0)
-        else:
-            value = np.nan
-        return np.full(x.shape, value, x.dtype)
+        if x.dtype == np.uint8:
+            return np.full(x.shape, _BYTES[name], x.dtype)
+        if x.dtype == np.int32:
+            return np.full(x.shape, -1 if name == "pos" else 0, x.dtype)
+        return np.full(x.shape, np.nan, x.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, tree)
 
 
-def fill_blocks(cache: KVCache, blocks: dict[str, Sequence[int]]) -> KVCache:
+def fill_blocks(cache: KVCache, blocks: Mapping[str, Sequence[int]]) -> KVCache:
     """The cache with these blocks, by kind, made unreadable. Donates the pools."""
     paged = dict(cache.paged)
     for kind, ids in blocks.items():
@@ -45,11 +45,10 @@ def _some_blocks(pool: PagedKVPool, n: int) -> PagedKVPool:
 
 def fill_slot(cache: KVCache, slot: int) -> KVCache:
     """The cache with ring and tails of one slot made unreadable. Donates the state."""
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype), cache.state)
-    return write_slot(cache, slot, unreadable(like))
+    return write_slot(cache, slot, unreadable(slot_shapes(cache)))
 
 
-def check_blocks(cache: KVCache, blocks: dict[str, Sequence[int]]) -> None:
+def check_blocks(cache: KVCache, blocks: Mapping[str, Sequence[int]]) -> None:
     """AssertionError unless these blocks hold what `fill_blocks` left there, to the byte."""
     for kind, ids in blocks.items():
         for part, n in read_blocks(cache.paged[kind], ids):

@@ -1,6 +1,6 @@
 """The cache and the host's bookkeeping of it, kept together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -118,7 +118,7 @@ class CacheHolder:
             if self._debug_nan:
                 self._make_unreadable(released.blocks, released.slots)
 
-    def _make_unreadable(self, blocks: dict[str, Sequence[int]], slots: Sequence[int]) -> None:
+    def _make_unreadable(self, blocks: Mapping[str, Sequence[int]], slots: Sequence[int]) -> None:
         self._cache = fill_blocks(self._cache, blocks)
         for slot in slots:
             self._cache = fill_slot(self._cache, slot)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import planning
+from .fingerprint import model_fingerprint
 from .handle import LayerCacheHandle
 from .holder import CacheHolder
 from .kv_cache import KVCache
@@ -18,6 +19,8 @@ from .schema import build_schema
 from .slot import Slot
 from .slot_copy import copy_slot
 from .slot_io import enter_cells
+from .snapshot import Snapshot, require_fit, take_snapshot, write_entries
+from .state_rows import write_rows
 
 
 class KVCacheManager(CacheHolder):
@@ -43,14 +46,16 @@ class KVCacheManager(CacheHolder):
         indexer_dtype: str | None = None,
         max_rollback: int = 0,
         debug_nan: bool = False,
+        fingerprint: str = "",
     ):
         """Allocates the cache of all layers of `schedule` (build_schedule(config)).
 
         num_blocks_per_*_layer: physical blocks (`compute_block_budget` says how many a load needs). max_context_len:
         tokens of one request at most, by default as many as the pools hold blocks for; a step's readers look at that
         many. cache_dtype, indexer_dtype, max_rollback: see `build_schema`. debug_nan: free blocks and slots are filled
-        with NaN, so that reading one shows, and `check` finds who wrote to one; slow. Raises ValueError for what does
-        not fit.
+        with NaN, so that reading one shows, and `check` finds who wrote to one; slow. fingerprint: any text that tells
+        the weights from others of the same configuration (see `model_fingerprint`). Raises ValueError for what does not
+        fit.
         """
         if max_concurrent_requests < 1:
             raise ValueError(f"max_concurrent_requests is {max_concurrent_requests}: expected at least 1")
@@ -82,6 +87,7 @@ class KVCacheManager(CacheHolder):
             block_size=config.block_size,
         )
         super().__init__(cache, requests, debug_nan=debug_nan)
+        self.fingerprint = model_fingerprint(config, fingerprint)
 
     @classmethod
     def from_memory(
@@ -167,6 +173,47 @@ class KVCacheManager(CacheHolder):
         pairs = {kind: jnp.asarray(rows_array(rows, most, 2)) for kind, rows in copies.items()}
         self._cache = copy_slot(self._cache, jnp.int32(slot), jnp.int32(target), pairs)
         return target
+
+    def snapshot(self, slot: int, *, rollback: int = 0) -> Snapshot:
+        """The request of `slot` outside the cache, in numpy arrays; the request goes on. Waits for steps in flight.
+
+        rollback: tokens that can be forgotten after it is restored; what that takes is part of the snapshot. Raises
+        ValueError for a slot without a request or with a planned step not dispatched, or for more rollback than the
+        request has.
+        """
+        self._requests.require_written(slot)
+        length = self._requests.length(slot)
+        most = length - self._requests.settled(slot)
+        if not 0 <= rollback <= most:
+            raise ValueError(f"rollback is {rollback}: slot {slot} can go back by 0 to {most} tokens")
+        return take_snapshot(
+            self._live_cache(), slot, length, self._ledger.blocks(slot), rollback=rollback, fingerprint=self.fingerprint
+        )
+
+    def restore(self, snapshot: Snapshot) -> Slot:
+        """A request that goes on where the snapshot was taken, on this manager or one of another size -> its slot.
+
+        It can be rolled back by the snapshot's `rollback`, at most by this manager's. Raises ValueError, with the
+        reason, for a snapshot of another model or other records or longer than max_context_len, RuntimeError when no
+        slot or too few blocks are free; then nothing changed.
+        """
+        self._live_cache()
+        self._settle()
+        require_fit(snapshot, self._cache, self.fingerprint, self.max_context_len)
+        settled = snapshot.length - min(snapshot.rollback, self.max_rollback)
+        slot = self._requests.open(snapshot.length, settled)
+        blocks = self._ledger.blocks(slot)
+        cache = write_entries(self._cache, snapshot, blocks)
+        cache = write_rows(cache, slot, snapshot.arrays, snapshot.length)
+        cells = {kind: [(int(slot), column) for column in range(len(ids))] for kind, ids in blocks.items()}
+        self._cache = enter_cells(cache, self._ledger.entered(cells))
+        return slot
+
+    def preempt(self, slot: int, *, rollback: int = 0) -> Snapshot:
+        """Takes a request out of the cache to make room; `restore` resumes it. See `snapshot`, `release_request`."""
+        snapshot = self.snapshot(slot, rollback=rollback)
+        self.release_request(slot)
+        return snapshot
 
     def advance(self, slot: int, n: int) -> None:
         """Counts n tokens more for `slot`, which a loop wrote beyond its plan (see `plan_step`'s lookahead).

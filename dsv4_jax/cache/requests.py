@@ -70,11 +70,20 @@ class RequestTable:
                 "first"
             )
 
-    def open(self) -> Slot:
-        """A request without tokens or blocks -> the lowest free slot. RuntimeError when all are taken."""
+    def open(self, length: int = 0, settled: int = 0) -> Slot:
+        """A request of `length` tokens with the blocks for them -> the lowest free slot.
+
+        RuntimeError when all slots are taken or too few blocks are free; then nothing changed.
+        """
         slot = self._take_slot()
         self.ledger.open(slot)
-        return self._begin(slot, 0, 0)
+        try:
+            self.ledger.extend({kind: {slot: n} for kind, n in self.blocks_for(length).items()})
+        except RuntimeError:
+            self.ledger.close(slot)
+            heapq.heappush(self.free_slots, slot)
+            raise
+        return self._begin(slot, length, settled)
 
     def fork(self, slot: int, shared: dict[str, int]) -> tuple[Slot, dict[str, list[tuple[int, int]]]]:
         """A second request as long as `slot` -> its slot, and `BlockLedger.fork`'s copies. RuntimeError as there."""

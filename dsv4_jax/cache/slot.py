@@ -17,5 +17,5 @@ class Slot(int):
         slot.generation = generation
         return slot
 
-    def __getnewargs__(self) -> tuple[int, int]:
-        return int(self), self.generation
+    def __reduce__(self) -> tuple[type, tuple[int, int]]:
+        return Slot, (int(self), self.generation)

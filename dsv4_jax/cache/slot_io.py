@@ -24,16 +24,16 @@ MAX_BLOCKS = 64
 
 def enter_cells(cache: KVCache, rows: dict[str, list[tuple[int, int, int]]]) -> KVCache:
     """The cache with rows (slot, column, block) entered in its tables, by kind. The tables are donated."""
-    rows = {kind: rows_array(r, power_of_two(len(r)), 3) for kind, r in rows.items() if r}
-    if not rows:
+    padded = {kind: rows_array(r, power_of_two(len(r)), 3) for kind, r in rows.items() if r}
+    if not padded:
         return cache
-    entered = _enter({kind: cache.block_table[kind] for kind in rows}, rows)
+    entered = _enter({kind: cache.block_table[kind] for kind in padded}, padded)
     return cache.replace_tables({**cache.block_table, **entered})
 
 
 @partial(jax.jit, donate_argnums=0)
-def _enter(tables: dict[str, Array], rows: dict[str, Array]) -> dict[str, Array]:
-    def enter(table: Array, rows: Array) -> Array:
+def _enter(tables: dict[str, Array], rows: dict[str, np.ndarray]) -> dict[str, Array]:
+    def enter(table: Array, rows: np.ndarray) -> Array:
         slot = jnp.where(rows[:, 0] >= 0, rows[:, 0], table.shape[0])
         return table.at[slot, rows[:, 1]].set(rows[:, 2], mode="drop")
 
@@ -41,9 +41,22 @@ def _enter(tables: dict[str, Array], rows: dict[str, Array]) -> dict[str, Array]
 
 
 @jax.jit
-def read_slot(state: dict[str, StateCachePool], slot: Array) -> dict[str, StateCachePool]:
-    """Ring and tails of one slot: arrays (L, R, ...) -> (L, ...)."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, slot, axis=1, keepdims=False), state)
+def _read_rows(arrays: dict[str, Array], slot: Array, rows: dict[str, Array]) -> dict[str, Array]:
+    def read(x: Array, rows: Array) -> Array:
+        return jnp.take(jax.lax.dynamic_index_in_dim(x, slot, axis=1, keepdims=False), rows, axis=1)
+
+    return {name: read(x, rows[name]) for name, x in arrays.items()}
+
+
+def read_slot_rows(arrays: dict[str, Array], slot: int, ranges: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+    """The rows of positions [first, end) of one slot, by name: arrays (L, R, rows, ...) -> (L, end - first, ...)."""
+    rows = {}
+    for name, (first, end) in ranges.items():
+        # All rows or a single one, of which none may count: two programs, whatever the length.
+        most = arrays[name].shape[2]
+        rows[name] = (first + np.arange(most if end > first else 1, dtype=np.int32)) % np.int32(most)
+    read = _read_rows({name: arrays[name] for name in ranges}, np.int32(slot), rows)
+    return {name: np.asarray(x)[:, : ranges[name][1] - ranges[name][0]].copy() for name, x in read.items()}
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -57,9 +70,14 @@ def _write_slot(
 
 
 def write_slot(cache: KVCache, slot: int, values: dict[str, StateCachePool]) -> KVCache:
-    """The cache with ring and tails of one slot replaced: `values` as `read_slot` returns them. Donates the state."""
+    """The cache with ring and tails of one slot replaced: `values` has arrays (L, ...). Donates the state."""
     state = _write_slot(cache.state, np.int32(slot), values)
     return cache.replace_state(state, cache.paged, cache.block_table)
+
+
+def slot_shapes(cache: KVCache) -> dict[str, StateCachePool]:
+    """Shapes and dtypes of what `write_slot` takes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype), cache.state)
 
 
 @jax.jit

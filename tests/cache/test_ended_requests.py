@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsv4_jax.cache.slot import Slot
-from dsv4_jax.ops.read_entries import decode_keys
+from dsv4_jax.ops.read_entries import read_keys
 from dsv4_jax.ops.record import decode_record
 
 SWA, CSA, HCA = 0, 1, 2
@@ -166,7 +166,8 @@ def test_debug_mode_leaves_nan(make, formats):
     manager.release_request(slot)
     paged, state = manager.paged_pools[CSA], manager.state_pools[CSA]
     assert np.isnan(decode_record(paged.entries)[0]).all()
-    assert np.isnan(decode_keys(paged.indexer, formats[1])[0]).all()
+    first_block = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.full(1, 32, jnp.int32)
+    assert np.isnan(read_keys(manager.cache.paged["csa"].indexer, *first_block, format=formats[1], layer=0)).all()
     ring = state.ring
     assert np.isnan(decode_record(type(paged.entries)(ring.nope, ring.rope, ring.inv_scale))[0]).all()
     assert (ring.pos[0] == -1).all()
