@@ -22,7 +22,7 @@ def test_shell_scripts_parse(path):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["scripts/demo", "scripts/test", "scripts/bench", ".ci/run"])
+@pytest.mark.parametrize("name", ["scripts/demo", "scripts/test", "scripts/bench", "scripts/soak", ".ci/run"])
 def test_commands_can_be_run(name):
     assert (ROOT / name).stat().st_mode & 0o111
 

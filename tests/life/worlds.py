@@ -1,0 +1,101 @@
+"""What a session's steps compute, and what they must have computed."""
+
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from life.fill import SMALL, Fill, empty_cache
+from stepper import model_step
+
+from dsv4_jax.cache.plan import StepPlan
+from dsv4_jax.model.transformer import DSV4Model
+
+if TYPE_CHECKING:
+    from life.session import Session
+
+
+@cache
+def small(cache_dtype: str = "fp8") -> Fill:
+    """The small geometry, of which a session of random moves sees every edge."""
+    return Fill(SMALL, length=40, width=6, max_rollback=5, cache_dtype=cache_dtype)
+
+
+class World(Protocol):
+    """Steps over a cache, and their reference: recomputed from a text alone."""
+
+    fill: Fill  # the geometry
+
+    def renew(self, session: "Session", slot: int) -> None:
+        """Recomputes what the text of a slot gives, from nothing."""
+
+    def step(self, session: "Session", plan: StepPlan) -> None:
+        """Runs the step on the session's cache and compares."""
+
+    def check(self, session: "Session") -> None:
+        """Compares what can be seen without a step."""
+
+
+def _tokens(session: "Session", plan: StepPlan) -> np.ndarray:
+    return np.where(plan.slots >= 0, session.texts[plan.slots, plan.positions], 0)
+
+
+def _renew(session: "Session", slot: int, one: Any) -> None:
+    if session.expected is None:
+        session.expected = jax.tree.map(lambda x: np.repeat(x, session.slots, axis=0), one)
+    for rows, row in zip(jax.tree.leaves(session.expected), jax.tree.leaves(one), strict=True):
+        rows[slot] = row[0]
+
+
+class Views:
+    """Without a model: the views that a model would attend to, bit for bit, after every move."""
+
+    def __init__(self, fill: Fill):
+        self.fill = fill
+
+    def renew(self, session: "Session", slot: int) -> None:
+        _renew(session, slot, self.fill.recompute(session.texts[slot : slot + 1]))
+
+    def step(self, session: "Session", plan: StepPlan) -> None:
+        session.manager.cache, seen = self.fill.step(session.manager.cache, plan, _tokens(session, plan))
+        self.fill.compare(seen, session.expected, plan)
+
+    def check(self, session: "Session") -> None:
+        slots, positions = np.full(session.slots, -1, np.int32), np.zeros(session.slots, np.int32)
+        for slot, n in session.lengths.items():
+            if n:
+                slots[slot], positions[slot] = slot, n - 1
+        if session.expected is not None:
+            plan = StepPlan(slots, positions)
+            self.fill.compare(self.fill.look(session.manager.cache, plan), session.expected, plan)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "fill"))
+def _logits(graphdef: Any, weights: Any, fill: Fill, tokens: jax.Array) -> jax.Array:
+    """Logits (1, length, V) of one text over a cache that holds nothing."""
+    cache, plan = empty_cache(fill.config, 1, fill.length, **fill.options)
+    return nnx.merge(graphdef, weights)(tokens, cache, plan)[0][None]
+
+
+class Model:
+    """A random model of every kind of layer, in float32: the logits of every token of a step."""
+
+    def __init__(self) -> None:
+        config = SMALL.replace(num_hidden_layers=3, compress_ratios=SMALL.compress_ratios[:3])
+        self.fill = Fill(config, length=40, width=6, max_rollback=5, cache_dtype="fp32")
+        self.graphdef, self.weights = nnx.split(DSV4Model(self.fill.config, rngs=nnx.Rngs(2)))
+
+    def renew(self, session: "Session", slot: int) -> None:
+        _renew(session, slot, np.asarray(_logits(self.graphdef, self.weights, self.fill, session.texts[slot])))
+
+    def step(self, session: "Session", plan: StepPlan) -> None:
+        logits, session.manager.cache = model_step(
+            self.graphdef, self.weights, session.manager.cache, plan, _tokens(session, plan)
+        )
+        live = plan.slots >= 0
+        want = session.expected[plan.slots[live], plan.positions[live]]
+        np.testing.assert_allclose(np.asarray(logits)[live], want, rtol=0, atol=5e-5)
+
+    def check(self, session: "Session") -> None:
+        pass
