@@ -20,7 +20,9 @@ struct AppendSwa {
   int64_t tokens, slots, rows, nope_width, rope_width;
   uint8_t* nope;     // (R, W, nope_width) E4M3
   BFloat16* rope;    // (R, W, rope_width)
-  float* inv_scale;  // (R, W)
+  float* inv_scale;  // (R, W), or null where there is a scale for every 64 values
+  uint8_t* scales;   // (R, W, scale_width) E8M0, or null
+  int64_t scale_width;
   int32_t* pos;      // (R, W)
   int32_t* head;     // (R)
   const void* kv;    // (T, nope_width + rope_width), float or BFloat16
@@ -77,7 +79,19 @@ inline ffi::Error bind_append_swa(ffi::RemainingArgs args, ffi::RemainingRets re
   };
   uint8_t* nope = operands.take<uint8_t>("nope", {DataType::U8}, ring);
   BFloat16* rope = operands.take<BFloat16>("rope", {DataType::BF16}, with_layers({num_slots, rows, rope_width}));
-  float* inv_scale = operands.take<float>("inv_scale", {DataType::F32}, with_layers({num_slots, rows}));
+  const Operands::Shape scale_shape = operands.shape_of_next();
+  const bool grouped = scale_shape.size() == ring.size();
+  const int64_t scale_width = grouped ? scale_shape.back() : 0;
+  if (grouped && (nope_width % 64 || 64 * scale_width < nope_width)) {
+    operands.fail("inv_scale " + Operands::text(scale_shape), "one for every 64 of " + std::to_string(nope_width) + " values");
+  }
+  float* inv_scale = nullptr;
+  uint8_t* scales = nullptr;
+  if (grouped) {
+    scales = operands.take<uint8_t>("inv_scale", {DataType::U8}, with_layers({num_slots, rows, scale_width}));
+  } else {
+    inv_scale = operands.take<float>("inv_scale", {DataType::F32}, with_layers({num_slots, rows}));
+  }
   int32_t* pos = operands.take<int32_t>("pos", {DataType::S32}, with_layers({num_slots, rows}));
   int32_t* head = operands.take<int32_t>("head", {DataType::S32}, with_layers({num_slots}));
   const void* kv = operands.take("kv", {DataType::F32, DataType::BF16}, {tokens, nope_width + rope_width});
@@ -97,7 +111,7 @@ inline ffi::Error bind_append_swa(ffi::RemainingArgs args, ffi::RemainingRets re
   const int64_t first_slot = stacked ? layer * num_slots : 0;
   const int64_t first_row = first_slot * rows;
   *call = {tokens, num_slots, rows, nope_width, rope_width, nope + first_row * nope_width, rope + first_row * rope_width,
-           inv_scale + first_row, pos + first_row, head + first_slot, kv, kv_is_float, slots, positions, roles, norm, cos, sin,
+           grouped ? nullptr : inv_scale + first_row, grouped ? scales + first_row * scale_width : nullptr, scale_width, pos + first_row, head + first_slot, kv, kv_is_float, slots, positions, roles, norm, cos, sin,
            eps};
   return operands.expect_in_place(results);
 }

@@ -10,6 +10,7 @@ namespace dsv4 {
 namespace {
 
 constexpr int kNopeWidth = 448, kRopeWidth = 64, kWidth = kNopeWidth + kRopeWidth;
+constexpr int kScaleWidth = 8;     // E8M0 bytes of a row, where it has a scale for every 64 values
 constexpr int kHalf = kWidth / 2;  // a lane holds 8 values of each half of a token
 constexpr int kFirstRopeLane = (kNopeWidth - kHalf) / 8;  // in the second half, lanes from here on hold the RoPE part
 constexpr int kThreads = 128, kTokensPerBlock = kThreads / 32;
@@ -81,8 +82,8 @@ struct Eight<float> {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ uint2 encode_eight(const RowEncoder& encoder, const Eight<T>& eight) {
+template <typename Encoder, typename T>
+__device__ __forceinline__ uint2 encode_eight(const Encoder& encoder, const Eight<T>& eight) {
   float x[8];
   eight.unpack(x);
   return make_uint2(encoder.encode(x[0], x[1], x[2], x[3]), encoder.encode(x[4], x[5], x[6], x[7]));
@@ -139,29 +140,44 @@ struct LaneNormaliser {
   }
 };
 
-template <typename T>
+// kGrouped: a power-of-two scale for every 64 values, which eight lanes hold; otherwise one scale for the row.
+template <bool kGrouped, typename T>
 __device__ __forceinline__ void write_row(const AppendSwa& call, int64_t row, int32_t role, int32_t slot, int32_t position,
                                           int lane, const Eight<T>& first, const Eight<T>& second) {
   const bool is_rope = lane >= kFirstRopeLane;
-  const uint32_t second_amax = is_rope ? 0u : second.max_magnitude();
-  const RowEncoder encoder(max(first.max_magnitude(), second_amax));
+  const uint32_t first_amax = first.max_magnitude(), second_amax = is_rope ? 0u : second.max_magnitude();
   uint8_t* nope = call.nope + row * kNopeWidth + lane * 8;
-  *reinterpret_cast<uint2*>(nope) = encode_eight(encoder, first);
+  uint2 first_codes, second_codes;
+  if constexpr (kGrouped) {
+    const GroupEncoder<8> first_encoder(first_amax), second_encoder(second_amax);
+    first_codes = encode_eight(first_encoder, first);
+    second_codes = encode_eight(second_encoder, second);
+    if (lane % 8 == 0) {
+      uint8_t* scales = call.scales + row * kScaleWidth + lane / 8;
+      scales[0] = first_encoder.scale();
+      scales[kScaleWidth / 2] = is_rope ? 0 : second_encoder.scale();  // the last is padding
+    }
+  } else {
+    const RowEncoder encoder(max(first_amax, second_amax));
+    first_codes = encode_eight(encoder, first);
+    second_codes = encode_eight(encoder, second);
+    if (lane == 0) call.inv_scale[row] = encoder.inv_scale();
+  }
+  *reinterpret_cast<uint2*>(nope) = first_codes;
   if (is_rope) {
     BFloat16* rope = call.rope + row * kRopeWidth + (lane - kFirstRopeLane) * 8;
     *reinterpret_cast<uint4*>(rope) = second.to_bf16x8();
   } else {
-    *reinterpret_cast<uint2*>(nope + kHalf) = encode_eight(encoder, second);
+    *reinterpret_cast<uint2*>(nope + kHalf) = second_codes;
   }
   if (lane == 0) {
-    call.inv_scale[row] = encoder.inv_scale();
     call.pos[row] = position;
     if (role == kWritesRowAndHead) call.head[slot] = call.next_row(position);
   }
 }
 
 // One warp a token. The token is loaded before it is known whether it is written: that saves a trip to memory.
-template <typename T, bool kFused>
+template <typename T, bool kFused, bool kGrouped>
 __global__ void __launch_bounds__(kThreads) append_swa_kernel(const AppendSwa call) {
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokensPerBlock + threadIdx.x / 32;
@@ -180,10 +196,21 @@ __global__ void __launch_bounds__(kThreads) append_swa_kernel(const AppendSwa ca
     first.unpack(first_values.values);
     second.unpack(second_values.values);
     normalise(first_values.values, second_values.values, call.eps, lane);
-    write_row(call, row, role, slot, position, lane, first_values, second_values);
+    write_row<kGrouped>(call, row, role, slot, position, lane, first_values, second_values);
   } else {
     const int64_t row = call.row_of(role, slot, position);
-    if (row >= 0) write_row(call, row, role, slot, position, lane, first, second);
+    if (row >= 0) write_row<kGrouped>(call, row, role, slot, position, lane, first, second);
+  }
+}
+
+template <bool kFused, bool kGrouped>
+void launch(cudaStream_t stream, const AppendSwa& call) {
+  // The grid depends on shapes alone: a CUDA graph may replay it.
+  const auto blocks = static_cast<unsigned>((call.tokens + kTokensPerBlock - 1) / kTokensPerBlock);
+  if (call.kv_is_float) {
+    append_swa_kernel<float, kFused, kGrouped><<<blocks, kThreads, 0, stream>>>(call);
+  } else {
+    append_swa_kernel<BFloat16, kFused, kGrouped><<<blocks, kThreads, 0, stream>>>(call);
   }
 }
 
@@ -196,14 +223,12 @@ ffi::Error append(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRe
     return ffi::Error::InvalidArgument("append_swa: got records of " + std::to_string(call.nope_width) + " + " +
                                        std::to_string(call.rope_width) + " values; expected 448 + 64 on CUDA.");
   }
-  if (call.tokens == 0) return ffi::Error::Success();
-  // The grid depends on shapes alone: a CUDA graph may replay it.
-  const auto blocks = static_cast<unsigned>((call.tokens + kTokensPerBlock - 1) / kTokensPerBlock);
-  if (call.kv_is_float) {
-    append_swa_kernel<float, kFused><<<blocks, kThreads, 0, stream>>>(call);
-  } else {
-    append_swa_kernel<BFloat16, kFused><<<blocks, kThreads, 0, stream>>>(call);
+  if (call.scales && call.scale_width != kScaleWidth) {
+    return ffi::Error::InvalidArgument("append_swa: got " + std::to_string(call.scale_width) +
+                                       " scales a row; expected 8 on CUDA.");
   }
+  if (call.tokens == 0) return ffi::Error::Success();
+  call.scales ? launch<kFused, true>(stream, call) : launch<kFused, false>(stream, call);
   const cudaError_t status = cudaGetLastError();
   if (status == cudaSuccess) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("append_swa: the kernel was not launched: ") + cudaGetErrorString(status));

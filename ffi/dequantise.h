@@ -6,10 +6,9 @@
 #include <cstdint>
 
 #include "float_bits.h"
+#include "quantise.h"
 
 namespace dsv4 {
-
-constexpr uint8_t kE8M0NaN = 0xFF;
 
 // All ones if true. Choosing by masks, and not by branches, makes vector code of a loop.
 DSV4_HOST_DEVICE uint32_t mask_of(bool condition) { return 0u - static_cast<uint32_t>(condition); }

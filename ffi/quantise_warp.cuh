@@ -1,4 +1,4 @@
-// The FP8 record on the device: one warp quantises one row that lies in its registers.
+// The FP8 records on the device: one warp quantises one row that lies in its registers.
 #ifndef DSV4_QUANTISE_WARP_CUH_
 #define DSV4_QUANTISE_WARP_CUH_
 
@@ -55,6 +55,32 @@ class RowEncoder {
 
   float inv_scale_, reciprocal_;
   bool finite_;
+};
+
+// The same for a group of 64 values with a power-of-two scale, in kLanes neighbouring lanes of a warp.
+template <int kLanes>
+class GroupEncoder {
+ public:
+  // lane_amax: the largest magnitude_bits of this lane's values. All 32 lanes call together.
+  __device__ __forceinline__ explicit GroupEncoder(uint32_t lane_amax) {
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+      lane_amax = max(lane_amax, __shfl_xor_sync(0xFFFFFFFFu, lane_amax, step));
+    }
+    scale_ = e8m0_scale_of(lane_amax);
+    reciprocal_ = e8m0_reciprocal(scale_);
+  }
+
+  __device__ __forceinline__ uint8_t scale() const { return static_cast<uint8_t>(scale_); }
+
+  __device__ __forceinline__ uint32_t encode(float a, float b, float c, float d) const {
+    const uint32_t codes = to_e4m3x4(a * reciprocal_, b * reciprocal_, c * reciprocal_, d * reciprocal_);
+    return scale_ == kE8M0NaN ? kE4M3NaN * 0x01010101u : codes;
+  }
+
+ private:
+  uint32_t scale_;
+  float reciprocal_;
 };
 
 }  // namespace dsv4

@@ -11,7 +11,6 @@ namespace dsv4 {
 namespace {
 
 constexpr int64_t kBytesPerChunk = 128 << 10;  // of the result: some 10 us of work
-constexpr int64_t kGroup = 64;                 // values that share an E8M0 scale
 
 void store(float value, float* out) { *out = value; }
 void store(float value, BFloat16* out) { *out = to_bf16(value); }
@@ -31,8 +30,8 @@ void decode_record(const ReadRecords& call, int64_t row, Out* out) {
     decode_codes(codes, call.nope_width, static_cast<const float*>(call.scale)[row], out);
   } else {
     const uint8_t* scales = static_cast<const uint8_t*>(call.scale) + row * call.scale_width;
-    for (int64_t i = 0; i < call.nope_width; i += kGroup) {
-      decode_codes(codes + i, kGroup, e8m0_value(scales[i / kGroup]), out + i);
+    for (int64_t i = 0; i < call.nope_width; i += kE8M0Group) {
+      decode_codes(codes + i, kE8M0Group, e8m0_value(scales[i / kE8M0Group]), out + i);
     }
   }
   const BFloat16* rope = call.rope + row * call.rope_width;

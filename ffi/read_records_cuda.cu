@@ -201,6 +201,10 @@ ffi::Error read_records(cudaStream_t stream, const ReadRecords& call, const Rows
     return ffi::Error::InvalidArgument("read: got records of " + std::to_string(call.nope_width) + " + " +
                                        std::to_string(call.rope_width) + " values; expected 448 + 64 on CUDA.");
   }
+  if (call.scale_width != 0 && call.scale_width != 8) {
+    return ffi::Error::InvalidArgument("read: got " + std::to_string(call.scale_width) +
+                                       " scales a record; expected 8 on CUDA.");
+  }
   if (call.scale_width == 0) {
     return call.out_is_float ? read_all<RecordInWarp<float, float>>(stream, call, rows)
                              : read_all<RecordInWarp<float, BFloat16>>(stream, call, rows);

@@ -168,9 +168,8 @@ def native_limit(platform: str, ring: SWARing) -> str | None:
     """What keeps the native implementation for "cpu" or "cuda" from serving this ring; None if nothing does."""
     if platform not in native.available():
         return f"the native library for {platform!r} is not installed"
-    if ring.nope.dtype != jnp.uint8 or ring.inv_scale is None or ring.inv_scale.dtype != jnp.float32:
-        scale = "no scale" if ring.inv_scale is None else f"scales of {ring.inv_scale.dtype}"
-        return f"it stores only FP8 records (nope uint8, one float32 scale), not {ring.nope.dtype} with {scale}"
+    if ring.nope.dtype != jnp.uint8:
+        return f"it stores only FP8 records (nope uint8), not {ring.nope.dtype}"
     widths = (ring.nope.shape[-1], ring.rope.shape[-1])
     if platform == "cuda" and widths != (448, 64):
         return f"it supports only records of 448 + 64 values, not {widths[0]} + {widths[1]}"

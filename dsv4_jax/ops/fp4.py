@@ -60,9 +60,11 @@ def quantise_fp4(x: Array, format: str) -> tuple[Array, Array]:
     if x.shape[-1] % group:
         raise ValueError(f"FP4 format {format!r} needs a multiple of {group} values, got {x.shape[-1]}")
     x = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // group, group)
-    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), jnp.float32(AMAX_FLOOR))
-    finite = jnp.isfinite(amax)
-    amax = jnp.where(finite, amax, jnp.float32(1.0))
+    # On the bits, non-negative floats order like integers, NaNs last: a maximum of floats may lose a NaN on the CPU.
+    bits = jnp.max(jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF, axis=-1)
+    finite = bits < 0x7F800000
+    bits = jnp.where(finite, jnp.maximum(bits, int(np.float32(AMAX_FLOOR).view(np.int32))), 0x3F800000)
+    amax = jax.lax.bitcast_convert_type(bits, jnp.float32)
     if format == "nvfp4":
         sixth = divide_by(jax.lax.bitcast_convert_type(amax, jnp.int32), 2, 1)
         scale = jnp.maximum(encode_e4m3(jax.lax.bitcast_convert_type(sixth, jnp.float32)), jnp.uint8(1))

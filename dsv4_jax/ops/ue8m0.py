@@ -5,6 +5,7 @@ It is the released model's own grid (arXiv 2606.19348, section 2.3.4) and what t
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .fp8 import AMAX_FLOOR, decode_e4m3, encode_e4m3
 
@@ -15,6 +16,8 @@ GROUP = 64
 
 _MANTISSA_448 = 0x600000  # 448 = 1.75 * 2^8
 _NAN = 0xFF
+_F32_INF, _F32_ONE = 0x7F800000, 0x3F800000
+_FLOOR_BITS = int(np.float32(AMAX_FLOOR).view(np.int32))
 
 
 def scale_bytes(width: int) -> int:
@@ -39,9 +42,10 @@ def quantise_ue8m0(x: Array) -> tuple[Array, Array]:
     """
     padded = scale_bytes(x.shape[-1])
     groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, GROUP)
-    amax = jnp.max(jnp.abs(groups), axis=-1)
-    finite = jnp.isfinite(amax)
-    bits = jax.lax.bitcast_convert_type(jnp.where(finite, jnp.maximum(amax, AMAX_FLOOR), 1.0), jnp.int32)
+    # On the bits, non-negative floats order like integers, NaNs last: a maximum of floats may lose a NaN on the CPU.
+    amax = jnp.max(jax.lax.bitcast_convert_type(groups, jnp.int32) & 0x7FFFFFFF, axis=-1)
+    finite = amax < _F32_INF
+    bits = jnp.where(finite, jnp.maximum(amax, _FLOOR_BITS), _F32_ONE)
     scale = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > _MANTISSA_448).astype(jnp.int32)
     inverse = _power_of_two(254 - scale)
     codes = jnp.where(finite[..., None], encode_e4m3(groups * inverse[..., None]), jnp.uint8(0x7F))

@@ -17,6 +17,7 @@ from dsv4_jax.ops import native
 from dsv4_jax.ops.append_swa import SWARing, append_swa, resolve_writes
 from dsv4_jax.ops.fp8 import quantise_fp8, to_bf16
 from dsv4_jax.ops.rows import set_rows
+from dsv4_jax.ops.ue8m0 import quantise_ue8m0
 
 BF16 = ml_dtypes.bfloat16
 INT_MAX, INT_MIN = np.int32(2**31 - 1), np.int32(-(2**31))
@@ -54,13 +55,15 @@ def bits(x):
 
 
 def new_ring(slots, rows, *, layers=None, nope=448, rope=64, dtype="uint8"):
-    """A ring as numpy arrays, filled with what nobody would write."""
+    """A ring as numpy arrays, filled with what nobody would write; dtype "ue8m0": a scale for every 64 values."""
     shape = (slots, rows) if layers is None else (layers, slots, rows)
     exact = dtype == "float32"
+    scale = {"uint8": np.full(shape, -5, np.float32), "ue8m0": np.full((*shape, 8), 0x33, np.uint8)}.get(dtype)
+    dtype = "uint8" if dtype == "ue8m0" else dtype
     return SWARing(
         nope=np.full((*shape, nope), 0x55 if dtype == "uint8" else -3, jnp.dtype(dtype)),
         rope=np.full((*shape, rope), -7, np.float32 if exact else BF16),
-        inv_scale=np.full(shape, -5, np.float32) if dtype == "uint8" else None,
+        inv_scale=scale,
         pos=np.full(shape, -1, np.int32),
         head=np.full(shape[:-1], 99, np.int32),
     )
@@ -92,7 +95,7 @@ def to_record(kv, width, one):
     """Quantised rows; the quantisation itself is tested in test_fp8."""
     nope, rope = jnp.asarray(kv)[:, :width], jnp.asarray(kv)[:, width:]
     if one.nope.dtype == np.uint8:
-        nope, inv_scale = jax.jit(quantise_fp8)(nope)
+        nope, inv_scale = jax.jit(quantise_ue8m0 if one.inv_scale.dtype == np.uint8 else quantise_fp8)(nope)
         return np.asarray(nope), np.asarray(to_bf16(rope)), np.asarray(inv_scale)
     if one.nope.dtype == BF16:
         return np.asarray(to_bf16(nope)), np.asarray(to_bf16(rope)), None
@@ -118,14 +121,16 @@ def normal(rng, tokens, width=512, dtype=np.float32):
     return (rng.standard_normal((tokens, width)) * 2.0 ** rng.integers(-20, 20, (tokens, 1))).astype(dtype)
 
 
+@pytest.mark.parametrize("form", ["uint8", "ue8m0"])
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
-def test_any_mix_of_slots_positions_and_padding(implementation, rng, dtype):
+def test_any_mix_of_slots_positions_and_padding(implementation, rng, dtype, form):
     tokens = 700  # 5 slots of up to 128 rows: many positions fall out of the window, some come twice
     slots = rng.integers(-2, 7, tokens)
     positions = rng.integers(-3, 300, tokens)
     slots[:4], positions[4:7] = [INT_MAX, INT_MIN, 5, -1], [INT_MAX, INT_MIN, -1]
     positions[slots == 3] = INT_MAX - rng.integers(0, 200, np.sum(slots == 3))
-    check(new_ring(5, 128), normal(rng, tokens, dtype=dtype), slots, positions, implementation=implementation)
+    ring = new_ring(5, 128, dtype=form)
+    check(ring, normal(rng, tokens, dtype=dtype), slots, positions, implementation=implementation)
 
 
 def test_more_tokens_of_one_slot_than_rows_keep_the_last_in_any_order(implementation, rng):
@@ -169,8 +174,9 @@ def test_number_of_rows_is_data(implementation, rng, rows):
     check(new_ring(3, rows), normal(rng, 60), slots, positions, implementation=implementation)
 
 
+@pytest.mark.parametrize("form", ["uint8", "ue8m0"])
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
-def test_values_no_rule_should_forget(implementation, rng, dtype):
+def test_values_no_rule_should_forget(implementation, rng, dtype, form):
     kv = normal(rng, 12)
     kv[0, 447], kv[1, 0], kv[2, 100] = np.nan, np.inf, -np.inf
     kv[3, 448], kv[3, 449], kv[3, 511] = np.nan, -np.inf, np.inf  # RoPE values round each by itself
@@ -183,8 +189,10 @@ def test_values_no_rule_should_forget(implementation, rng, dtype):
     kv[9, 0] = 7
     kv = kv.astype(dtype)
     kv.view(np.uint16 if dtype == BF16 else np.uint32)[10, [3, 460]] = 0xFFFF if dtype == BF16 else 0xFF800001
-    ring = check(new_ring(1, 128), kv, np.zeros(12), np.arange(12), implementation=implementation)
-    assert np.isnan(ring.inv_scale[0, :12]).tolist() == [True] * 3 + [False] * 7 + [True, False]
+    kv[11, 64:130] = 448 * 2.0 ** np.arange(-33, 33)  # where a power of two is just enough
+    ring = check(new_ring(1, 128, dtype=form), kv, np.zeros(12), np.arange(12), implementation=implementation)
+    nan = np.isnan(ring.inv_scale) if form == "uint8" else np.any(ring.inv_scale == 0xFF, axis=-1)
+    assert nan[0, :12].tolist() == [True] * 3 + [False] * 7 + [True, False]
     assert bits(ring.rope)[0, 10, 12] == 0x7FC0
 
 
