@@ -67,7 +67,9 @@ struct Compress {
 struct RecordRows {
   uint8_t* nope;     // (N * E, dim - rope_dim) E4M3
   BFloat16* rope;    // (N * E, rope_dim)
-  float* inv_scale;  // (N * E)
+  float* inv_scale;  // (N * E), or null where there is a scale for every 64 values
+  uint8_t* scales;   // (N * E, scale_width) E8M0, or null
+  int64_t scale_width;
 };
 
 struct KeyRows {
@@ -154,9 +156,18 @@ inline ffi::Error bind_compress(ffi::RemainingArgs args, ffi::RemainingRets resu
   }
   if (!operands.ok()) return operands.error();
   const int64_t rows = nope[1] * nope[2];
-  *record = {operands.take<uint8_t>("nope", {ffi::DataType::U8}, nope) + layer * rows * nope[3],
-             operands.take<BFloat16>("rope", {ffi::DataType::BF16}, {nope[0], nope[1], nope[2], rope[3]}) + layer * rows * rope[3],
-             operands.take<float>("inv_scale", {ffi::DataType::F32}, {nope[0], nope[1], nope[2]}) + layer * rows};
+  const Operands::Shape scale = operands.shape_of_next(2);
+  const bool grouped = scale.size() == 4;
+  record->nope = operands.take<uint8_t>("nope", {ffi::DataType::U8}, nope) + layer * rows * nope[3];
+  record->rope = operands.take<BFloat16>("rope", {ffi::DataType::BF16}, {nope[0], nope[1], nope[2], rope[3]}) + layer * rows * rope[3];
+  record->inv_scale = nullptr, record->scales = nullptr, record->scale_width = grouped ? scale[3] : 0;
+  if (grouped && (nope[3] % 64 || 64 * scale[3] < nope[3])) {
+    operands.fail("inv_scale " + Operands::text(scale), "one for every 64 of " + std::to_string(nope[3]) + " values");
+  } else if (grouped) {
+    record->scales = operands.take<uint8_t>("inv_scale", {ffi::DataType::U8}, {nope[0], nope[1], nope[2], scale[3]}) + layer * rows * scale[3];
+  } else {
+    record->inv_scale = operands.take<float>("inv_scale", {ffi::DataType::F32}, {nope[0], nope[1], nope[2]}) + layer * rows;
+  }
   call->blocks = nope[1], call->per_block = nope[2];
   if (operands.ok()) take_compress(operands, layer, nope[0], eps, call, kv_is_float);
   if (operands.ok() && (call->dim != nope[3] + rope[3] || call->rope_dim != rope[3])) {

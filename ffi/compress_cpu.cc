@@ -170,7 +170,12 @@ ffi::Error compress(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   if (error.failure()) return error;
   const int64_t rope_dim = call.rope_dim, nope_dim = call.dim - rope_dim;
   run(pool, call, kv_is_float, [&](int64_t row, const float* values) {
-    record.inv_scale[row] = quantise_row(values, nope_dim, record.nope + row * nope_dim);
+    uint8_t* nope = record.nope + row * nope_dim;
+    if (record.scales) {
+      quantise_row_by_groups(values, nope_dim, nope, record.scales + row * record.scale_width, record.scale_width);
+    } else {
+      record.inv_scale[row] = quantise_row(values, nope_dim, nope);
+    }
     for (int64_t i = 0; i < rope_dim; ++i) record.rope[row * rope_dim + i] = to_bf16(values[nope_dim + i]);
   });
   return ffi::Error::Success();

@@ -336,6 +336,10 @@ ffi::Error compress(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remaining
   if (!is<Csa>(call) && !is<Hca>(call)) {
     return unsupported("compress", call, "ratio 4 with 2 lanes or ratio 128 with 1, of 512, 64 rotated");
   }
+  if (record.scales && record.scale_width != 8) {
+    return ffi::Error::InvalidArgument("compress: got " + std::to_string(record.scale_width) +
+                                       " scales a record; expected 8 on CUDA.");
+  }
   if (call.segments == 0) return ffi::Error::Success();
   if (is<Csa>(call)) {
     return result_of("compress", kv_is_float ? launch_overlapped<float, Csa, 1>(call, record, stream)

@@ -286,20 +286,28 @@ __device__ __forceinline__ void write_record(const RecordRows& record, int64_t r
   constexpr int kNopeDim = 448, kRopeDim = 64;
   const int channel = thread * kChannels;
   const bool is_rope = channel >= kNopeDim;
-  const uint32_t in_warp = __reduce_max_sync(0xFFFFFFFFu, is_rope ? 0u : largest_magnitude(v));
-  if (thread % 32 == 0) scratch->amax[thread / 32] = in_warp;
-  sync_first<128>();
-  const RowEncoder encoder(
-      max(max(scratch->amax[0], scratch->amax[1]), max(scratch->amax[2], scratch->amax[3])));
+  const uint32_t amax = is_rope ? 0u : largest_magnitude(v);
+  uint32_t codes;
+  if (record.scales) {
+    const GroupEncoder<16> encoder(amax);
+    codes = encoder.encode(v.x[0], v.x[1], v.x[2], v.x[3]);
+    if (thread % 16 == 0) record.scales[row * 8 + thread / 16] = is_rope ? 0 : encoder.scale();  // the last is padding
+  } else {
+    const uint32_t in_warp = __reduce_max_sync(0xFFFFFFFFu, amax);
+    if (thread % 32 == 0) scratch->amax[thread / 32] = in_warp;
+    sync_first<128>();
+    const RowEncoder encoder(
+        max(max(scratch->amax[0], scratch->amax[1]), max(scratch->amax[2], scratch->amax[3])));
+    codes = encoder.encode(v.x[0], v.x[1], v.x[2], v.x[3]);
+    if (thread == 0) record.inv_scale[row] = encoder.inv_scale();
+  }
   if (is_rope) {
     const uint2 words = make_uint2(to_bf16(v.x[0]).bits | (static_cast<uint32_t>(to_bf16(v.x[1]).bits) << 16),
                                    to_bf16(v.x[2]).bits | (static_cast<uint32_t>(to_bf16(v.x[3]).bits) << 16));
     *reinterpret_cast<uint2*>(record.rope + row * kRopeDim + (channel - kNopeDim)) = words;
   } else {
-    *reinterpret_cast<uint32_t*>(record.nope + row * kNopeDim + channel) =
-        encoder.encode(v.x[0], v.x[1], v.x[2], v.x[3]);
+    *reinterpret_cast<uint32_t*>(record.nope + row * kNopeDim + channel) = codes;
   }
-  if (thread == 0) record.inv_scale[row] = encoder.inv_scale();
 }
 
 // Rotates 128 channels, four in each lane of a warp, by the orthonormal Hadamard matrix in natural order.

@@ -229,8 +229,6 @@ def native_limit(platform: str, stored: NamedTuple, tail: CompressorTail, weight
     first = jax.tree.leaves(stored)[0]
     if first.dtype != jnp.uint8:
         return f"it stores only FP8 records and FP4 keys (uint8), not {first.dtype}"
-    if isinstance(stored, Record) and (stored.inv_scale is None or stored.inv_scale.dtype != jnp.float32):
-        return "it stores only FP8 records with one float32 scale, not with a power of two per group"
     ratio, dim, rope_dim = weights.ape.shape[0], tail.ka.shape[-1], 2 * weights.inv_freq.shape[-1]
     lanes = 1 if tail.kb is None else 2
     if dim % 2:

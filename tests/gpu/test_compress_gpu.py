@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from ops.compress_cases import (
     CSA,
+    CSA_UE8M0,
     EPS,
     HCA,
+    HCA_UE8M0,
     MXFP4,
     NVFP4,
     State,
@@ -29,7 +31,12 @@ pytestmark = pytest.mark.gpu
 
 FREQUENCIES = new_weights(np.random.default_rng(0), CSA).inv_freq
 
-KINDS = [pytest.param(g, id=n) for n, g in {"csa": CSA, "hca": HCA, "nvfp4": NVFP4, "mxfp4": MXFP4}.items()]
+KINDS = [
+    pytest.param(g, id=n)
+    for n, g in {
+        "csa": CSA, "hca": HCA, "csa_ue8m0": CSA_UE8M0, "hca_ue8m0": HCA_UE8M0, "nvfp4": NVFP4, "mxfp4": MXFP4
+    }.items()
+]  # fmt: skip
 
 
 @pytest.fixture

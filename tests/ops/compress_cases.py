@@ -27,6 +27,7 @@ class Geometry(NamedTuple):
     per_block: int
     key_format: str | None = None  # of indexer keys; None for records
     rollback: int = 0
+    scales: int | None = None  # of a record, where it has a power of two for every 64 values
 
     @property
     def rows(self):
@@ -36,6 +37,8 @@ class Geometry(NamedTuple):
 
 CSA = Geometry(4, 2, 512, 64, 32)
 HCA = Geometry(128, 1, 512, 64, 1)
+CSA_UE8M0 = CSA._replace(scales=8)
+HCA_UE8M0 = HCA._replace(scales=8)
 NVFP4 = Geometry(4, 2, 128, 64, 32, "nvfp4")
 MXFP4 = Geometry(4, 2, 128, 64, 32, "mxfp4")
 
@@ -61,7 +64,8 @@ def new_state(rng, g, *, layers=2, slots=5, columns=6):
         stored = IndexerKeys(poisoned((*pool, g.dim // 2), np.uint8), poisoned((*pool, g.dim // group), np.uint8))
     else:
         nope = g.dim - g.rope_dim
-        stored = Record(poisoned((*pool, nope), np.uint8), poisoned((*pool, g.rope_dim), BF16), poisoned(pool, "f4"))
+        scale = poisoned((*pool, g.scales), np.uint8) if g.scales else poisoned(pool, "f4")
+        stored = Record(poisoned((*pool, nope), np.uint8), poisoned((*pool, g.rope_dim), BF16), scale)
     a, b = (poisoned((layers, slots, rows, g.dim), np.float32) for rows in g.rows)
     tail = CompressorTail(a, a.copy(), *((b, b.copy()) if g.lanes == 2 else (None, None)))
     table = rng.permutation(blocks)[: slots * columns].reshape(slots, columns).astype(np.int32)
