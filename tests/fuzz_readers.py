@@ -3,16 +3,21 @@
 Shared by tests/test_fuzz_readers.py and scripts/fuzz. Input i of a seed is the same wherever it is made.
 """
 
+import hashlib
 import json
 import os
 import pathlib
 import re
 import tracemalloc
 import warnings
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from small_model import SMALL
 
+from dsv4_jax.cache.manager import KVCacheManager
+from dsv4_jax.cache.snapshot_file import load_snapshot, save_snapshot
 from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.model.checkpoint import load_tensors
 from dsv4_jax.model.config import DSV4Config
@@ -110,6 +115,30 @@ def _change(raw: bytes, rng: np.random.Generator, text: bool = True) -> bytes:
     return bytes(data)
 
 
+_VALUES = (
+    None, True, False, 0, 1, -1, 3, 128, 2**31, 2**64, 10**30, 0.5, 1e300, "", "x", "two\nlines", "x\n" * 2000, [], {},
+    [1] * 300, {"a": {"b": [1, None]}}, [[[[1]]]],
+)  # fmt: skip
+
+
+def change_value(value: Any, rng: np.random.Generator) -> Any:
+    """A copy of a parsed JSON value with one thing in it replaced, left out, or under another name."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
+        return _VALUES[rng.integers(len(_VALUES))]
+    changed: Any = dict(value) if isinstance(value, dict) else list(value)
+    key = list(value)[rng.integers(len(value))] if isinstance(value, dict) else int(rng.integers(len(value)))
+    kind = rng.random()
+    if kind < 0.8:
+        changed[key] = change_value(value[key], rng)
+    elif kind < 0.9:
+        del changed[key]
+    elif isinstance(changed, dict):
+        changed[("two\nlines", "y" * 3000, "", "kind")[rng.integers(4)]] = changed.pop(key)
+    else:
+        changed.insert(key, _VALUES[rng.integers(len(_VALUES))])
+    return changed
+
+
 class Target:
     """One reader and good files for it."""
 
@@ -137,6 +166,9 @@ class ConfigTarget(Target):
     def run(self, rng: np.random.Generator) -> None:
         """One input."""
         name = self.damaged(["config.json"], rng)
+        if rng.random() < 0.5:
+            changed = change_value(json.loads(self.files[name]), rng)
+            (self.work / name).write_text(json.dumps(changed))
         try:
             config = DSV4Config.from_hf(self.work)
             assert len(config.compress_ratios) == config.num_hidden_layers == len(config.schedule)
@@ -170,7 +202,58 @@ class InspectTarget(Target):
             self.restore(name)
 
 
-TARGETS = {"config": ConfigTarget, "checkpoint": CheckpointTarget, "inspect": InspectTarget}
+class SnapshotTarget(Target):
+    """The file of a request, and putting it back into a cache; mostly with its checksum made right again."""
+
+    def __init__(self, good: pathlib.Path, work: pathlib.Path):
+        self.manager = KVCacheManager(
+            SMALL, SMALL.schedule, max_concurrent_requests=1, num_blocks_per_csa_layer=4, num_blocks_per_hca_layer=4,
+            max_context_len=48, max_rollback=5,
+        )  # fmt: skip
+        slot = self.manager.admit_request()
+        plan = self.manager.plan_step([slot] * 29, np.arange(29))
+        self.manager.cache = self.manager.cache.with_blocks(plan.new_blocks)
+        source = good.parent / f"{work.name}-source"
+        source.mkdir()
+        save_snapshot(self.manager.preempt(slot, rollback=3), source / "request.snapshot")
+        super().__init__(source, work)
+        self._restore_once()
+
+    def run(self, rng: np.random.Generator) -> None:
+        """One input."""
+        name = "request.snapshot"
+        raw = self.files[name]
+        raw = damage(raw, rng) if rng.random() < 0.5 else self._change_header(raw, rng)
+        if rng.random() < 0.9:
+            raw = raw[:-32] + hashlib.blake2b(raw[:-32], digest_size=32).digest()
+        (self.work / name).write_bytes(raw)
+        self._restore_once()
+
+    def _change_header(self, raw: bytes, rng: np.random.Generator) -> bytes:
+        size = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + size])
+        metadata = header["__metadata__"]
+        if rng.random() < 0.8:
+            metadata["request"] = json.dumps(change_value(json.loads(metadata["request"]), rng))
+        else:
+            header["__metadata__"] = change_value(metadata, rng)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + raw[8 + size :]
+
+    def _restore_once(self) -> None:
+        path = self.work / "request.snapshot"
+        snapshot = load_snapshot(path)
+        try:
+            slot = self.manager.restore(snapshot)
+        except ValueError as error:
+            assert not self.manager.active_slots
+            raise ValueError(f"{path}: {error}") from None
+        self.manager.release_request(slot)
+
+
+TARGETS = {
+    "config": ConfigTarget, "checkpoint": CheckpointTarget, "inspect": InspectTarget, "snapshot": SnapshotTarget
+}  # fmt: skip
 
 
 def fuzz(target: Target, inputs: int, seed: int, first: int = 0) -> dict[str, int]:

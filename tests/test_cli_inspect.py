@@ -7,9 +7,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from small_model import SMALL
 
-from dsv4_jax import cli
+from dsv4_jax import KVCacheManager, cli
 from dsv4_jax.cache.occupancy import Occupancy, PoolState
+from dsv4_jax.cache.snapshot_file import save_snapshot
 from dsv4_jax.cli import small_run
 from dsv4_jax.files.safetensors_file import DTYPES, open_checkpoint
 from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
@@ -125,6 +127,50 @@ def test_what_cannot_be_read_is_one_sentence_and_status_2(run, tmp_path):
         assert (status, out) == (2, "")
         assert words in err
         assert err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    """A request of 29 tokens in a file."""
+    manager = KVCacheManager(
+        SMALL, SMALL.schedule, max_concurrent_requests=1, num_blocks_per_csa_layer=4, num_blocks_per_hca_layer=4,
+        max_context_len=48, max_rollback=5,
+    )  # fmt: skip
+    slot = manager.admit_request()
+    plan = manager.plan_step([slot] * 29, np.arange(29))
+    manager.cache = manager.cache.with_blocks(plan.new_blocks)
+    taken = manager.preempt(slot, rollback=3)
+    path = tmp_path_factory.mktemp("snapshot") / "request.safetensors"
+    save_snapshot(taken, path)
+    return taken, path
+
+
+def test_a_snapshot(run, snapshot):
+    taken, path = snapshot
+    status, out, err = run("inspect", path)
+    assert (status, err) == (0, "")
+    assert "a snapshot of a request, as it was written" in out
+    assert "29 tokens, 3 of them can be rolled back" in out
+    assert f"fingerprint of the model: {taken.fingerprint}\n" in out
+    status, out, _ = run("inspect", path, "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert sum(report["layers"].values()) == len(taken.layers)
+    assert report["parts"]["csa entries"] == sum(
+        array.nbytes for name, array in taken.arrays.items() if name.startswith("csa.entries")
+    )
+    assert sum(report["parts"].values()) == report["bytes"] == taken.nbytes
+    assert (report["length"], report["records"], report["state_bytes"]) == (29, "fp8", taken.state_nbytes)
+
+
+def test_a_damaged_snapshot_is_one_sentence_and_status_2(run, snapshot, tmp_path):
+    raw = bytearray(snapshot[1].read_bytes())
+    raw[-100] ^= 1
+    (tmp_path / "damaged").write_bytes(raw)
+    status, out, err = run("inspect", tmp_path / "damaged")
+    assert (status, out) == (2, "")
+    assert "damaged: its checksum does not match its bytes" in err
+    assert err.count("\n") == 1
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import tempfile
 import pytest
 from fuzz_readers import TARGETS, Failure, fast_folder, fuzz, make_checkpoint
 
-INPUTS = {"config": 2000, "checkpoint": 500, "inspect": 200}
+INPUTS = {"config": 2000, "checkpoint": 500, "inspect": 200, "snapshot": 700}
 
 
 @pytest.fixture(scope="module")

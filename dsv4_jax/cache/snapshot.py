@@ -77,8 +77,8 @@ def require_fit(snapshot: Snapshot, cache: KVCache, fingerprint: str, max_contex
     """ValueError, with the reason, unless the snapshot's request can go on in this cache."""
     if snapshot.fingerprint != fingerprint:
         raise ValueError(
-            f"the snapshot is of another model: its fingerprint is {snapshot.fingerprint[:12]}…, this cache's "
-            f"{fingerprint[:12]}…"
+            f"the snapshot is of another model: its fingerprint is {shorten(snapshot.fingerprint[:12])}…, this "
+            f"cache's {fingerprint[:12]!r}…"
         )
     layers = tuple(schema.kind for schema in cache.schemas)
     if snapshot.layers != layers:

@@ -67,7 +67,7 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     for kind, values in raw["schemas"].items():
         expected = {f.name: f.type for f in dataclasses.fields(CacheSchema)}
         if set(values) != set(expected):
-            raise KeyError(f"the fields of the {kind} schema")
+            raise KeyError(f"the fields of the schema {shorten(kind)}")
         schemas[kind] = CacheSchema(**values)
     for name in ("length", "rollback"):
         if type(raw[name]) is not int:

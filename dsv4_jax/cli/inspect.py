@@ -4,26 +4,21 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
-from collections import Counter
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .errors import InputError
 from .files import written_whole
+from .inspect_report import show_checkpoint, show_snapshot, snapshot_report
 from .options import CacheDtype
 from .prompts import check_prompts, make_codec, parse_tokens
-from .sizes import show_bytes
 from .terminal import in_background, make_bytes_progress, make_console, status
-
-SHOWN = 5
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or a safetensors file.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or file of a snapshot.")],
     run: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Run the model on this prompt and show its cache; may be repeated."),
@@ -40,7 +35,8 @@ def inspect(
     """Says what a checkpoint holds: kind, layers, sizes, types, and what is missing or surplus.
 
     Only headers and config.json are read, no tensor. The exit status is 0 where `generate` could load it and 1 where
-    something keeps it from that; draft layers are skipped and counted.
+    something keeps it from that; draft layers are skipped and counted. Of a request's snapshot: its length, layers,
+    formats, bytes by part, and the fingerprint of its model; all of it is read, and checked against its checksum.
 
     With --run the model runs instead: it prefills every prompt, decodes some tokens, forks the first request and ends
     it; after each step its cache is shown: rings, tails, blocks, and who owns what.
@@ -53,15 +49,35 @@ def inspect(
         return 0
     if picture is not None:
         raise InputError("--picture draws the states of a run: give a prompt with --run")
-    from dsv4_jax.model.inspection import inspect_checkpoint
+    if _is_snapshot(path):
+        from ..cache.snapshot_file import load_snapshot
+
+        with status(console, f"reading {path}"):
+            request = snapshot_report(path, load_snapshot(path))
+        if as_json:
+            print(json.dumps(request))
+        else:
+            show_snapshot(request)
+        return 0
+    from ..model.inspection import inspect_checkpoint
 
     with status(console, f"reading the headers of {path}"):
-        report = inspect_checkpoint(pathlib.Path(path))
+        report = inspect_checkpoint(path)
     if as_json:
         print(json.dumps(dataclasses.asdict(report) | {"parameters": report.parameters, "bytes": report.nbytes}))
     else:
-        _show(report)
+        show_checkpoint(report)
     return 1 if report.problems else 0
+
+
+def _is_snapshot(path: str) -> bool:
+    """Whether this is a file of `save_snapshot`; ValueError for a file that is no safetensors file at all."""
+    if not os.path.isfile(path):
+        return False
+    from ..cache.snapshot_file import FORMAT
+    from ..files.safetensors_file import SafetensorsFile
+
+    return SafetensorsFile(path).metadata.get("format") == FORMAT
 
 
 def _run(
@@ -96,48 +112,3 @@ def _run(
             temporary.write_text(draw(states))
     if as_json:
         print(json.dumps({"steps": [{"step": title, **dataclasses.asdict(state)} for title, state in states]}))
-
-
-def _show(report: Any) -> None:
-    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
-    count = len(report.files)
-    draft = "draft layers"
-    console.print(f"{report.path}: {report.kind}, {report.names} names", soft_wrap=True)
-    console.print(
-        f"{report.parameters:,} parameters, {show_bytes(report.nbytes)} in {count} file{'s' * (count != 1)}"
-        + (f"; {report.draft} tensors of draft layers are skipped" if report.draft else "")
-    )
-    if report.config is not None:
-        console.print(_model(report.config), soft_wrap=True)
-    if report.result_bytes:
-        sizes = " or ".join(f"{show_bytes(n)} as {dtype}" for dtype, n in report.result_bytes.items())
-        console.print(f"loaded: {sizes}")
-    for title, rows in (("part", report.parts), ("type", report.dtypes)):
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for i, name in enumerate((title, "tensors", "parameters", "bytes")):
-            table.add_column(name, justify="right" if i else "left", style="" if i else "dim", header_style="dim")
-        for name, part in rows.items():
-            note = " (skipped)" if name == draft else ""
-            table.add_row(f"{name}{note}", f"{part.tensors:,}", f"{part.parameters:,}", show_bytes(part.nbytes))
-        console.print()
-        console.print(table)
-    console.print()
-    for name in ("missing", "surplus", "misshapen", "unsupported"):
-        found = getattr(report, name)
-        if found:
-            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-            console.print(f"{len(found)} {name}: {', '.join(found[:SHOWN])}{more}", soft_wrap=True)
-    for problem in report.problems:
-        if not problem[0].isdigit():  # those that are not lists of tensors
-            console.print(problem, soft_wrap=True)
-    console.print("it does not load as it is" if report.problems else "it loads: nothing is missing or surplus")
-
-
-def _model(config: Any) -> str:
-    kinds = Counter(spec.attn.name for spec in config.schedule)
-    names = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    return (
-        f"{config.num_hidden_layers} layers ({names}), hidden size {config.hidden_size}, "
-        f"{config.num_attention_heads} heads of {config.head_dim}, {config.n_routed_experts} experts "
-        f"({config.num_experts_per_tok} per token), vocabulary of {config.vocab_size}"
-    )
