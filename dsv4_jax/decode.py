@@ -29,9 +29,9 @@ DECODE_STEPS = 16
 class Sampling(NamedTuple):
     """How a token is chosen from its logits."""
 
-    temperature: Array  # () float32, 0 is greedy
-    seed: Array  # () uint32
-    stop_tokens: Array  # (n,) int32, after which a request ends
+    temperature: Array | np.floating  # () float32, 0 is greedy
+    seed: Array | np.unsignedinteger  # () uint32
+    stop_tokens: Array | np.ndarray  # (n,) int32, after which a request ends
 
 
 class LoopState(NamedTuple):
@@ -232,7 +232,8 @@ def stream(
     sampling = Sampling(np.float32(temperature), np.uint32(seed), stops)
     cache_bytes = manager.memory_bytes()
 
-    first, first_logits = np.zeros(batch, np.int32), [None] * batch
+    first: np.ndarray = np.zeros(batch, np.int32)
+    first_logits: list[Any] = [None] * batch
     for start in range(0, longest, width):
         plan, token_ids, rows = _prefill_plan(manager, ids, start, width)
         chosen, logits, manager.cache = prefill_step(

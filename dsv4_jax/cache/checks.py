@@ -31,10 +31,10 @@ def _check_table(requests: RequestTable, kind: str, table: np.ndarray) -> None:
     for slot in requests.ledger.slots:
         ids = requests.ledger.blocks(slot)[kind]
         expected[slot, : len(ids)] = ids
-    for slot in range(len(table)):
-        if requests.pending.involves(slot):
-            expected[slot] = table[slot]
+    for row in range(len(table)):
+        if requests.pending.involves(row):
+            expected[row] = table[row]
     for released in requests.waiting:
-        for slot, column in released.cells[kind]:
-            expected[slot, column] = table[slot, column]
+        for row, column in released.cells[kind]:
+            expected[row, column] = table[row, column]
     np.testing.assert_array_equal(table, expected, f"{kind.upper()} block table")

@@ -74,6 +74,7 @@ def dispatch(
     if implementation not in (None, "jnp", *_HANDLERS):
         raise ValueError(f"{name}: got implementation {implementation!r}; expected None, 'jnp', 'cpu' or 'cuda'.")
     if implementation in _HANDLERS:
+        reason: str | None
         if implementation not in available():
             reason = f"the native library for {implementation!r} is not installed"
         else:

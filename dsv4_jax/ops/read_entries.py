@@ -1,6 +1,6 @@
 """Reading paged pools: all entries of a request, or the chosen ones of each token."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from .fp4 import GROUP_SIZE, dequantise_fp4
 from .record import Record, decode_record, native_read_limit
 
 Array = jax.Array
+Stored = TypeVar("Stored", Record, IndexerKeys)
 
 
 def read_entries(
@@ -101,13 +102,13 @@ def _shape(
 ) -> tuple[int, int]:
     """(S, K) of what a call reads."""
     if selected is not None:
-        return selected.shape
+        return selected.shape[0], selected.shape[1]
     blocks = table.shape[1] if max_blocks is None else min(max_blocks, table.shape[1])
     return slots.shape[0], blocks * jax.tree.leaves(stored)[0].shape[2]
 
 
 def _gather(
-    stored: NamedTuple,
+    stored: Stored,
     table: Array,
     slots: Array,
     counts: Array,
@@ -115,7 +116,7 @@ def _gather(
     *,
     layer: int,
     max_blocks: int | None,
-) -> tuple[NamedTuple, Array]:
+) -> tuple[Stored, Array]:
     """Arrays (L, N, E, ...) -> (S, K, ...) as stored, and which of them are entries: (S, K) bool."""
     per_block = jax.tree.leaves(stored)[0].shape[2]
     live = ((slots >= 0) & (slots < table.shape[0]))[:, None]
