@@ -25,6 +25,7 @@ class BlockAllocator:
         self.num_total_blocks = _count("num_total_blocks", num_total_blocks)
         self._free = deque(range(self.num_total_blocks))
         self._held: set[int] = set()
+        self._kept = np.zeros(self.num_total_blocks, bool)
         self._owners = np.zeros(self.num_total_blocks, np.int32)
 
     @property
@@ -71,6 +72,25 @@ class BlockAllocator:
             self._held.update(gone)
         else:
             self._free.extend(gone)
+        return gone
+
+    @property
+    def kept_only(self) -> np.ndarray:
+        """(num_total_blocks,) bool: blocks whose only owner is `keep`."""
+        return self._kept & (self._owners == 1)
+
+    def keep(self, ids: Sequence[int]) -> None:
+        """One more owner for each of ids, none of them kept already: somebody who can do without when blocks run short.
+
+        ValueError as `share`; then nothing changed.
+        """
+        self.share(ids)
+        self._kept[list(ids)] = True
+
+    def drop(self, ids: Sequence[int]) -> list[int]:
+        """Takes back what `keep` gave; those nobody owns any more are held, and returned."""
+        gone = self.release(ids, hold=True)
+        self._kept[list(ids)] = False
         return gone
 
     def unhold(self, ids: Sequence[int]) -> None:

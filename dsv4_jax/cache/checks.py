@@ -7,14 +7,16 @@ from .kv_cache import KVCache
 from .requests import RequestTable
 
 
-def check_cache(requests: RequestTable, cache: KVCache, *, free_is_unreadable: bool) -> None:
+def check_cache(
+    requests: RequestTable, cache: KVCache, kept: dict[str, list[int]], *, free_is_unreadable: bool
+) -> None:
     """AssertionError unless blocks, tables, lengths and ring rows fit together.
 
-    Every block is free, waiting, or owned as often as it is listed; the tables list what is owned, except where a
-    planned step has not been dispatched; ring rows hold positions that are theirs; with `free_is_unreadable`, nobody
-    has written to a free block.
+    kept: blocks by kind that are kept for prompts to come. Every block is free, waiting, or owned as often as it is
+    listed; the tables list what is owned, except where a planned step has not been dispatched; ring rows hold positions
+    that are theirs; with `free_is_unreadable`, nobody has written to a free block.
     """
-    requests.check()
+    requests.check(kept)
     for kind, table in cache.block_table.items():
         _check_table(requests, kind, np.asarray(table))
     for kind, state in cache.state.items():

@@ -196,7 +196,11 @@ class LayerCacheHandle:
 
     def _where(self):
         plan = self.plan
-        return jnp.asarray(plan.slots), jnp.asarray(plan.positions), plan.segments, self._table
+        table = self._table
+        if plan.kept_blocks is not None:
+            column = jnp.arange(table.shape[1], dtype=jnp.int32)[None]
+            table = jnp.where(column < jnp.asarray(plan.kept_blocks)[:, None], -1, table)
+        return jnp.asarray(plan.slots), jnp.asarray(plan.positions), plan.segments, table
 
     @property
     def _table(self) -> Array:

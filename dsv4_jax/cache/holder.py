@@ -9,6 +9,7 @@ from .debug_fill import fill_blocks, fill_slot
 from .kv_cache import KVCache
 from .layer_views import LayerViews
 from .paged_cache import PagedKVPool
+from .prefix import PrefixIndex
 from .requests import RequestTable
 from .slot import Slot
 from .slot_io import enter_cells
@@ -18,10 +19,25 @@ from .state_cache import StateCachePool
 class CacheHolder:
     """Holds the pytree and the table of requests; what the host changes on the device goes through here."""
 
-    def __init__(self, cache: KVCache, requests: RequestTable, *, debug_nan: bool):
-        """debug_nan: free blocks and slots are kept unreadable (`debug_fill.py`)."""
+    def __init__(
+        self,
+        cache: KVCache,
+        requests: RequestTable,
+        *,
+        fingerprint: str,
+        prefix: PrefixIndex | None,
+        debug_nan: bool,
+    ):
+        """fingerprint: of the model. prefix: what is kept for prompts to come. debug_nan: free blocks and slots are
+        kept unreadable (`debug_fill.py`)."""
         self._cache, self._requests, self._debug_nan = cache, requests, debug_nan
+        self.fingerprint = fingerprint
         self._ledger = requests.ledger
+        self._prefix = prefix
+        self._chains: dict[int, tuple[tuple[int, bytes], list[bytes]]] = {}  # keys of what a slot's request has kept
+        if prefix is not None:
+            self._ledger.reclaim = self._reclaim
+            requests.plans_kept_blocks = prefix.policy.name == "zero"
         if debug_nan:
             free = {kind: self._ledger.free_blocks(kind) for kind in self._ledger.kinds}
             self._make_unreadable(free, range(cache.max_requests))
@@ -62,6 +78,16 @@ class CacheHolder:
         return self.cache.max_requests
 
     @property
+    def max_context_len(self) -> int:
+        """Tokens of one request at most."""
+        return self._requests.max_context_len
+
+    @property
+    def max_rollback(self) -> int:
+        """Tokens that a request can forget at most."""
+        return self._requests.max_rollback
+
+    @property
     def active_slots(self) -> list[Slot]:
         """Slots of admitted requests, ascending."""
         return self._requests.slots
@@ -74,12 +100,14 @@ class CacheHolder:
     def num_free_blocks(self, kind: str) -> int:
         """Blocks of the "csa" or "hca" pools that can be given out now.
 
-        Those that a request gave up while a planned step was not dispatched yet are not among them until it is.
+        Those that are only kept for prompts to come count, they go when others need them. Those that a request gave up
+        while a planned step was not dispatched yet are not among them until it is.
         """
         if kind not in self._ledger.kinds:
             raise ValueError(f"kind {kind!r} has no blocks here: expected one of {sorted(self._ledger.kinds)}")
         self._settle()
-        return self._ledger.num_free(kind)
+        reclaimable = self._ledger.num_reclaimable(kind) if self._can_reclaim() else 0
+        return self._ledger.num_free(kind) + reclaimable
 
     def length(self, slot: int) -> int:
         """Tokens planned for `slot` so far."""
@@ -98,7 +126,11 @@ class CacheHolder:
     def check(self) -> None:
         """AssertionError unless blocks, tables, lengths and ring rows fit together. Reads the device: for tests."""
         self._settle()
-        check_cache(self._requests, self._live_cache(), free_is_unreadable=self._debug_nan)
+        kept = {}
+        if self._prefix is not None:
+            self._prefix.check()
+            kept = self._prefix.blocks()
+        check_cache(self._requests, self._live_cache(), kept, free_is_unreadable=self._debug_nan)
 
     def _live_cache(self) -> KVCache:
         if self._is_donated():
@@ -117,6 +149,20 @@ class CacheHolder:
             self._cache = enter_cells(self._cache, self._ledger.entered(released.cells))
             if self._debug_nan:
                 self._make_unreadable(released.blocks, released.slots)
+
+    def _can_reclaim(self) -> bool:
+        """Whether kept blocks can be given out at once: no planned step may read them, and the cache is here."""
+        return self._requests.pending.newest() == 0 and not self._is_donated()
+
+    def _reclaim(self, short: dict[str, int]) -> None:
+        """Frees short[kind] blocks that are only kept for prompts to come; nothing where they do not suffice."""
+        if self._prefix is None or not self._can_reclaim():
+            return
+        kept_only = self._ledger.kept_only()
+        if all(int(kept_only[kind].sum()) >= n for kind, n in short.items()):
+            gone = self._prefix.evict({kind: ~alone for kind, alone in kept_only.items()}, short)
+            self._requests.give_up(self._ledger.drop(gone))
+            self._settle()
 
     def _make_unreadable(self, blocks: Mapping[str, Sequence[int]], slots: Sequence[int]) -> None:
         self._cache = fill_blocks(self._cache, blocks)

@@ -1,6 +1,6 @@
 """Which request owns which blocks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ class BlockLedger:
         """num_blocks: physical blocks by kind."""
         self._allocators = {kind: BlockAllocator(n) for kind, n in num_blocks.items()}
         self._blocks: dict[int, dict[str, list[int]]] = {}
+        self.reclaim: Callable[[dict[str, int]], None] | None = None  # frees so many kept blocks by kind, or none
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -39,6 +40,30 @@ class BlockLedger:
     def num_held(self, kind: str) -> int:
         """Blocks of a kind that nobody owns and that cannot be given out yet."""
         return self._allocators[kind].num_held
+
+    def num_reclaimable(self, kind: str) -> int:
+        """Blocks of a kind that are only kept for prompts to come, and are given out when others run short."""
+        return int(self._allocators[kind].kept_only.sum())
+
+    def kept_only(self) -> dict[str, np.ndarray]:
+        """By kind (blocks,) bool: the blocks that no request owns and that are kept."""
+        return {kind: allocator.kept_only for kind, allocator in self._allocators.items()}
+
+    def keep(self, blocks: dict[str, list[int]]) -> None:
+        """Blocks of requests, by kind, stay when the requests end."""
+        for kind, ids in blocks.items():
+            self._allocators[kind].keep(ids)
+
+    def drop(self, blocks: dict[str, list[int]]) -> Released:
+        """Kept blocks, by kind, stay no longer; those nobody owns any more are held until `unhold`."""
+        gone = {kind: self._allocators[kind].drop(ids) for kind, ids in blocks.items()}
+        return Released({kind: [] for kind in gone}, gone)
+
+    def adopt(self, slot: int, blocks: dict[str, list[int]]) -> None:
+        """Opens a request whose first blocks are these, owned by others too."""
+        for kind, ids in blocks.items():
+            self._allocators[kind].share(ids)
+        self._blocks[slot] = {kind: list(blocks[kind]) for kind in self._allocators}
 
     def free_blocks(self, kind: str) -> list[int]:
         """The blocks of a kind that can be given out."""
@@ -66,6 +91,9 @@ class BlockLedger:
 
     def extend(self, need: dict[str, dict[int, int]]) -> dict[str, list[tuple[int, int, int]]]:
         """New blocks, need[kind][slot] of them -> by kind rows (slot, column, block). RuntimeError (OOM) if too few."""
+        short = {kind: sum(by_slot.values()) - self.num_free(kind) for kind, by_slot in need.items()}
+        if self.reclaim is not None and max(short.values(), default=0) > 0:
+            self.reclaim({kind: n for kind, n in short.items() if n > 0})
         for kind, by_slot in need.items():
             asked, free, held = sum(by_slot.values()), self.num_free(kind), self.num_held(kind)
             if asked > free:
@@ -104,6 +132,13 @@ class BlockLedger:
                 rows[kind].append((slot, column, owned[column] if column < len(owned) else -1))
         return rows
 
+    def all_entered(self, slot: int) -> dict[str, list[tuple[int, int, int]]]:
+        """Rows (slot, column, block) of all blocks of a slot, by kind."""
+        return {
+            kind: [(int(slot), column, block) for column, block in enumerate(ids)]
+            for kind, ids in self._blocks[slot].items()
+        }
+
     def fork(self, source: int, target: int, shared: dict[str, int]) -> dict[str, list[tuple[int, int]]]:
         """Opens `target` with the first shared[kind] blocks of `source` and new ones in place of the rest.
 
@@ -127,14 +162,15 @@ class BlockLedger:
             for kind, ids in owned.items()
         }
 
-    def check(self) -> None:
-        """AssertionError unless every block is free or owned by exactly the slots that list it."""
+    def check(self, kept: dict[str, list[int]]) -> None:
+        """AssertionError unless every block is free or owned by exactly the slots that list it, and by who keeps it."""
         for kind, allocator in self._allocators.items():
             counts = np.zeros(allocator.num_total_blocks, np.int64)
             for slot, by_kind in self._blocks.items():
                 ids = by_kind[kind]
                 assert len(set(ids)) == len(ids), f"slot {slot} lists a {kind.upper()} block twice: {ids}"
                 counts[ids] += 1
+            counts[list(kept.get(kind, ()))] += 1
             owners = [allocator.owners(i) for i in range(allocator.num_total_blocks)]
             assert counts.tolist() == owners, (
                 f"{kind.upper()} blocks have owners {owners}, listed are {counts.tolist()}"

@@ -3,27 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from . import planning
 from .fingerprint import model_fingerprint
 from .handle import LayerCacheHandle
-from .holder import CacheHolder
 from .kv_cache import KVCache
-from .ledger import rows_array
+from .lifecycle import RequestLifecycle
 from .memory_plan import cache_cost
 from .plan import StepPlan, group_tokens
+from .prefix import PrefixIndex, PrefixPolicy, recomputation_reach
 from .requests import RequestTable
 from .schema import build_schema
-from .slot import Slot
-from .slot_copy import copy_slot
 from .slot_io import enter_cells
-from .snapshot import Snapshot, require_fit, take_snapshot, write_entries
-from .state_rows import write_rows
 
 
-class KVCacheManager(CacheHolder):
+class KVCacheManager(RequestLifecycle):
     """Builds the cache of a model, hands out its slots and blocks, and plans its steps.
 
     `cache` is the pytree: a loop takes it, donates it to its jitted step and puts the result back. Everything else here
@@ -47,6 +42,7 @@ class KVCacheManager(CacheHolder):
         max_rollback: int = 0,
         debug_nan: bool = False,
         fingerprint: str = "",
+        prefix: PrefixPolicy | None = None,
     ):
         """Allocates the cache of all layers of `schedule` (build_schedule(config)).
 
@@ -54,7 +50,8 @@ class KVCacheManager(CacheHolder):
         tokens of one request at most, by default as many as the pools hold blocks for; a step's readers look at that
         many. cache_dtype, indexer_dtype, max_rollback: see `build_schema`. debug_nan: free blocks and slots are filled
         with NaN, so that reading one shows, and `check` finds who wrote to one; slow. fingerprint: any text that tells
-        the weights from others of the same configuration (see `model_fingerprint`). Raises ValueError for what does not
+        the weights from others of the same configuration (see `model_fingerprint`). prefix: what is kept of prompts for
+        others that begin alike (`keep_prefix`); by default nothing. Raises ValueError for what does not
         fit.
         """
         if max_concurrent_requests < 1:
@@ -70,8 +67,6 @@ class KVCacheManager(CacheHolder):
         elif max_context_len < 1:
             raise ValueError(f"max_context_len is {max_context_len}: expected at least 1 token")
         self.config = config
-        self.max_context_len = max_context_len
-        self.max_rollback = max_rollback
         cache = KVCache.allocate(
             schemas,
             max_concurrent_requests,
@@ -86,8 +81,11 @@ class KVCacheManager(CacheHolder):
             max_rollback=max_rollback,
             block_size=config.block_size,
         )
-        super().__init__(cache, requests, debug_nan=debug_nan)
-        self.fingerprint = model_fingerprint(config, fingerprint)
+        identity = model_fingerprint(config, fingerprint)
+        index = None
+        if prefix is not None:
+            index = PrefixIndex(prefix, identity, config.block_size, recomputation_reach(schemas))
+        super().__init__(cache, requests, fingerprint=identity, prefix=index, debug_nan=debug_nan)
 
     @classmethod
     def from_memory(
@@ -120,115 +118,6 @@ class KVCacheManager(CacheHolder):
             max_context_len=max_context_len,
             **options,
         )
-
-    # Requests come and go.
-
-    def admit_request(self) -> Slot:
-        """The lowest free slot. Raises RuntimeError when all are taken."""
-        self._settle()
-        return self._requests.open()
-
-    def release_request(self, slot: int) -> None:
-        """Ends the request of `slot`, at any moment: its blocks and the slot are free again.
-
-        Where a planned step was not dispatched yet, they are free once it is. Raises ValueError if the slot has none.
-        """
-        self._requests.require(slot)
-        self._requests.close(slot)
-        self._settle()
-
-    def rollback(self, slot: int, n: int) -> None:
-        """Forgets the last n tokens of a request; blocks no longer needed are free again. O(blocks), nothing is copied.
-
-        What is written next is as if they had never been there: their rows lie in the slack of ring and tails, and
-        readers go by position. Raises ValueError for n beyond the request's length, or for going back further than
-        max_rollback tokens from the newest that it ever had.
-        """
-        self._requests.require(slot)
-        length = self._requests.length(slot)
-        most = max(length - self._requests.settled(slot), 0)
-        if not 0 <= n <= most:
-            raise ValueError(
-                f"slot {slot}: cannot roll back {n} tokens: it has {length} and max_rollback is {self.max_rollback}, "
-                f"counted from the newest token it ever had: expected 0 to {most}"
-            )
-        self._requests.shrink(slot, length - n)
-        self._settle()
-
-    def fork(self, slot: int) -> Slot:
-        """A second request with the same tokens so far -> its slot; the two go on independently.
-
-        Blocks that neither will write again are shared by reference count, the others and the state row are copied.
-        Raises ValueError for a slot without a request or with a planned step not dispatched, RuntimeError when no slot
-        or too few blocks are free; then nothing changed.
-        """
-        self._requests.require_written(slot)
-        self._live_cache()
-        self._settle()
-        settled = self._requests.settled(slot) // self.block_size
-        shared = {kind: min(settled, len(ids)) for kind, ids in self._ledger.blocks(slot).items()}
-        target, copies = self._requests.fork(slot, shared)
-        # At most the open block and what a rollback reaches back to: a fixed number, so that forks compile once.
-        most = -(-self.max_rollback // self.block_size) + 1
-        pairs = {kind: jnp.asarray(rows_array(rows, most, 2)) for kind, rows in copies.items()}
-        self._cache = copy_slot(self._cache, jnp.int32(slot), jnp.int32(target), pairs)
-        return target
-
-    def snapshot(self, slot: int, *, rollback: int = 0) -> Snapshot:
-        """The request of `slot` outside the cache, in numpy arrays; the request goes on. Waits for steps in flight.
-
-        rollback: tokens that can be forgotten after it is restored; what that takes is part of the snapshot. Raises
-        ValueError for a slot without a request or with a planned step not dispatched, or for more rollback than the
-        request has.
-        """
-        self._requests.require_written(slot)
-        length = self._requests.length(slot)
-        most = length - self._requests.settled(slot)
-        if not 0 <= rollback <= most:
-            raise ValueError(f"rollback is {rollback}: slot {slot} can go back by 0 to {most} tokens")
-        return take_snapshot(
-            self._live_cache(), slot, length, self._ledger.blocks(slot), rollback=rollback, fingerprint=self.fingerprint
-        )
-
-    def restore(self, snapshot: Snapshot) -> Slot:
-        """A request that goes on where the snapshot was taken, on this manager or one of another size -> its slot.
-
-        It can be rolled back by the snapshot's `rollback`, at most by this manager's. Raises ValueError, with the
-        reason, for a snapshot of another model or other records or longer than max_context_len, RuntimeError when no
-        slot or too few blocks are free; then nothing changed.
-        """
-        self._live_cache()
-        self._settle()
-        require_fit(snapshot, self._cache, self.fingerprint, self.max_context_len)
-        settled = snapshot.length - min(snapshot.rollback, self.max_rollback)
-        slot = self._requests.open(snapshot.length, settled)
-        blocks = self._ledger.blocks(slot)
-        cache = write_entries(self._cache, snapshot, blocks)
-        cache = write_rows(cache, slot, snapshot.arrays, snapshot.length)
-        cells = {kind: [(int(slot), column) for column in range(len(ids))] for kind, ids in blocks.items()}
-        self._cache = enter_cells(cache, self._ledger.entered(cells))
-        return slot
-
-    def preempt(self, slot: int, *, rollback: int = 0) -> Snapshot:
-        """Takes a request out of the cache to make room; `restore` resumes it. See `snapshot`, `release_request`."""
-        snapshot = self.snapshot(slot, rollback=rollback)
-        self.release_request(slot)
-        return snapshot
-
-    def advance(self, slot: int, n: int) -> None:
-        """Counts n tokens more for `slot`, which a loop wrote beyond its plan (see `plan_step`'s lookahead).
-
-        A loop that wrote more than it keeps counts all of them, then rolls the rest back.
-        """
-        self._requests.require(slot)
-        length = self._requests.length(slot)
-        end = length + n
-        if n < 0 or end > self.max_context_len:
-            raise ValueError(f"slot {slot}: {n} tokens more than {length}: expected 0 to max_context_len")
-        for kind in self._ledger.kinds:
-            if self._requests.missing(kind, slot, end):
-                raise ValueError(f"slot {slot}: {end} tokens need {kind.upper()} blocks that no plan gave out")
-        self._requests.grow(slot, end)
 
     def allocate_block(self, layer_idx: int, request_slot: int) -> int:
         """Gives the request its next block in this layer, and in all layers of its kind, which share one block table.

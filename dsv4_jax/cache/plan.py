@@ -16,7 +16,7 @@ Array = jax.Array
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["slots", "positions", "grouped", "new_blocks"],
+    data_fields=["slots", "positions", "grouped", "new_blocks", "kept_blocks"],
     meta_fields=["max_blocks"],
 )
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class StepPlan:
     slots, positions: (T,) int32, token-major, slot -1 for padding. `grouped` is None when every slot brings one token.
     `new_blocks` by kind: (n, 3) int32 rows (slot, column, block), entered in the tables before anything else.
     `max_blocks` (static) bounds how many blocks of a request readers look at; None is all the table has.
+    `kept_blocks` (R,) int32: so many first blocks of each slot's request the step reads and does not write, because the
+    tokens there are fed again only for ring and tails; None where there are none.
     """
 
     slots: Array | np.ndarray
@@ -33,6 +35,7 @@ class StepPlan:
     grouped: Segments | None = None
     new_blocks: Mapping[str, Array | np.ndarray] = field(default_factory=dict)
     max_blocks: int | None = None
+    kept_blocks: Array | np.ndarray | None = None
 
     @property
     def one_token_per_slot(self) -> bool:

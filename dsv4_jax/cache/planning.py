@@ -41,7 +41,8 @@ def plan_step(
     segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
     size = segments * (-(-(lookahead + most) // requests.block_size) + 1)
     rows = {kind: rows_array(new[kind], size, 3) for kind in new}
-    plan = StepPlan(slots, positions, grouped, rows, max_blocks)
+    kept = requests.kept_blocks() if requests.plans_kept_blocks else None
+    plan = StepPlan(slots, positions, grouped, rows, max_blocks, kept)
     requests.planned(plan, ends)
     return plan
 

@@ -2,6 +2,8 @@
 
 import heapq
 
+import numpy as np
+
 from .ledger import BlockLedger
 from .pending import PendingSteps, Released
 from .plan import StepPlan
@@ -34,9 +36,11 @@ class RequestTable:
         self.max_context_len, self.max_rollback, self.block_size = max_context_len, max_rollback, block_size
         self.ledger = BlockLedger(num_blocks)
         self.pending = PendingSteps()
+        self.plans_kept_blocks = False  # whether plans say which blocks a step does not write
         self.free_slots = list(range(num_slots))
         self._lengths: dict[int, int] = {}
         self._settled: dict[int, int] = {}
+        self._complete_from: dict[int, int] = {}
         self._generations = [-1] * num_slots
         self._released: list[Released] = []
 
@@ -69,6 +73,11 @@ class RequestTable:
                 f"slot {slot} has a planned step that was not dispatched: assign the step's result to manager.cache "
                 "first"
             )
+        if self._lengths[slot] < self._complete_from[slot]:
+            raise ValueError(
+                f"slot {slot} has {self._lengths[slot]} tokens and goes on from a prefix hit: its ring and tails are "
+                f"complete with token {self._complete_from[slot]}"
+            )
 
     def open(self, length: int = 0, settled: int = 0) -> Slot:
         """A request of `length` tokens with the blocks for them -> the lowest free slot.
@@ -85,6 +94,18 @@ class RequestTable:
             raise
         return self._begin(slot, length, settled)
 
+    def adopt(self, blocks: dict[str, list[int]], length: int) -> Slot:
+        """A request whose first blocks are these -> its slot; it has `length` tokens, and the blocks may hold more.
+
+        Tokens that the blocks hold are fed again, and do not write entries. RuntimeError when all slots are taken.
+        """
+        slot = self._take_slot()
+        self.ledger.adopt(slot, blocks)
+        covered = max((len(ids) * self.block_size for ids in blocks.values()), default=length)
+        self._begin(slot, length, covered)
+        self._complete_from[slot] = covered
+        return self.handle(slot)
+
     def fork(self, slot: int, shared: dict[str, int]) -> tuple[Slot, dict[str, list[tuple[int, int]]]]:
         """A second request as long as `slot` -> its slot, and `BlockLedger.fork`'s copies. RuntimeError as there."""
         target = self._take_slot()
@@ -97,8 +118,8 @@ class RequestTable:
 
     def close(self, slot: int) -> None:
         """Ends a request."""
-        self._give_up(self.ledger.close(slot))
-        del self._lengths[slot], self._settled[slot]
+        self.give_up(self.ledger.close(slot))
+        del self._lengths[slot], self._settled[slot], self._complete_from[slot]
 
     # Lengths.
 
@@ -119,10 +140,22 @@ class RequestTable:
         self._lengths[slot] = length
         self._settled[slot] = max(self._settled[slot], length - self.max_rollback)
 
+    def settle_at(self, slot: int, length: int) -> None:
+        """No rollback takes back the first `length` tokens of a request any more: others may read their blocks."""
+        self._settled[slot] = max(self._settled[slot], length)
+
+    def kept_blocks(self) -> np.ndarray:
+        """(slots,) int32: how many blocks of each request a step does not write, because what they hold is final."""
+        kept = np.zeros(self.num_slots, np.int32)
+        for slot, length in self._complete_from.items():
+            if self._lengths[slot] < length:
+                kept[slot] = length // self.block_size
+        return kept
+
     def shrink(self, slot: int, length: int) -> None:
         """A request has only `length` tokens any more; it gives up the blocks beyond."""
         self._lengths[slot] = length
-        self._give_up(self.ledger.truncate(slot, self.blocks_for(length)))
+        self.give_up(self.ledger.truncate(slot, self.blocks_for(length)))
 
     def blocks_for(self, num_tokens: int) -> dict[str, int]:
         """Blocks that so many tokens of one request need, by kind."""
@@ -141,6 +174,11 @@ class RequestTable:
         for slot, end in ends.items():
             self.grow(slot, end)
 
+    def give_up(self, released: Released) -> None:
+        """What was released is free when no plan made until now is outstanding."""
+        released.after = self.pending.newest()
+        self._released.append(released)
+
     def settle(self) -> list[Released]:
         """Makes free what no outstanding plan can read -> what that is; its places in the tables are to be entered."""
         oldest = self.pending.oldest()
@@ -157,9 +195,9 @@ class RequestTable:
         """What was given up and is not free yet."""
         return list(self._released)
 
-    def check(self) -> None:
-        """AssertionError unless slots, lengths and blocks fit together."""
-        self.ledger.check()
+    def check(self, kept: dict[str, list[int]]) -> None:
+        """AssertionError unless slots, lengths and blocks fit together; kept: blocks by kind that `keep` got."""
+        self.ledger.check(kept)
         waiting = [slot for released in self._released for slot in released.slots]
         assert sorted([*self.free_slots, *waiting, *self.ledger.slots]) == list(range(self.num_slots)), "slots"
         assert set(self._lengths) == set(self._settled) == set(self.ledger.slots), "lengths"
@@ -183,10 +221,6 @@ class RequestTable:
         return heapq.heappop(self.free_slots)
 
     def _begin(self, slot: int, length: int, settled: int) -> Slot:
-        self._lengths[slot], self._settled[slot] = length, settled
+        self._lengths[slot], self._settled[slot], self._complete_from[slot] = length, settled, 0
         self._generations[slot] += 1
         return self.handle(slot)
-
-    def _give_up(self, released: Released) -> None:
-        released.after = self.pending.newest()
-        self._released.append(released)

@@ -50,12 +50,14 @@ def read_rows(cache: KVCache, slot: int, least: int, length: int) -> dict[str, n
 def write_rows(cache: KVCache, slot: int, rows: dict[str, np.ndarray], length: int) -> KVCache:
     """The cache in which a slot's state is these rows, which end at position length - 1, and zeros. Donates the state.
 
-    Where ring or tail have fewer rows, the newest count.
+    Where ring or tail have fewer rows, the newest count. No rows at all: everything is zero.
     """
 
     def place(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:
         x = np.zeros(shape.shape, shape.dtype)
         kind, name = path[0].key, ".".join(p.name for p in path[1:])
+        if not rows:
+            return np.full_like(x, -1) if name == "ring.pos" else x
         if name in _DERIVED:
             ring_rows = cache.state[kind].schema.ring_rows
             if name == "ring.head":

@@ -1,0 +1,184 @@
+"""Requests come, go, branch, go back, leave the cache and return."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .holder import CacheHolder
+from .ledger import rows_array
+from .prefix import AdmittedPrompt
+from .slot import Slot
+from .slot_copy import copy_slot
+from .slot_io import enter_cells
+from .snapshot import Snapshot, require_fit, take_snapshot, write_entries
+from .state_rows import read_rows, write_rows
+
+
+class RequestLifecycle(CacheHolder):
+    """What may happen to a request; every call succeeds as a whole or changes nothing."""
+
+    def admit_request(self) -> Slot:
+        """The lowest free slot. Raises RuntimeError when all are taken."""
+        self._settle()
+        return self._requests.open()
+
+    def admit_prompt(self, token_ids: Any, *, salt: bytes = b"") -> AdmittedPrompt:
+        """A request for a prompt, which goes on from the longest beginning that `keep_prefix` kept under the same salt.
+
+        token_ids: (n,) integers. Feed the tokens from `start` on, at least one; the last one's logits are those of a
+        prompt computed from its beginning. A manager without a prefix policy finds nothing. Raises ValueError for a
+        prompt that is empty or longer than max_context_len, RuntimeError when no slot is free; then nothing changed.
+        """
+        ids = _token_array(token_ids)
+        if not 0 < len(ids) <= self._requests.max_context_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens: expected 1 to {self._requests.max_context_len} (max_context_len)"
+            )
+        self._settle()
+        if self._prefix is None:
+            return AdmittedPrompt(self._requests.open(), 0, 0, 0)
+        keys = self._prefix.keys(ids[:-1], salt)  # a token is left to be fed
+        match = self._prefix.match(keys, self._ledger.kinds)
+        if match is None:
+            return AdmittedPrompt(self._requests.open(), 0, 0, 0)
+        cache = self._live_cache()
+        slot = self._requests.adopt(match.blocks, match.start)
+        cache = write_rows(cache, slot, match.state or {}, match.start)
+        self._cache = enter_cells(cache, self._ledger.all_entered(slot))
+        return AdmittedPrompt(slot, match.start, match.hit_tokens, match.hit_tokens - match.start)
+
+    def keep_prefix(self, slot: int, token_ids: Any, *, salt: bytes = b"") -> int:
+        """Keeps the full blocks of a request for prompts that begin alike -> how many tokens they hold.
+
+        token_ids: the request's tokens, or the first of them that are to be kept. What the policy keeps beside the
+        blocks is read from the device where ring and tails still have it: call this when the request's length is a
+        multiple of block_size, or at most max_rollback tokens later. The request cannot go back into kept blocks any
+        more. Without a prefix policy nothing is kept. Raises ValueError for a slot without a request or with a planned
+        step not dispatched.
+        """
+        self._requests.require_written(slot)
+        if self._prefix is None:
+            return 0
+        cache = self._live_cache()
+        ids = _token_array(token_ids)[: self._requests.length(slot)]
+        number, size = int(slot), self.block_size
+        made_for, known = self._chains.get(number, (None, []))
+        owner = (self._requests.handle(number).generation, salt)
+        keys = self._prefix.keys(ids, salt, known[: len(ids) // size] if made_for == owner else ())
+        self._ledger.keep(self._prefix.add(keys, self._ledger.blocks(slot)))
+        settled = self._requests.settled(slot)
+        for end in range(max(-(-settled // size), 1) * size, len(keys) * size + 1, size):
+            if self._prefix.lacks_state(keys[end // size - 1], end):
+                self._prefix.keep_state(keys[end // size - 1], read_rows(cache, slot, end, end))
+        self._requests.settle_at(slot, len(keys) * size)
+        self._chains[number] = owner, keys
+        return len(keys) * size
+
+    def release_request(self, slot: int) -> None:
+        """Ends the request of `slot`, at any moment: its blocks and the slot are free again.
+
+        Where a planned step was not dispatched yet, they are free once it is. Raises ValueError if the slot has none.
+        """
+        self._requests.require(slot)
+        self._requests.close(slot)
+        self._settle()
+
+    def rollback(self, slot: int, n: int) -> None:
+        """Forgets the last n tokens of a request; blocks no longer needed are free again. O(blocks), nothing is copied.
+
+        What is written next is as if they had never been there: their rows lie in the slack of ring and tails, and
+        readers go by position. Raises ValueError for n beyond the request's length, or for going back further than
+        max_rollback tokens from the newest that it ever had.
+        """
+        self._requests.require(slot)
+        length = self._requests.length(slot)
+        most = max(length - self._requests.settled(slot), 0)
+        if not 0 <= n <= most:
+            raise ValueError(
+                f"slot {slot}: cannot roll back {n} tokens: it has {length} and max_rollback is {self.max_rollback}, "
+                f"counted from the newest token it ever had: expected 0 to {most}"
+            )
+        self._requests.shrink(slot, length - n)
+        self._settle()
+
+    def fork(self, slot: int) -> Slot:
+        """A second request with the same tokens so far -> its slot; the two go on independently.
+
+        Blocks that neither will write again are shared by reference count, the others and the state row are copied.
+        Raises ValueError for a slot without a request or with a planned step not dispatched, RuntimeError when no slot
+        or too few blocks are free; then nothing changed.
+        """
+        self._requests.require_written(slot)
+        self._live_cache()
+        self._settle()
+        settled = self._requests.settled(slot) // self.block_size
+        shared = {kind: min(settled, len(ids)) for kind, ids in self._ledger.blocks(slot).items()}
+        target, copies = self._requests.fork(slot, shared)
+        # At most the open block and what a rollback reaches back to: a fixed number, so that forks compile once.
+        most = -(-self.max_rollback // self.block_size) + 1
+        pairs = {kind: jnp.asarray(rows_array(rows, most, 2)) for kind, rows in copies.items()}
+        self._cache = copy_slot(self._cache, jnp.int32(slot), jnp.int32(target), pairs)
+        return target
+
+    def snapshot(self, slot: int, *, rollback: int = 0) -> Snapshot:
+        """The request of `slot` outside the cache, in numpy arrays; the request goes on. Waits for steps in flight.
+
+        rollback: tokens that can be forgotten after it is restored; what that takes is part of the snapshot. Raises
+        ValueError for a slot without a request or with a planned step not dispatched, or for more rollback than the
+        request has.
+        """
+        self._requests.require_written(slot)
+        length = self._requests.length(slot)
+        most = length - self._requests.settled(slot)
+        if not 0 <= rollback <= most:
+            raise ValueError(f"rollback is {rollback}: slot {slot} can go back by 0 to {most} tokens")
+        return take_snapshot(
+            self._live_cache(), slot, length, self._ledger.blocks(slot), rollback=rollback, fingerprint=self.fingerprint
+        )
+
+    def restore(self, snapshot: Snapshot) -> Slot:
+        """A request that goes on where the snapshot was taken, on this manager or one of another size -> its slot.
+
+        It can be rolled back by the snapshot's `rollback`, at most by this manager's. Raises ValueError, with the
+        reason, for a snapshot of another model or other records or longer than max_context_len, RuntimeError when no
+        slot or too few blocks are free; then nothing changed.
+        """
+        self._live_cache()
+        self._settle()
+        require_fit(snapshot, self._cache, self.fingerprint, self.max_context_len)
+        settled = snapshot.length - min(snapshot.rollback, self.max_rollback)
+        slot = self._requests.open(snapshot.length, settled)
+        blocks = self._ledger.blocks(slot)
+        cache = write_entries(self._cache, snapshot, blocks)
+        cache = write_rows(cache, slot, snapshot.arrays, snapshot.length)
+        self._cache = enter_cells(cache, self._ledger.all_entered(slot))
+        return slot
+
+    def preempt(self, slot: int, *, rollback: int = 0) -> Snapshot:
+        """Takes a request out of the cache to make room; `restore` resumes it. See `snapshot`, `release_request`."""
+        snapshot = self.snapshot(slot, rollback=rollback)
+        self.release_request(slot)
+        return snapshot
+
+    def advance(self, slot: int, n: int) -> None:
+        """Counts n tokens more for `slot`, which a loop wrote beyond its plan (see `plan_step`'s lookahead).
+
+        A loop that wrote more than it keeps counts all of them, then rolls the rest back.
+        """
+        self._requests.require(slot)
+        length = self._requests.length(slot)
+        end = length + n
+        if n < 0 or end > self.max_context_len:
+            raise ValueError(f"slot {slot}: {n} tokens more than {length}: expected 0 to max_context_len")
+        for kind in self._ledger.kinds:
+            if self._requests.missing(kind, slot, end):
+                raise ValueError(f"slot {slot}: {end} tokens need {kind.upper()} blocks that no plan gave out")
+        self._requests.grow(slot, end)
+
+
+def _token_array(token_ids: Any) -> np.ndarray:
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"token_ids are {ids.dtype}{ids.shape}: expected integers (n,)")
+    return ids.astype(np.int32)
