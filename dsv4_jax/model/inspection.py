@@ -10,13 +10,13 @@ from collections import Counter
 from typing import Any
 
 from dsv4_jax.files.safetensors_file import Checkpoint, open_checkpoint
-from dsv4_jax.model.checkpoint import compare_tensors, result_bytes
+from dsv4_jax.model.checkpoint import result_bytes
 from dsv4_jax.model.config import DSV4Config
+from dsv4_jax.model.tensor_match import compare_tensors
 from dsv4_jax.model.tensor_names import canonical_name, is_draft
 
 #: Parts of the model, each with what its canonical names look like; the first that fits counts.
 _PARTS = {
-    "draft layers": None,
     "embedding and head": r"(embed|head)\.weight",
     "routed experts": r".*\.ffn\.experts\..*",
     "shared experts": r".*\.ffn\.shared_experts\..*",
@@ -25,7 +25,7 @@ _PARTS = {
     "attention": r".*\.attn\..*",
     "residual streams and norms": r".*(hc_|norm).*",
 }
-OTHER = "other"
+DRAFT, OTHER = "draft layers", "other"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class CheckpointReport:
     @property
     def parameters(self) -> int:
         """Of all parts, draft layers not counted."""
-        return sum(part.parameters for name, part in self.parts.items() if name != "draft layers")
+        return sum(part.parameters for name, part in self.parts.items() if name != DRAFT)
 
     @property
     def nbytes(self) -> int:
@@ -146,9 +146,9 @@ def _kind(checkpoint: Checkpoint) -> str:
 
 def _part(canonical: str, config: DSV4Config | None) -> str:
     if canonical.startswith("mtp.") or (config is not None and is_draft(canonical, config)):
-        return "draft layers"
+        return DRAFT
     for part, pattern in _PARTS.items():
-        if pattern is not None and re.fullmatch(pattern, canonical):
+        if re.fullmatch(pattern, canonical):
             return part
     return OTHER
 

@@ -24,8 +24,9 @@ import numpy as np
 from dsv4_jax.files.safetensors_file import DTYPES, INDEX_FILE, Checkpoint, open_checkpoint
 from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.files.untrusted_json import read_json_object, shorten
-from dsv4_jax.model.checkpoint import Progress, match_tensors
+from dsv4_jax.model.checkpoint import Progress
 from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
+from dsv4_jax.model.tensor_match import match_tensors
 from dsv4_jax.model.tensor_names import canonical_name, keeps_float32, released_name, scale_name
 from dsv4_jax.model.weight_formats import BLOCK, quantise, scale_shape
 

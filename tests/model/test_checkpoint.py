@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dsv4_jax.files.safetensors_file import open_checkpoint
-from dsv4_jax.model.checkpoint import load_tensors, match_tensors
+from dsv4_jax.model.checkpoint import load_tensors
 from dsv4_jax.model.config import DSV4Config
+from dsv4_jax.model.tensor_match import match_tensors
 from dsv4_jax.model.tensor_names import canonical_name, expected_tensors, keeps_float32
 
 FLOAT32_NAMES = {

@@ -11,9 +11,10 @@ import pytest
 
 from dsv4_jax.files.safetensors_file import open_checkpoint
 from dsv4_jax.model import released_form
-from dsv4_jax.model.checkpoint import load_tensors, match_tensors
+from dsv4_jax.model.checkpoint import load_tensors
 from dsv4_jax.model.config import DSV4Config
 from dsv4_jax.model.released_form import quantise_checkpoint, released_type
+from dsv4_jax.model.tensor_match import match_tensors
 from dsv4_jax.model.tensor_names import canonical_name, expected_tensors, keeps_float32, released_name, scale_name
 from dsv4_jax.model.weight_formats import scale_shape
 
