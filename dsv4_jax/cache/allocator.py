@@ -79,6 +79,10 @@ class BlockAllocator:
         """(num_total_blocks,) bool: blocks whose only owner is `keep`."""
         return self._kept & (self._owners == 1)
 
+    def any_kept(self, ids: Sequence[int]) -> bool:
+        """Whether one of ids is kept."""
+        return bool(self._kept[list(ids)].any())
+
     def keep(self, ids: Sequence[int]) -> None:
         """One more owner for each of ids, none of them kept already: somebody who can do without when blocks run short.
 

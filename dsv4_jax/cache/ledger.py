@@ -54,6 +54,10 @@ class BlockLedger:
         for kind, ids in blocks.items():
             self._allocators[kind].keep(ids)
 
+    def any_kept(self, slot: int, first: int, end: int) -> bool:
+        """Whether a block in columns [first, end) of a request is kept."""
+        return any(self._allocators[kind].any_kept(ids[first:end]) for kind, ids in self._blocks[slot].items())
+
     def drop(self, blocks: dict[str, list[int]]) -> Released:
         """Kept blocks, by kind, stay no longer; those nobody owns any more are held until `unhold`."""
         gone = {kind: self._allocators[kind].drop(ids) for kind, ids in blocks.items()}

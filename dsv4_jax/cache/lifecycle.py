@@ -54,8 +54,8 @@ class RequestLifecycle(CacheHolder):
         token_ids: the request's tokens, or the first of them that are to be kept. What the policy keeps beside the
         blocks is read from the device where ring and tails still have it: call this when the request's length is a
         multiple of block_size, or at most max_rollback tokens later. The request cannot go back into kept blocks any
-        more. Without a prefix policy nothing is kept. Raises ValueError for a slot without a request or with a planned
-        step not dispatched.
+        more. Without a prefix policy, and under another salt than the request's blocks are kept already, nothing is.
+        Raises ValueError for a slot without a request or with a planned step not dispatched.
         """
         self._requests.require_written(slot)
         if self._prefix is None:
@@ -66,6 +66,9 @@ class RequestLifecycle(CacheHolder):
         made_for, known = self._chains.get(number, (None, []))
         owner = (self._requests.handle(number).generation, salt)
         keys = self._prefix.keys(ids, salt, known[: len(ids) // size] if made_for == owner else ())
+        # A block is one text's: what a request shares with a text under another salt is not kept once more.
+        if self._ledger.any_kept(slot, self._prefix.num_known(keys), len(keys)):
+            return 0
         self._ledger.keep(self._prefix.add(keys, self._ledger.blocks(slot)))
         settled = self._requests.settled(slot)
         for end in range(max(-(-settled // size), 1) * size, len(keys) * size + 1, size):

@@ -114,11 +114,7 @@ class PrefixIndex:
 
     def match(self, keys: Sequence[bytes], kinds: Sequence[str]) -> Match | None:
         """What is there of a prompt with these keys; None where nothing spares any computing."""
-        found: list[_Node] = []
-        for key in keys:
-            if key not in self._nodes:
-                break
-            found.append(self._nodes[key])
+        found = [self._nodes[key] for key in keys[: self.num_known(keys)]]
         blocks = len(found)
         while blocks and found[blocks - 1].state is None and self.policy.name != "zero":
             blocks -= 1
@@ -131,6 +127,10 @@ class PrefixIndex:
             return None
         self._touch(keys[len(found) - 1])
         return Match(hit, start, {kind: [n.blocks[kind] for n in found[:blocks]] for kind in kinds}, state)
+
+    def num_known(self, keys: Sequence[bytes]) -> int:
+        """How many of the first of these keys are known."""
+        return next((i for i, key in enumerate(keys) if key not in self._nodes), len(keys))
 
     def add(self, keys: Sequence[bytes], blocks: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         """Takes note of a request's first len(keys) blocks -> by kind those that were not known, to be owned."""

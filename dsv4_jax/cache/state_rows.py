@@ -23,10 +23,13 @@ def first_row(schema: CacheSchema, name: str, least: int) -> int:
     """The oldest position whose row a request of at least `least` tokens still needs; it needs all that follow.
 
     name: such as "ring.nope". The next token sees window - 1 tokens before it; a compressor needs the tokens of the
-    window that is open, lane a of an overlapping one also those of the window before.
+    window that is open, lane a of an overlapping one also those of the window before; sums of that window ("sums") are
+    needed only as they are after the newest token.
     """
     if name.startswith("ring."):
         return max(least - (schema.swa_window_size - 1), 0)
+    if name.endswith(".sums") and least % schema.compress_ratio:
+        return least - 1
     lag = schema.compress_ratio if schema.overlap and name.endswith("a") else 0
     return max(least - least % schema.compress_ratio - lag, 0)
 

@@ -84,6 +84,23 @@ def test_another_beginning_salt_or_model_is_another_text():
     assert len(set(index[0].keys(np.zeros(36, np.int32), b""))) == 3
 
 
+def test_a_block_is_kept_under_one_salt():
+    """Shared blocks of one text are not a second text's as well; where the text was computed anew, they are."""
+    manager, ids = make(), text(0, 25)
+    slot = serve(manager, ids, salt=b"a").slot
+    assert manager.keep_prefix(slot, ids, salt=b"b") == 0
+    assert manager.keep_prefix(slot, ids[:12], salt=b"a") == 12
+    child = manager.fork(slot)
+    assert manager.keep_prefix(child, ids, salt=b"b") == 0
+    assert manager.keep_prefix(child, ids, salt=b"a") == 24
+    manager.release_request(slot)
+    manager.release_request(child)
+    manager.check()
+    assert found(manager, ids, salt=b"b") == 0
+    manager.release_request(serve(manager, ids, salt=b"b").slot)
+    assert found(manager, ids, salt=b"a") == found(manager, ids, salt=b"b") == 24
+
+
 def test_a_token_is_left_to_compute():
     """The logits after a prompt are not kept, so its last token is fed even if all its blocks are found."""
     manager, ids = make(), text(0, 24)
