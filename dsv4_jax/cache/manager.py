@@ -183,7 +183,7 @@ class KVCacheManager(RequestLifecycle):
         if request_ids is not None:
             slots = planning.slots_of_tokens(slots, np.asarray(positions), np.asarray(request_ids))
         slots, positions = planning.check_tokens(self._requests, slots, positions)
-        plan = StepPlan(slots, positions, group_tokens(slots, positions))
+        plan = StepPlan(slots, positions, group_tokens(slots, positions), kept_blocks=self._requests.kept_blocks())
         reason = planning.why_unallocated(self._requests, layer_idx, kind, slots, positions)
         return LayerCacheHandle(self.cache, plan, layer_idx, unallocated=reason)
 

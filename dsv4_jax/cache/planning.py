@@ -41,8 +41,7 @@ def plan_step(
     segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
     size = segments * (-(-(lookahead + most) // requests.block_size) + 1)
     rows = {kind: rows_array(new[kind], size, 3) for kind in new}
-    kept = requests.kept_blocks() if requests.plans_kept_blocks else None
-    plan = StepPlan(slots, positions, grouped, rows, max_blocks, kept)
+    plan = StepPlan(slots, positions, grouped, rows, max_blocks, requests.kept_blocks())
     requests.planned(plan, ends)
     return plan
 

@@ -144,8 +144,13 @@ class RequestTable:
         """No rollback takes back the first `length` tokens of a request any more: others may read their blocks."""
         self._settled[slot] = max(self._settled[slot], length)
 
-    def kept_blocks(self) -> np.ndarray:
-        """(slots,) int32: how many blocks of each request a step does not write, because what they hold is final."""
+    def kept_blocks(self) -> np.ndarray | None:
+        """(slots,) int32: how many blocks of each request a step does not write, because what they hold is final.
+
+        None where prefix hits never compute tokens again that blocks hold.
+        """
+        if not self.plans_kept_blocks:
+            return None
         kept = np.zeros(self.num_slots, np.int32)
         for slot, length in self._complete_from.items():
             if self._lengths[slot] < length:

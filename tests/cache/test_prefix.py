@@ -158,6 +158,12 @@ def test_state_is_kept_where_the_policy_says():
         admitted = manager.admit_prompt(ids)
         assert admitted.start == {"full": 60, "periodic": 48, "zero": 36}[policy]
         assert admitted.recomputed_tokens == 60 - admitted.start
+        for plan in (
+            manager.acquire(0, [admitted.slot], [admitted.start]).plan,
+            manager.plan_step([admitted.slot], [admitted.start]),
+        ):
+            kept = None if plan.kept_blocks is None else plan.kept_blocks.tolist()
+            assert kept == ([5, 0] if policy == "zero" else None)
         assert (manager._prefix.state_bytes == 0) == (policy == "zero")
 
 
