@@ -185,6 +185,9 @@ def _compress_native(
     cos, sin = rope_angles(entries * ratio, weights.inv_freq)
     if kv.dtype != gate.dtype:
         kv, gate = kv.astype(jnp.float32), gate.astype(jnp.float32)
+    if segments.tokens.shape[1] == 1:
+        # Token s is that of segment s, and nobody reads `tokens`; XLA would count them anew in a launch for every call.
+        segments = segments._replace(tokens=segments.slots[:, None])
     state, structure = jax.tree.flatten((stored, tail))
     results = jax.ffi.ffi_call(
         name,
