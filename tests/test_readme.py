@@ -8,19 +8,22 @@ import xml.etree.ElementTree
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from small_model import SMALL
 
 from dsv4_jax import DSV4Config, build_schedule
 from dsv4_jax.cache.kv_cache import KVCache
 from dsv4_jax.cache.records import key_bytes, record_format
 from dsv4_jax.cache.schema import BLOCK_SIZE_ORIGINAL_TOKENS, build_schema
+from dsv4_jax.model.transformer import DSV4Model
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def _run(code: str) -> dict:
-    names: dict = {}
+def _run(code: str, **given) -> dict:
+    names: dict = given
     exec(compile(code, "README.md", "exec"), names)
     return names
 
@@ -55,8 +58,15 @@ def test_prefill_of_your_own_runs():
     assert names["manager"].active_slots == []
 
 
+def test_loop_of_requests_runs(capsys):
+    model = DSV4Model(SMALL.replace(vocab_size=256), rngs=nnx.Rngs(0))
+    names = _run(_one_with("loop.submit("), model=model)
+    assert capsys.readouterr().out == "0 length\n1 aborted\n"
+    assert names["loop"].manager.active_slots == []
+
+
 def test_every_block_of_python_compiles():
-    assert len(CODE) == 3
+    assert len(CODE) == 4
     for code in CODE:
         compile(code, "README.md", "exec")
 

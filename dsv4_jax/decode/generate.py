@@ -1,0 +1,147 @@
+"""`generate` and `stream`: a batch of prompts through a loop made for it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..cache.manager import KVCacheManager
+from ..cache.schema import compute_block_budget
+from ..model.layer_schedule import build_schedule
+from ..model.transformer import DSV4Model
+from .context import round_up_blocks
+from .loop import DECODE_STEPS, PREFILL_CHUNK, DecodeLoop
+from .request import Stats, check_prompt, check_sampling
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one call of the loop brought: per sample its new tokens, and their logits (n, V) where asked for.
+
+    The samples of a prompt lie side by side: sample j of prompt i is number i * num_samples + j.
+    """
+
+    tokens: list[list[int]]
+    logits: list[np.ndarray | None] | None
+    cache_bytes: int
+    prompt_tokens: int = 0  # prompt tokens that this call prefilled
+    stats: Stats = field(default_factory=Stats)  # so far
+
+
+def make_manager(
+    model: DSV4Model,
+    max_concurrent_requests: int,
+    max_context_len: int,
+    **options: Any,
+) -> KVCacheManager:
+    """A manager with blocks for that many requests of that many tokens; options as for KVCacheManager."""
+    schedule = build_schedule(model.config)
+    budget = compute_block_budget(model.config, schedule, max_context_len, max_concurrent_requests)
+    return KVCacheManager(
+        model.config,
+        schedule,
+        max_concurrent_requests=max_concurrent_requests,
+        num_blocks_per_csa_layer=budget["csa"],
+        num_blocks_per_hca_layer=budget["hca"],
+        max_context_len=max_context_len,
+        **options,
+    )
+
+
+def stream(
+    model: DSV4Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    cache_dtype: str = "fp8",
+    indexer_dtype: str | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    num_samples: int = 1,
+    draft_tokens: int = 0,
+    return_logits: bool = False,
+    prefill_chunk: int = PREFILL_CHUNK,
+    decode_chunk: int = DECODE_STEPS,
+) -> Iterator[Chunk]:
+    """As `generate`, but yields what every jitted call brings, one `Chunk` each."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 0 or more")
+    ids = [check_prompt(model.config, p, max_new_tokens, f"prompt {i}") for i, p in enumerate(prompts)]
+    check_sampling(model.config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples)
+    if prefill_chunk < 1 or decode_chunk < 1:
+        raise ValueError(f"prefill_chunk is {prefill_chunk}, decode_chunk is {decode_chunk}: expected 1 or more")
+    if draft_tokens < 0:
+        raise ValueError(f"draft_tokens is {draft_tokens}: expected 0 or more")
+    if not ids or not max_new_tokens:
+        return
+    # Sizes in coarse steps, so that calls of similar sizes share a compiled program.
+    longest = max(map(len, ids))
+    block = model.config.block_size
+    context = block * round_up_blocks(longest + max_new_tokens, block)
+    width = min(prefill_chunk, 1 << (longest - 1).bit_length())
+    slots = len(ids) * num_samples
+    manager = make_manager(
+        model, slots, context, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype, max_rollback=draft_tokens
+    )
+    loop = DecodeLoop(
+        model, manager, prefill_chunk=width, step_tokens=max(len(ids) * width, slots), decode_chunk=decode_chunk,
+        draft_tokens=draft_tokens, return_logits=return_logits,
+    )  # fmt: skip
+    for i, prompt in enumerate(ids):
+        loop.submit(
+            prompt, max_new_tokens, temperature=temperature, seed=seed, index=i, stop_tokens=stop_tokens,
+            num_samples=num_samples,
+        )  # fmt: skip
+    cache_bytes = manager.memory_bytes()
+    while loop.unfinished:
+        tokens: list[list[int]] = [[] for _ in range(slots)]
+        logits: list[np.ndarray | None] = [None] * slots
+        events = loop.step()
+        for event in events:
+            row = event.request * num_samples + event.sample
+            tokens[row], logits[row] = event.tokens, event.logits
+        prompt_tokens = sum(event.prompt_tokens for event in events)
+        yield Chunk(tokens, logits if return_logits else None, cache_bytes, prompt_tokens, replace(loop.stats))
+
+
+def generate(
+    model: DSV4Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    return_logits: bool = False,
+    return_stats: bool = False,
+    **options: Any,
+) -> Any:
+    """Continues prompts of any lengths together.
+
+    prompts: lists of token ids. Options: cache_dtype "fp8" | "fp8_ue8m0" | "bf16" | "fp32"; indexer_dtype "nvfp4" |
+    "mxfp4" | "bf16" | "fp32", by default the one that goes with cache_dtype. temperature 0 is greedy; otherwise a draw
+    follows from (seed, index of the prompt, position). A request ends after max_new_tokens or after one of stop_tokens,
+    which is kept. num_samples: continuations of each prompt, which is prefilled once; sample j draws with seed + j.
+    draft_tokens: drafts looked up in the text so far, verified that many at once: the same tokens, in fewer calls where
+    a text repeats itself. prefill_chunk, decode_chunk: tokens of a prompt in one step, decode steps in one call.
+
+    Returns a list of new tokens per prompt (num_samples > 1: per sample, those of a prompt side by side); with
+    return_logits also a list of the float32 logits (new tokens, vocabulary) that each token was chosen from; with
+    return_stats also `Stats`. Raises ValueError for prompts or options that make no sense.
+    """
+    num = len(prompts) * options.get("num_samples", 1)
+    tokens: list[list[int]] = [[] for _ in range(num)]
+    logits: list[list[np.ndarray]] = [[] for _ in range(num)]
+    stats = Stats()
+    for chunk in stream(model, prompts, max_new_tokens, return_logits=return_logits, **options):
+        stats = chunk.stats
+        for row, new in enumerate(chunk.tokens):
+            tokens[row].extend(new)
+        for row, new_logits in enumerate(chunk.logits or ()):
+            logits[row] += [] if new_logits is None else [new_logits]
+    empty = np.zeros((0, model.config.vocab_size), np.float32)
+    results: list[Any] = [tokens]
+    if return_logits:
+        results.append([np.concatenate([empty, *parts]) for parts in logits])
+    if return_stats:
+        results.append(stats)
+    return results[0] if len(results) == 1 else tuple(results)

@@ -1,0 +1,134 @@
+"""What a decode loop is asked for, and what it answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..cache.snapshot import Snapshot
+from ..model.config import DSV4Config
+from .draft import PromptLookup
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue. Sample j of num_samples draws with seed + j, and from `index` (see `choose_tokens`)."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 0.0  # 0 is greedy
+    seed: int = 0
+    index: int = 0
+    stop_tokens: frozenset[int] = frozenset()  # a sample ends after one of them, which is kept
+    num_samples: int = 1
+
+    @property
+    def limit(self) -> int:
+        """Tokens of a sample at most, prompt included."""
+        return len(self.prompt) + self.max_new_tokens
+
+
+@dataclass
+class Sample:
+    """One continuation of a request: its tokens so far, and how many of them the cache holds."""
+
+    number: int  # of the request, in the order of submission
+    index: int  # among the samples of the request
+    request: Request
+    ids: list[int]
+    slot: int = -1  # -1 while it waits
+    computed: int = 0  # the first tokens of ids, in the cache
+    snapshot: Snapshot | None = None  # of what was computed, while a sample that ran waits
+    to_fork: int = 0  # samples that fork off where the prompt ends
+    lookup: PromptLookup | None = None
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Older samples, whose age is less, go first."""
+        return self.number, self.index
+
+    @property
+    def pending(self) -> int:
+        """Tokens not in the cache yet: 1 while it decodes."""
+        return len(self.ids) - self.computed
+
+    @property
+    def reading(self) -> bool:
+        """Whether it still reads its prompt."""
+        return self.pending > 1 or not self.computed
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to come."""
+        return self.request.limit - len(self.ids)
+
+    def take(self, tokens: Sequence[int]) -> tuple[list[int], str | None]:
+        """Adds drawn tokens up to the end of the sample -> those added, and why it ended (None: it did not)."""
+        new, finished = [], None
+        for token in tokens[: self.remaining]:
+            new.append(token)
+            if token in self.request.stop_tokens:
+                finished = "stop"
+                break
+        self.ids.extend(new)
+        if self.lookup is not None:
+            self.lookup.extend(new)
+        return new, finished or ("length" if not self.remaining else None)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one call of the loop brought for one sample."""
+
+    request: int  # what `submit` returned
+    sample: int
+    tokens: list[int] = field(default_factory=list)
+    logits: np.ndarray | None = None  # (n, vocabulary) float32 the tokens were chosen from, where asked for
+    prompt_tokens: int = 0  # prompt tokens that went into the cache
+    finished: str | None = None  # "length" | "stop" | "aborted"
+
+
+@dataclass
+class Stats:
+    """Counts of a loop so far."""
+
+    calls: int = 0  # of jitted functions
+    prefilled_tokens: int = 0  # prompt tokens computed
+    preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of the drafted
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that were accepted; None without drafts."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
+
+
+def check_prompt(config: DSV4Config, prompt: Any, max_new_tokens: int, name: str = "the prompt") -> tuple[int, ...]:
+    """The prompt's token ids; ValueError for what is no list of them, or too long for the model."""
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{name} is {str(prompt)[:60]!r}: expected a list of one or more token ids")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"{name} has token ids from {ids.min()} to {ids.max()}: expected 0 to {config.vocab_size - 1}")
+    if len(ids) + max_new_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"{name} has {len(ids)} tokens and {max_new_tokens} shall follow: the model has "
+            f"{config.max_position_embeddings} positions"
+        )
+    return tuple(ids.tolist())
+
+
+def check_sampling(
+    config: DSV4Config, *, temperature: float, seed: int, stop_tokens: Sequence[int], num_samples: int
+) -> None:
+    """ValueError for options that make no sense."""
+    if temperature < 0 or not np.isfinite(temperature):
+        raise ValueError(f"temperature is {temperature}: expected 0 (greedy) or a positive number")
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed is {seed}: expected 0 to {(1 << 32) - 1}")
+    if any(not 0 <= t < config.vocab_size for t in stop_tokens):
+        raise ValueError(f"stop_tokens are {list(stop_tokens)}: expected 0 to {config.vocab_size - 1}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}: expected 1 or more")
