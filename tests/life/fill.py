@@ -20,15 +20,6 @@ from dsv4_jax.model.layer_schedule import LayerSpec
 from dsv4_jax.ops.compress import CompressorWeights
 from dsv4_jax.ops.rope import rope_frequencies
 
-SMALL = DSV4Config.flash().replace(
-    vocab_size=32, hidden_size=32, num_hidden_layers=4, compress_ratios=(0, 4, 6, 4), csa_ratio=4, hca_ratio=6,
-    sliding_window=8, max_position_embeddings=512, num_attention_heads=2, head_dim=48, rope_dim=16, q_lora_rank=16,
-    o_lora_rank=8, o_groups=2, index_n_heads=2, index_head_dim=32, index_topk=4, rope_original_max_position=64,
-    hc_mult=2, hc_sinkhorn_iters=4, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
-    num_hash_layers=1,
-)  # fmt: skip
-"""Windows of 8, 4 and 6 tokens and blocks of 12, so that edges come often."""
-
 
 class LayerTables(NamedTuple):
     """Of one layer: what a token id gives, and what a position adds."""

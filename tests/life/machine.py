@@ -82,6 +82,16 @@ class Life(RuleBasedStateMachine):
         self.session.branch(which, n, seed)
 
     @SOMEBODY
+    @rule(which=WHICH, back=st.integers(0, ROLLBACK + 1), seed=SEED)
+    def snapshot(self, which, back, seed):
+        self.session.snapshot(which, back, seed)
+
+    @precondition(lambda self: self.session.shelf)
+    @rule(which=WHICH, seed=SEED)
+    def restore(self, which, seed):
+        self.session.restore(which, seed)
+
+    @SOMEBODY
     @rule(which=st.integers(-1, SLOTS - 1), seed=SEED)
     def poison_or_mistake(self, which, seed):
         if which < 0:

@@ -11,6 +11,7 @@ from life.worlds import World
 
 from dsv4_jax.cache.kv_cache import KVCache
 from dsv4_jax.cache.plan import StepPlan
+from dsv4_jax.cache.snapshot import Snapshot
 
 KINDS = ("csa", "hca")
 
@@ -30,7 +31,9 @@ class Session:
         self.texts = np.zeros((slots, self.limit), np.int32)
         self.expected: Any = None  # of the world: what the texts give
         self.lengths: dict[int, int] = {}
-        self.high: dict[int, int] = {}  # most tokens a request ever had: what a rollback may go back from
+        self.floors: dict[int, int] = {}  # the length that a request can go back to
+        self.restored: dict[int, int] = {}  # the length that a restored request could go back to at first
+        self.shelf: list[tuple[Snapshot, np.ndarray]] = []  # snapshots and their texts
         self.stale: list[int] = []  # handles of requests that ended
         self.moves = 0
 
@@ -43,7 +46,7 @@ class Session:
             return
         slot = self.manager.admit_request()
         assert slot not in self.lengths
-        self.lengths[slot] = self.high[slot] = 0
+        self.lengths[slot] = self.floors[slot] = 0
         self._go_on_with(slot, seed)
         self._done()
 
@@ -53,7 +56,43 @@ class Session:
             return
         self.stale.append(next(s for s in self.manager.active_slots if s == slot))
         self.manager.release_request(slot)
-        del self.lengths[slot], self.high[slot]
+        self._forget(slot)
+        self._done()
+
+    def snapshot(self, which: int, back: int, seed: int) -> None:
+        """Puts a request on the shelf, with what it takes to go back; it goes on, or makes room."""
+        if (slot := self._slot(which)) is None:
+            return
+        manager, length = self.manager, self.lengths[slot]
+        if back > length - self.floors[slot]:
+            self._refused(lambda: manager.snapshot(slot, rollback=back), ValueError)
+            return
+        self.shelf = self.shelf[-2:]
+        text = self.texts[slot].copy()
+        if seed % 2:
+            self.shelf.append((manager.snapshot(slot, rollback=back), text))
+        else:
+            self.stale.append(next(s for s in manager.active_slots if s == slot))
+            self.shelf.append((manager.preempt(slot, rollback=back), text))
+            self._forget(slot)
+        assert self.shelf[-1][0].length == length
+        self._done()
+
+    def restore(self, which: int, seed: int) -> None:
+        """A request from the shelf goes on, with other tokens; or a refusal for want of a slot or blocks."""
+        if not self.shelf:
+            return
+        snapshot, text = self.shelf[which % len(self.shelf)]
+        room = all(n <= self._free(kind) for kind, n in self._blocks_for(snapshot.length).items())
+        if len(self.lengths) == self.slots or not room:
+            self._refused(lambda: self.manager.restore(snapshot), RuntimeError)
+            return
+        slot = self.manager.restore(snapshot)
+        assert slot not in self.lengths
+        self.texts[slot], self.lengths[slot] = text, snapshot.length
+        self.floors[slot] = snapshot.length - min(snapshot.rollback, self.manager.max_rollback)
+        self.restored[slot] = self.floors[slot]
+        self._go_on_with(slot, seed)
         self._done()
 
     def chunk(self, counts: tuple[int, ...], seed: int) -> None:
@@ -90,14 +129,14 @@ class Session:
         self.world.step(self, planned)
         self.lengths = written
         if seed % 2:
-            del self.lengths[slot], self.high[slot]
+            self._forget(slot)
             self.stale.append(handle)
         else:
-            self.high[slot] = max(self.high[slot], written[slot])
+            self._settle(slot)
             self.lengths[slot] -= back
             self._go_on_with(slot, seed)
         if newcomer is not None:
-            self.lengths[newcomer] = self.high[newcomer] = 0
+            self.lengths[newcomer] = self.floors[newcomer] = 0
             self._go_on_with(newcomer, seed)
         self._done()
 
@@ -141,7 +180,7 @@ class Session:
         """Forgets n tokens, other ones will follow; or a refusal where so many cannot be forgotten."""
         if (slot := self._slot(which)) is None:
             return
-        if self.lengths[slot] - n < max(self.high[slot] - self.manager.max_rollback, 0):
+        if self.lengths[slot] - n < self.floors[slot]:
             self._refused(lambda: self.manager.rollback(slot, n), ValueError)
             return
         self.manager.rollback(slot, n)
@@ -164,7 +203,8 @@ class Session:
         else:
             assert child not in self.lengths
             self.texts[child] = self.texts[slot]
-            self.lengths[child], self.high[child] = self.lengths[slot], self.high[slot]
+            self.lengths[child], self.floors[child] = self.lengths[slot], self.floors[slot]
+            self.restored[child] = self.restored.get(slot, -1)
             self._go_on_with(child, seed)
         self._done()
 
@@ -239,15 +279,24 @@ class Session:
 
     def _room(self, ends: dict[int, int]) -> bool:
         """Whether the free blocks suffice for requests of so many tokens."""
-        per_block = {"csa": self.config.csa_ratio, "hca": self.config.hca_ratio}
-        for kind, ratio in per_block.items():
-            needed = 0
-            for slot, end in ends.items():
-                blocks = -(-(end // ratio * ratio) // self.config.block_size)
-                needed += max(blocks - len(self.manager.blocks(slot)[kind]), 0)
-            if needed > self._free(kind):
-                return False
-        return True
+        needed = dict.fromkeys(KINDS, 0)
+        for slot, end in ends.items():
+            for kind, blocks in self._blocks_for(end).items():
+                needed[kind] += max(blocks - len(self.manager.blocks(slot)[kind]), 0)
+        return all(n <= self._free(kind) for kind, n in needed.items())
+
+    def _blocks_for(self, length: int) -> dict[str, int]:
+        """Blocks that the closed windows of so many tokens touch."""
+        ratios = {"csa": self.config.csa_ratio, "hca": self.config.hca_ratio}
+        return {kind: -(-(length // ratio * ratio) // self.config.block_size) for kind, ratio in ratios.items()}
+
+    def _forget(self, slot: int) -> None:
+        del self.lengths[slot], self.floors[slot]
+        self.restored.pop(slot, None)
+
+    def _settle(self, slot: int) -> None:
+        """What lies further back than the slack can no more be gone back to."""
+        self.floors[slot] = max(self.floors[slot], self.lengths[slot] - self.manager.max_rollback)
 
     def _go_on_with(self, slot: int, seed: int) -> None:
         """Draws what follows the tokens that the request has."""
@@ -294,7 +343,7 @@ class Session:
         manager = self.manager
         assert manager.active_slots == sorted(self.lengths)
         for slot, n in self.lengths.items():
-            self.high[slot] = max(self.high[slot], n)
+            self._settle(slot)
             assert manager.length(slot) == n, f"slot {slot}: length {manager.length(slot)}, not {n}"
         manager.check()
         self.world.check(self)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import numpy as np
 from flax import nnx
-from life.fill import SMALL, Fill, empty_cache
+from life.fill import Fill, empty_cache
+from small_model import SMALL
 from stepper import model_step
 
 from dsv4_jax.cache.plan import StepPlan
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 @cache
 def small(cache_dtype: str = "fp8") -> Fill:
     """The small geometry, of which a session of random moves sees every edge."""
-    return Fill(SMALL, length=40, width=6, max_rollback=5, cache_dtype=cache_dtype)
+    config = SMALL.replace(num_hidden_layers=4, compress_ratios=(0, 4, 6, 4))
+    return Fill(config, length=40, width=15, max_rollback=5, cache_dtype=cache_dtype)
 
 
 class World(Protocol):
@@ -64,7 +66,8 @@ class Views:
     def check(self, session: "Session") -> None:
         slots, positions = np.full(session.slots, -1, np.int32), np.zeros(session.slots, np.int32)
         for slot, n in session.lengths.items():
-            if n:
+            # A snapshot holds what the next token sees, not what the newest one saw.
+            if n and n != session.restored.get(slot):
                 slots[slot], positions[slot] = slot, n - 1
         if session.expected is not None:
             plan = StepPlan(slots, positions)
@@ -82,8 +85,7 @@ class Model:
     """A random model of every kind of layer, in float32: the logits of every token of a step."""
 
     def __init__(self) -> None:
-        config = SMALL.replace(num_hidden_layers=3, compress_ratios=SMALL.compress_ratios[:3])
-        self.fill = Fill(config, length=40, width=6, max_rollback=5, cache_dtype="fp32")
+        self.fill = Fill(SMALL, length=40, width=15, max_rollback=5, cache_dtype="fp32")
         self.graphdef, self.weights = nnx.split(DSV4Model(self.fill.config, rngs=nnx.Rngs(2)))
 
     def renew(self, session: "Session", slot: int) -> None:
