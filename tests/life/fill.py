@@ -104,6 +104,9 @@ class Fill:
         """options: of the records, as for KVCacheManager."""
         self.config, self.length, self.width, self.max_rollback = config, length, width, max_rollback
         self.schedule, self.options = config.schedule, options
+        # Native forms store the same bits in every step. In the jax.numpy form of a reduction the last bit depends on
+        # the shapes of the program; it may be the one that decides how a value is rounded to bfloat16.
+        self.tolerance = {"fp8": None, "bf16": 2.0**-7, "fp32": 1e-5}[options["cache_dtype"]]
         rng = np.random.default_rng(2606)
         self.tables = tuple(_layer_tables(rng, config, spec, length) for spec in self.schedule)
 
@@ -164,7 +167,7 @@ class Fill:
         return handle
 
     def compare(self, seen: list[LayerSeen], expected: list[Expected], plan: StepPlan) -> None:
-        """AssertionError unless every token saw its window, entries and keys: all of them, once, bit for bit.
+        """AssertionError unless every token saw its window, entries and keys: all of them, once, with the right values.
 
         expected: by slot.
         """
@@ -185,7 +188,7 @@ class Fill:
             )
             _equal(times, inside, where, "how often each position of the window is seen")
             rows = got.rows[segment[token], row]
-            _equal(_bits(rows), _bits(want.rows[slots[token], at]), where, "window rows", slots[token], at)
+            _equal(rows, want.rows[slots[token], at], where, "window rows", slots[token], at)
             if got.entries is None:
                 continue
             _equal(
@@ -199,19 +202,21 @@ class Fill:
             at = got.entry_positions[segments, index]
             _equal(at, index * spec.compress_ratio, where, "positions of entries", slot, index)
             entries = got.entries[segments, index]
-            _equal(_bits(entries), _bits(want.entries[slot, index]), where, "entries", slot, index)
+            _equal(entries, want.entries[slot, index], where, "entries", slot, index, tolerance=self.tolerance)
             if got.keys is not None:
                 keys = got.keys[segments, index]
-                _equal(_bits(keys), _bits(want.keys[slot, index]), where, "keys", slot, index)
+                _equal(keys, want.keys[slot, index], where, "keys", slot, index, tolerance=self.tolerance)
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x).view({2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+    return np.ascontiguousarray(x).view({2: np.uint16, 4: np.uint32}[x.dtype.itemsize]) if x.dtype.kind == "f" else x
 
 
-def _equal(got: np.ndarray, want: np.ndarray, where: str, what: str, *index: np.ndarray) -> None:
-    """AssertionError unless equal; index: for each row the (slot, position or entry) it belongs to."""
-    wrong = got != want
+def _equal(
+    got: np.ndarray, want: np.ndarray, where: str, what: str, *index: np.ndarray, tolerance: float | None = None
+) -> None:
+    """AssertionError unless equal, bit for bit or within a tolerance; index: what each row is of."""
+    wrong = _bits(got) != _bits(want) if tolerance is None else ~(np.abs(got - want) <= tolerance * (1 + np.abs(want)))
     if wrong.any():
         rows = np.flatnonzero(wrong.reshape(len(wrong), -1).any(axis=-1))
         at = sorted({tuple(int(i[r]) for i in index) for r in rows}) if index else rows.tolist()
