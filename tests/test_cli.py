@@ -14,6 +14,7 @@ import dsv4_jax
 from dsv4_jax import cli
 
 TINY = cli.packaged_checkpoint()
+COMMANDS = ("generate", "inspect", "plan", "quantize")
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +265,30 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(cli.InputError, match="cannot be written: no such file"):
         _write_half(tmp_path / "x" / "y")
+
+
+def test_help_needs_no_jax():
+    """So it comes at once, and Ctrl-C before JAX is there is caught like any other."""
+    code = (
+        "import sys; sys.modules['jax'] = sys.modules['flax'] = None; from dsv4_jax.cli import main; main(sys.argv[1:])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(dsv4_jax.__file__).parents[1])}
+    for arguments in (
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in ("generate", "inspect", "plan", "quantize")),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (result.returncode, result.stderr) == (0, ""), arguments
+        assert result.stdout
+
+
+def test_every_public_name_is_there():
+    assert set(dsv4_jax.__all__) == set(dsv4_jax._MODULES)
+    for name in dsv4_jax.__all__:
+        assert getattr(dsv4_jax, name).__name__ == name
+        assert name in dir(dsv4_jax)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        dsv4_jax.nonsense  # noqa: B018
