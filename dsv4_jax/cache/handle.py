@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ..ops.append_swa import append_swa
 from ..ops.compress import CompressorWeights, compress, compress_indexer
@@ -128,7 +129,7 @@ class LayerCacheHandle:
         )
         return replace(self, cache=self.cache.with_state(self.schema.kind, ring=ring), pending=pending)
 
-    def read_swa_view(self, fresh: Array | None = None, dtype: jnp.dtype = jnp.float32) -> SWAView:
+    def read_swa_view(self, fresh: Array | None = None, dtype: DTypeLike = jnp.float32) -> SWAView:
         """The window of every token, the step's own tokens included.
 
         fresh: kv (T, head_dim) of the step, where it is not written yet; its rows follow the ring's (N = W + C).
@@ -225,7 +226,7 @@ class LayerCacheHandle:
         positions = jnp.where(entry < closed[:, None], entry * self.schema.compress_ratio, -1)
         return closed, positions, entry < self.visible_entries()[:, None]
 
-    def read_classical_view(self, selected: Array | None = None, dtype: jnp.dtype = jnp.float32) -> ClassicalView:
+    def read_classical_view(self, selected: Array | None = None, dtype: DTypeLike = jnp.float32) -> ClassicalView:
         """Entries of every segment, or of each token those `selected` (T, K) int32: index in the request, -1 none."""
         self._need(("csa", "hca"), "compressed entries")
         pool = self.cache.paged[self.schema.kind].entries

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ..ops.compress import IndexerKeys
 from ..ops.fp4 import GROUP_SIZE
@@ -16,16 +17,18 @@ class RecordFormat:
     """How one key-value vector is stored."""
 
     name: str
-    nope_dtype: jnp.dtype
-    rope_dtype: jnp.dtype
-    scale_dtype: jnp.dtype | None  # float32: one a record; uint8: a power of two per 64 values; None: stored exactly
+    nope_dtype: DTypeLike
+    rope_dtype: DTypeLike
+    scale_dtype: DTypeLike | None  # float32: one a record; uint8: a power of two per 64 values; None: stored exactly
 
     def allocate(self, shape: tuple[int, ...], nope_dim: int, rope_dim: int) -> Record:
         """Zero records of leading shape `shape`."""
         return Record(
             nope=jnp.zeros((*shape, nope_dim), self.nope_dtype),
             rope=jnp.zeros((*shape, rope_dim), self.rope_dtype),
-            inv_scale=self.scale_dtype and jnp.zeros(self._scale_shape(shape, nope_dim), self.scale_dtype),
+            inv_scale=None
+            if self.scale_dtype is None
+            else jnp.zeros(self._scale_shape(shape, nope_dim), self.scale_dtype),
         )
 
     def _scale_shape(self, shape: tuple[int, ...], nope_dim: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from ..cache.handle import LayerCacheHandle
 from ..ops.attention import KeyGroup, attend
@@ -23,7 +24,7 @@ Array = jax.Array
 class Compressor(nnx.Module):
     """Projections of a compressor; the pooling itself belongs to the cache."""
 
-    def __init__(self, config: DSV4Config, spec: LayerSpec, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DSV4Config, spec: LayerSpec, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width = dim * (2 if spec.attn is AttentionType.CSA else 1)
         self.wkv = Linear(config.hidden_size, width, dtype=dtype, rngs=rngs)
         self.wgate = Linear(config.hidden_size, width, dtype=dtype, rngs=rngs)
@@ -38,7 +39,7 @@ class Compressor(nnx.Module):
 class Indexer(nnx.Module):
     """Scores compressed entries and picks the best (CSA)."""
 
-    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads, self.k = config.index_n_heads, config.index_topk
         self.wq_b = Linear(config.q_lora_rank, self.heads * config.index_head_dim, dtype=dtype, rngs=rngs)
         self.weights_proj = Linear(config.hidden_size, self.heads, dtype=dtype, rngs=rngs)
@@ -58,7 +59,7 @@ class Indexer(nnx.Module):
 class Attention(nnx.Module):
     """SWA, CSA or HCA. One key-value head; keys are values."""
 
-    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config, self.kind = config, spec.attn
         heads, dim = config.num_attention_heads, config.head_dim
         make: dict[str, Any] = {"dtype": dtype, "rngs": rngs}

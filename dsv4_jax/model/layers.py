@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from ..ops.rms_norm import rms_norm
 
 Array = jax.Array
 
 
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
+def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
     """float32 means float32: the default on a GPU is TF32, which flips expert choices on near-ties."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
@@ -17,7 +18,7 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
 class Linear(nnx.Module):
     """y = x W^T; the weight is (out, in), as checkpoints have it."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = nnx.initializers.normal(in_features**-0.5)
         self.weight = nnx.Param(init(rngs.params(), (out_features, in_features), dtype))
 
@@ -43,7 +44,7 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """A row per token id; weight (vocabulary, hidden)."""
 
-    def __init__(self, vocab_size: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, vocab_size: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, hidden), dtype))
 
     def __call__(self, token_ids: Array) -> Array:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from .config import DSV4Config
 from .layer_schedule import LayerSpec, RouterMode
@@ -18,7 +19,7 @@ def _swiglu(gate: Array, up: Array, limit: float) -> Array:
 class Router(nnx.Module):
     """Picks experts per token: by learned scores, or by a table from the token id."""
 
-    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
         experts, self.k = config.n_routed_experts, config.num_experts_per_tok
         init = nnx.initializers.normal(config.hidden_size**-0.5)
         self.weight = nnx.Param(init(rngs.params(), (experts, config.hidden_size), dtype))
@@ -51,7 +52,7 @@ class Router(nnx.Module):
 class Experts(nnx.Module):
     """The routed experts, stacked: w1, w3 (E, inner, hidden), w2 (E, hidden, inner)."""
 
-    def __init__(self, config: DSV4Config, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DSV4Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.limit = config.swiglu_limit
         # Computing a few experts for every token beats sorting tokens by expert; many experts do not.
@@ -111,7 +112,7 @@ class Experts(nnx.Module):
 class SharedExpert(nnx.Module):
     """The expert every token passes through."""
 
-    def __init__(self, config: DSV4Config, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DSV4Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         inner, hidden = config.moe_intermediate_size, config.hidden_size
         self.limit = config.swiglu_limit
         self.w1 = Linear(hidden, inner, dtype=dtype, rngs=rngs)
@@ -126,7 +127,7 @@ class SharedExpert(nnx.Module):
 class MoE(nnx.Module):
     """Routed experts plus the shared one."""
 
-    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.gate = Router(config, spec, dtype=dtype, rngs=rngs)
         self.experts = Experts(config, dtype=dtype, rngs=rngs)
         self.shared_experts = SharedExpert(config, dtype=dtype, rngs=rngs)

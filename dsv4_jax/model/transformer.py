@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from ..cache.handle import LayerCacheHandle
 from ..cache.kv_cache import KVCache
@@ -20,7 +21,7 @@ Array = jax.Array
 class Block(nnx.Module):
     """Attention and experts, each between a read of the residual streams and a write back."""
 
-    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
         self.attn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -52,7 +53,7 @@ class Block(nnx.Module):
 class DSV4Model(nnx.Module):
     """DeepSeek-V4 over a KV cache: a step takes any mix of prefill and decode tokens."""
 
-    def __init__(self, config: DSV4Config, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: DSV4Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         """Random weights of `dtype` (norms, sinks, ape, router bias and stream weights stay float32)."""
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)

@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from . import native
 from .compress import IndexerKeys
@@ -24,7 +25,7 @@ def read_entries(
     *,
     layer: int,
     max_blocks: int | None = None,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Array:
     """The entries of each slot, or of each token those selected.

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from . import native
 from .append_swa import SWARing
@@ -28,7 +29,7 @@ def read_window(
     *,
     layer: int,
     window: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """The last `window` tokens up to `newest` of each slot, in ring order.

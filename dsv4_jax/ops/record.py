@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from .fp8 import dequantise_fp8, quantise_fp8, to_bf16
 from .ue8m0 import dequantise_ue8m0, quantise_ue8m0, scale_bytes
@@ -37,7 +38,7 @@ def encode_record(x: Array, like: Record) -> Record:
     return Record(nope, rope, None)
 
 
-def decode_record(record: Record, dtype: jnp.dtype = jnp.float32) -> Array:
+def decode_record(record: Record, dtype: DTypeLike = jnp.float32) -> Array:
     """Record -> (..., head_dim) of `dtype`: stored * inv_scale for the first part, the rope part as it is."""
     if record.nope.dtype == jnp.uint8 and record.inv_scale is not None:
         dequantise = dequantise_ue8m0 if record.inv_scale.dtype == jnp.uint8 else dequantise_fp8
@@ -47,7 +48,7 @@ def decode_record(record: Record, dtype: jnp.dtype = jnp.float32) -> Array:
     return jnp.concatenate([nope, record.rope.astype(dtype)], axis=-1)
 
 
-def native_read_limit(platform: str, record: Record, dtype: jnp.dtype) -> str | None:
+def native_read_limit(platform: str, record: Record, dtype: DTypeLike) -> str | None:
     """What keeps the native readers for "cpu" or "cuda" from giving these records as `dtype`; None if nothing does."""
     if record.nope.dtype != jnp.uint8:
         return f"it reads only FP8 records (uint8), not {record.nope.dtype}"

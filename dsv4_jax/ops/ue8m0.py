@@ -6,6 +6,7 @@ It is the released model's own grid (arXiv 2606.19348, section 2.3.4) and what t
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .fp8 import AMAX_FLOOR, decode_e4m3, encode_e4m3
 
@@ -54,7 +55,7 @@ def quantise_ue8m0(x: Array) -> tuple[Array, Array]:
     return codes.reshape(x.shape), jnp.pad(stored, pad)
 
 
-def dequantise_ue8m0(codes: Array, scales: Array, dtype: jnp.dtype = jnp.float32) -> Array:
+def dequantise_ue8m0(codes: Array, scales: Array, dtype: DTypeLike = jnp.float32) -> Array:
     """codes (..., n), scales (..., scale_bytes(n)) uint8 -> (..., n): float32(E4M3 code) * scale, cast to `dtype`."""
     groups = decode_e4m3(codes).reshape(*codes.shape[:-1], -1, GROUP)
     value = groups * _power_of_two(scales[..., : groups.shape[-2]])[..., None]
