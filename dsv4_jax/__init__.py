@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .cache.prefix import PrefixPolicy
     from .cache.snapshot import Snapshot
     from .cache.snapshot_file import load_snapshot, save_snapshot
-    from .decode import generate, stream
+    from .decode.generate import generate, stream
     from .model.config import DSV4Config
     from .model.layer_schedule import build_schedule
     from .model.pretrained import from_pretrained
@@ -36,10 +36,10 @@ _MODULES = {
     "Snapshot": ".cache.snapshot",
     "build_schedule": ".model.layer_schedule",
     "from_pretrained": ".model.pretrained",
-    "generate": ".decode",
+    "generate": ".decode.generate",
     "load_snapshot": ".cache.snapshot_file",
     "save_snapshot": ".cache.snapshot_file",
-    "stream": ".decode",
+    "stream": ".decode.generate",
 }
 
 
