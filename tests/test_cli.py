@@ -81,6 +81,28 @@ def test_json_is_one_object_and_alone_on_stdout(run, small, tmp_path):
         assert not result["stopped"]
 
 
+def test_samples_and_drafts(run, small):
+    """Two samples of each prompt, with drafts: what Python gives without them, and how many were accepted."""
+    options = ["--checkpoint", small, "-n", 20, "--temperature", "0.5", "--seed", 3, "--samples", 2, "--draft", 2]
+    status, out, _ = run("generate", *options, "--json", "-q", "ababab", "x")
+    assert status == 0
+    report = json.loads(out)
+    model = dsv4_jax.from_pretrained(small)
+    for seed in (3, 4):
+        expected = dsv4_jax.generate(
+            model, [list(b"ababab"), list(b"x")], 20, temperature=0.5, seed=seed, stop_tokens=model.config.eos_token_ids
+        )
+        assert [result["tokens"] for result in report["results"][seed - 3 :: 2]] == expected
+    assert [bytes(result["prompt"]) for result in report["results"]] == [b"ababab", b"ababab", b"x", b"x"]
+    assert report["prompt_tokens"] == 7
+    assert 0 < report["drafts"]["accepted"] <= report["drafts"]["drafted"]
+    _, out, err = run("generate", *options, "ababab", "x")
+    assert [line for line in out.split("\n") if line.startswith("---")] == [
+        f"--- prompt {i}, sample {j}" for i in (1, 2) for j in (1, 2)
+    ]
+    assert f"{report['drafts']['accepted']} of {report['drafts']['drafted']} drafts accepted" in err
+
+
 def test_several_prompts_are_shown_one_after_the_other(run, small):
     status, out, _ = run("generate", "--checkpoint", small, "-n", 4, "--echo", "import os", "def f(", "x")
     assert status == 0

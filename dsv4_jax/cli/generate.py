@@ -32,6 +32,12 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Continuations of each prompt, which is read once; the j-th draws with seed + j.")
+    ] = 1,
+    draft: Annotated[
+        int, typer.Option(min=0, help="Tokens looked up in the text so far and verified in one step: same tokens.")
+    ] = 0,
     cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records.")] = CacheDtype.fp8,
     indexer: Annotated[
         IndexerDtype | None, typer.Option(help="Storage of indexer keys; default: what goes with the records.")
@@ -67,20 +73,21 @@ def generate(
     vocab_size = model.config.vocab_size
     codec = make_codec(folder, vocab_size)
     ids = check_prompts([*(codec.encode(text) for text in texts), *ids], vocab_size)
-    outcome = Outcome(prompts=ids, tokens=[[] for _ in ids])
+    rows = [prompt for prompt in ids for _ in range(samples)]
+    outcome = Outcome(prompts=ids, tokens=[[] for _ in rows])
     outcome.seconds["load"] = time.perf_counter() - start
     stops = () if ignore_eos else model.config.eos_token_ids
 
     def chunks() -> Iterator[Any]:
         return dsv4_jax.stream(
             model, ids, max_new_tokens, cache_dtype=cache.value, indexer_dtype=indexer and indexer.value,
-            temperature=temperature, seed=seed, stop_tokens=stops,
+            temperature=temperature, seed=seed, stop_tokens=stops, num_samples=samples, draft_tokens=draft,
         )  # fmt: skip
 
-    decoders = [codec.decoder(prompt) for prompt in ids]
-    new_texts = ["" for _ in ids]
+    decoders = [codec.decoder(prompt) for prompt in rows]
+    new_texts = ["" for _ in rows]
     output = TextOutput()
-    streams = not as_json and len(ids) == 1
+    streams = not as_json and len(rows) == 1
     if streams and echo:
         output.write(_prompt_text(codec, ids[0]))
 
@@ -102,12 +109,13 @@ def generate(
 
     indexer_name = indexer.value if indexer else default_indexer(cache.value)
     if as_json:
-        print(json.dumps(_report(outcome, new_texts, folder, dtype, cache, indexer_name, stops)))
+        print(json.dumps(_report(outcome, rows, new_texts, folder, dtype, cache, indexer_name, stops)))
         sys.stdout.flush()
     elif not streams:
         for b, text in enumerate(new_texts):
             output.end_line()
-            output.write(f"--- prompt {b + 1}\n{_prompt_text(codec, ids[b]) if echo else ''}{text}")
+            name = f"prompt {b // samples + 1}" + (f", sample {b % samples + 1}" if samples > 1 else "")
+            output.write(f"--- {name}\n{_prompt_text(codec, rows[b]) if echo else ''}{text}")
     if not as_json:
         output.end_line()
     formats = f"{cache.value} records, {indexer_name} indexer keys"
@@ -132,7 +140,7 @@ def _walk(
             compiling = clock.seconds(start, now)
             outcome.seconds["compile"] += compiling
             outcome.seconds["decode" if first_token else "prefill"] += max(now - start - compiling, 0.0)
-            outcome.cache_bytes = chunk.cache_bytes
+            outcome.cache_bytes, outcome.stats = chunk.cache_bytes, chunk.stats
             for b, new in enumerate(chunk.tokens):
                 outcome.tokens[b].extend(new)
             if not first_token and any(chunk.tokens):
@@ -146,16 +154,25 @@ def _walk(
 
 
 def _report(
-    outcome: Outcome, texts: list[str], folder: pathlib.Path, dtype: str, cache: str, indexer: str, stops: Sequence[int]
+    outcome: Outcome,
+    rows: Sequence[list[int]],
+    texts: Sequence[str],
+    folder: pathlib.Path,
+    dtype: str,
+    cache: str,
+    indexer: str,
+    stops: Sequence[int],
 ) -> dict[str, Any]:
     """The object of --json. Seconds and rates leave compilation out; "stopped" says that an end-of-text token came."""
-    results = zip(outcome.prompts, outcome.tokens, texts, strict=True)
+    results = zip(rows, outcome.tokens, texts, strict=True)
     return {
         "checkpoint": str(folder),
         "dtype": str(dtype),
         "cache": {"records": str(cache), "indexer": indexer, "bytes": outcome.cache_bytes},
         "prompt_tokens": outcome.prompt_tokens,
         "new_tokens": outcome.new_tokens,
+        "drafts": outcome.stats
+        and {"drafted": outcome.stats.drafted_tokens, "accepted": outcome.stats.accepted_tokens},
         "seconds": {name: round(value, 4) for name, value in outcome.seconds.items()},
         "tokens_per_second": {k: r and round(r, 2) for k, r in outcome.rates.items()},
         "results": [

@@ -47,6 +47,7 @@ class Outcome:
     prompts: list[list[int]]
     tokens: list[list[int]]
     cache_bytes: int = 0
+    stats: Any = None  # `dsv4_jax.decode.Stats` of the run
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("load", "compile", "prefill", "decode"), 0.0)
     )
@@ -75,9 +76,13 @@ def summary(outcome: Outcome, cache: str) -> str:
         for k, r in outcome.rates.items()
     }
     batch = f" in {len(outcome.prompts)} prompts" if len(outcome.prompts) > 1 else ""
+    drafts = ""
+    if outcome.stats and outcome.stats.drafted_tokens:
+        drafted, accepted = outcome.stats.drafted_tokens, outcome.stats.accepted_tokens
+        drafts = f", {accepted} of {drafted} drafts accepted ({outcome.stats.acceptance:.0%})"
     return (
         f"{outcome.prompt_tokens} prompt tokens{batch} ({rates['prefill']}), "
-        f"{outcome.new_tokens} new tokens ({rates['decode']})\n"
+        f"{outcome.new_tokens} new tokens ({rates['decode']}){drafts}\n"
         f"compilation {show_seconds(outcome.seconds['compile'])}, loading {show_seconds(outcome.seconds['load'])}, "
         f"cache {show_bytes(outcome.cache_bytes)} ({cache})"
     )

@@ -4,32 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from flax import nnx
-from small_model import SMALL
+from loops import ENOUGH, TIGHT, ask, assert_idle, make_loop, run
 
-from dsv4_jax import KVCacheManager, build_schedule
-from dsv4_jax.decode import DecodeLoop, decode_steps, prefill_step
-from dsv4_jax.model.transformer import DSV4Model
-
-# Every request below ends at more than 48 and at most 72 tokens: readers look at 6 blocks, one program of each kind.
-ENOUGH, TIGHT = 24, 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Ask:
-    """What is submitted, hashable."""
-
-    prompt: tuple[int, ...]
-    new: int
-    options: tuple = ()
-
-    def submit(self, loop):
-        return loop.submit(self.prompt, self.new, **dict(self.options))
-
-
-def ask(length, limit, start=1, **options):
-    return Ask(tuple((start + 7 * i + i * i) % 64 for i in range(length)), limit - length, tuple(options.items()))
-
+from dsv4_jax.decode import decode_steps, prefill_step
 
 # A prompt of one token, one of many chunks, draws, a limit that is reached at once.
 ASKS = [
@@ -40,66 +17,6 @@ ASKS = [
     ask(48, 49, start=2),
     ask(8, 65, start=6, temperature=0.7, seed=3, index=2),
 ]
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = DSV4Model(SMALL, rngs=nnx.Rngs(2))
-    model.head.weight[...] = model.head.weight[...] * 4
-    return model
-
-
-def make_loop(model, blocks=ENOUGH, slots=3, cache_dtype="fp32", max_rollback=0, **options):
-    manager = KVCacheManager(
-        SMALL,
-        build_schedule(SMALL),
-        max_concurrent_requests=slots,
-        num_blocks_per_csa_layer=blocks,
-        num_blocks_per_hca_layer=blocks,
-        max_context_len=96,
-        cache_dtype=cache_dtype,
-        max_rollback=max_rollback,
-    )
-    return DecodeLoop(model, manager, **{"prefill_chunk": 8, "decode_chunk": 4, **options})
-
-
-def run(loop, *requests, on_event=lambda event: None):
-    """Submits, walks the loop -> tokens by (request, sample), and how each ended."""
-    for request in requests:
-        request.submit(loop)
-    tokens, ends = {}, {}
-    for event in loop:
-        key = event.request, event.sample
-        assert key not in ends, f"{key} had ended"
-        tokens.setdefault(key, []).extend(event.tokens)
-        if event.finished:
-            ends[key] = event.finished
-        loop.manager.check()
-        on_event(event)
-    assert_idle(loop)
-    return tokens, ends
-
-
-def assert_idle(loop):
-    manager = loop.manager
-    manager.check()
-    assert manager.active_slots == []
-    for kind in ("csa", "hca"):
-        assert manager.num_free_blocks(kind) == manager.cache.paged[kind].num_blocks
-
-
-@pytest.fixture(scope="module")
-def alone(model):
-    """Request -> the tokens it gets with the loop to itself."""
-    loop, known = make_loop(model), {}
-
-    def tokens(request):
-        if request not in known:
-            number = request.submit(loop)
-            known[request] = [t for event in loop for t in event.tokens if event.request == number]
-        return known[request]
-
-    return tokens
 
 
 def test_requests_join_and_leave_without_recompiling(model, alone):

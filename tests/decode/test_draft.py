@@ -1,0 +1,53 @@
+"""Draft and verify: the same tokens as without, in fewer calls where the text repeats itself."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from loops import ENOUGH, TIGHT, ask, make_loop, run
+
+from dsv4_jax.decode.draft import LONGEST_NGRAM, PromptLookup
+
+DRAFT = 3
+
+
+def slow_lookup(ids, most):
+    """What followed the last occurrence of the longest n-gram at the end, the text going on with the draft itself."""
+    for n in range(min(LONGEST_NGRAM, len(ids)), 0, -1):
+        for start in range(len(ids) - n - 1, -1, -1):
+            if ids[start : start + n] == ids[-n:]:
+                text = list(ids)
+                for i in range(most):
+                    text.append(text[start + n + i])
+                return text[len(ids) :]
+    return []
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 5), st.integers(0, 40))
+def test_lookup(ids, most, cut):
+    lookup = PromptLookup(ids[:cut])
+    lookup.extend(ids[cut:])
+    assert lookup.propose(most) == slow_lookup(ids, most)
+
+
+def test_drafts_change_no_token(model, alone):
+    """Greedy and drawn, past edges of windows and blocks, alone and where blocks run out."""
+    requests = [ask(20, 60), ask(3, 66, start=4), ask(9, 58, start=5, temperature=0.3, seed=3), ask(40, 72, start=6)]
+    for blocks in (ENOUGH, TIGHT):
+        loop = make_loop(model, blocks, max_rollback=DRAFT, draft_tokens=DRAFT)
+        tokens, _ = run(loop, *requests)
+        assert tokens == {(i, 0): alone(request) for i, request in enumerate(requests)}
+        assert 0 < loop.stats.accepted_tokens < loop.stats.drafted_tokens
+        assert loop.stats.acceptance == loop.stats.accepted_tokens / loop.stats.drafted_tokens
+
+
+def test_a_text_that_repeats_itself_takes_fewer_steps(model):
+    """A sample takes as many steps as tokens came from the model, not from drafts."""
+    request = ask(3, 66, start=4)
+    loop = make_loop(model, max_rollback=DRAFT, draft_tokens=DRAFT, return_logits=True)
+    request.submit(loop)
+    events = list(loop)
+    assert loop.stats.calls == len(events) == request.new - loop.stats.accepted_tokens
+    assert loop.stats.accepted_tokens > 0
+    # The logits belong to the tokens.
+    assert [int(row.argmax()) for event in events for row in event.logits] == [t for e in events for t in e.tokens]
+    assert all(np.isfinite(event.logits).all() for event in events)
