@@ -3,7 +3,9 @@
 // A segment brings the tokens of consecutive positions of one slot. Its windows that close become entries; a window's
 // rows with a position below the segment's start lie in the tail, the others among the segment's tokens. The tokens that
 // are the slot's newest go into the tail, over rows that the first windows may need: whoever writes a segment's tail
-// has read those windows before. They are the segment's first kHeadWindows, because a tail reaches back no further.
+// has read those windows before. They are the segment's first head_windows, because a tail reaches back no further.
+//
+// A full tail holds k and z of tokens, a running tail the sums of the window's softmax after each of its newest tokens.
 #ifndef DSV4_COMPRESS_H_
 #define DSV4_COMPRESS_H_
 
@@ -11,6 +13,7 @@
 
 #include "float_bits.h"
 #include "operands.h"
+#include "running_sums.h"
 
 namespace dsv4 {
 
@@ -22,11 +25,12 @@ struct Segment {
 
 struct Compress {
   int64_t tokens, slots, segments, width, windows, blocks, per_block, columns;  // T, R, S, C, windows a segment, N, E
-  int64_t ratio, lanes, dim, rope_dim, rows_a, rows_b;
+  int64_t ratio, lanes, dim, rope_dim, rows_a, rows_b;  // rows_a: those of a running tail too
   float eps;
   const void* kv;            // (T, lanes, dim) float or BFloat16
   const void* gate;          // as kv
-  float *ka, *za, *kb, *zb;  // (R, rows, dim) of this layer; kb and zb null with one lane
+  float *ka, *za, *kb, *zb;  // (R, rows, dim) of this layer; kb and zb null with one lane, all with a running tail
+  float* sums;               // (R, rows, kRunningSums, dim) of this layer; null with a full tail
   const float* ape;          // (ratio, lanes, dim)
   const float* norm;         // (dim)
   const float* cos;          // (S, windows, rope_dim / 2) at the first position of each window that may close
@@ -87,24 +91,29 @@ inline int64_t workers_per_segment(const Compress& call) {
   return std::max<int64_t>(1, call.windows - head_windows(call) + 1);
 }
 
-// Takes the operands after the pool's: ka, za, [kb, zb], kv, gate, ape, norm, cos, sin, slots, starts, counts, tokens,
+// Takes the operands after the pool's: ka, za, [kb, zb] or sums, kv, gate, ape, norm, cos, sin, slots, starts, counts, tokens,
 // table. blocks and per_block come from the pool.
 inline void take_compress(Operands& operands, int64_t layer, int64_t layers, float eps, Compress* call,
                           bool* kv_is_float) {
   const auto f32 = {ffi::DataType::F32}, s32 = {ffi::DataType::S32};
   const auto float_or_bf16 = {ffi::DataType::F32, ffi::DataType::BF16};
-  call->lanes = operands.left() == 15 ? 2 : 1;
-  if (operands.left() != 15 && operands.left() != 13) return operands.fail("a wrong number of operands", "2 or 4 tails");
+  const size_t after_tails = operands.left() - 11;
+  const bool running = after_tails == 1;
+  call->lanes = after_tails == 4 ? 2 : 1;
+  if (after_tails != 1 && after_tails != 2 && after_tails != 4) {
+    return operands.fail("a wrong number of operands", "1, 2 or 4 tails");
+  }
   const Operands::Shape a = operands.shape_of_next(), b = operands.shape_of_next(2);
-  const size_t after_tails = call->lanes == 2 ? 4 : 2;
   const Operands::Shape kv = operands.shape_of_next(after_tails), ape = operands.shape_of_next(after_tails + 2);
   const Operands::Shape cos = operands.shape_of_next(after_tails + 4);
   const Operands::Shape token = operands.shape_of_next(after_tails + 9), table = operands.shape_of_next(after_tails + 10);
-  if (a.size() != 4 || (call->lanes == 2 && b.size() != 4)) return operands.fail("tails of another rank", "(L, R, rows, d)");
+  if (running ? a.size() != 5 : a.size() != 4 || (call->lanes == 2 && b.size() != 4)) {
+    return operands.fail("tails of another rank", "(L, R, rows, d), or (L, R, rows, 5, d) running");
+  }
   if (kv.size() != 2 || ape.size() != 2 || cos.size() != 3 || token.size() != 2 || table.size() != 2) {
     return operands.fail("kv, ape, cos, tokens or table of another rank", "2, 2, 3, 2 and 2 axes");
   }
-  call->slots = a[1], call->rows_a = a[2], call->rows_b = call->lanes == 2 ? b[2] : 0, call->dim = a[3];
+  call->slots = a[1], call->rows_a = a[2], call->rows_b = call->lanes == 2 ? b[2] : 0, call->dim = a.back();
   call->tokens = kv[0], call->ratio = ape[0], call->windows = cos[1], call->rope_dim = 2 * cos[2];
   call->segments = token[0], call->width = token[1], call->columns = table[1], call->eps = eps;
   const int64_t lanes_dim = call->lanes * call->dim;
@@ -112,7 +121,14 @@ inline void take_compress(Operands& operands, int64_t layer, int64_t layers, flo
     float* data = operands.take<float>(name, f32, {layers, call->slots, rows, call->dim});
     return data + (data ? layer * call->slots * rows * call->dim : 0);
   };
-  call->ka = tail("ka", call->rows_a), call->za = tail("za", call->rows_a);
+  call->sums = nullptr, call->ka = nullptr, call->za = nullptr;
+  if (running) {
+    const int64_t size = call->slots * call->rows_a * kRunningSums * call->dim;
+    call->sums = operands.take<float>("sums", f32, {layers, call->slots, call->rows_a, kRunningSums, call->dim});
+    if (call->sums) call->sums += layer * size;
+  } else {
+    call->ka = tail("ka", call->rows_a), call->za = tail("za", call->rows_a);
+  }
   call->kb = call->lanes == 2 ? tail("kb", call->rows_b) : nullptr;
   call->zb = call->lanes == 2 ? tail("zb", call->rows_b) : nullptr;
   call->kv = operands.take("kv", float_or_bf16, {call->tokens, lanes_dim});
@@ -129,7 +145,8 @@ inline void take_compress(Operands& operands, int64_t layer, int64_t layers, flo
   call->token_of = operands.take<int32_t>("tokens", s32, {call->segments, call->width});
   call->table = operands.take<int32_t>("table", s32, {call->slots, call->columns});
   if (!operands.ok()) return;
-  if (call->ratio < 1 || call->rows_a < call->lanes * call->ratio - 1 ||
+  if (running && call->rows_a < 2) return operands.fail("a running tail of " + std::to_string(call->rows_a) + " rows", "2 at least");
+  if (call->ratio < 1 || (!running && call->rows_a < call->lanes * call->ratio - 1) ||
       (call->lanes == 2 && call->rows_b < call->ratio - 1)) {
     return operands.fail("tails of " + std::to_string(call->rows_a) + " and " + std::to_string(call->rows_b) +
                              " rows for windows of " + std::to_string(call->ratio),

@@ -3,6 +3,7 @@
 #include <cooperative_groups.h>
 
 #include "compress_device.cuh"
+#include "compress_running.cuh"
 #include "export.h"
 
 namespace dsv4 {
@@ -341,6 +342,10 @@ ffi::Error compress(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remaining
                                        " scales a record; expected 8 on CUDA.");
   }
   if (call.segments == 0) return ffi::Error::Success();
+  if (call.sums) {
+    return result_of("compress", kv_is_float ? launch_running<float>(call, record, stream)
+                                             : launch_running<BFloat16>(call, record, stream));
+  }
   if (is<Csa>(call)) {
     return result_of("compress", kv_is_float ? launch_overlapped<float, Csa, 1>(call, record, stream)
                                              : launch_overlapped<BFloat16, Csa, 1>(call, record, stream));

@@ -34,6 +34,14 @@ def test_what_a_model_computes():
     assert moves >= 500
 
 
+def test_what_a_cache_with_running_tails_shows():
+    """Sums that enter the state token by token, in whatever pieces the tokens come: the same bits as all at once."""
+    if "cpu" not in native.available():
+        pytest.skip("jax.numpy sums in another order for another shape")
+    moves = play(Views(small("fp8", hca_tail="running")), examples=20, steps=60)
+    assert moves >= 800
+
+
 @pytest.mark.parametrize("layer", [1, 2])
 def test_the_reference_is_the_definition(layer):
     """What sessions are compared with comes from the cache's own operations: it is right, too."""

@@ -174,8 +174,10 @@ class LayerCacheHandle:
         lanes = 2 if schema.overlap else 1
         self._check("kv", kv, lanes * schema.head_dim)
         self._check("gate", gate, lanes * schema.head_dim)
+        old = self.cache.state[kind].tail
+        assert old is not None  # of these kinds of layers
         entries, tail = compress(
-            self.cache.paged[kind].entries, _given(self.cache.state[kind].tail), kv, gate, weights, *self._where(),
+            self.cache.paged[kind].entries, old, kv, gate, weights, *self._where(),
             layer=self._index, eps=eps,
         )  # fmt: skip
         return replace(self, cache=self.cache.with_paged(kind, entries=entries).with_state(kind, tail=tail))

@@ -42,24 +42,28 @@ class KVCacheManager(RequestLifecycle):
         max_rollback: int = 0,
         debug_nan: bool = False,
         fingerprint: str = "",
+        hca_tail: str = "full",
         prefix: PrefixPolicy | None = None,
     ):
         """Allocates the cache of all layers of `schedule` (build_schedule(config)).
 
         num_blocks_per_*_layer: physical blocks (`compute_block_budget` says how many a load needs). max_context_len:
         tokens of one request at most, by default as many as the pools hold blocks for; a step's readers look at that
-        many. cache_dtype, indexer_dtype, max_rollback: see `build_schema`. debug_nan: free blocks and slots are filled
-        with NaN, so that reading one shows, and `check` finds who wrote to one; slow. fingerprint: any text that tells
-        the weights from others of the same configuration (see `model_fingerprint`). prefix: what is kept of prompts for
-        others that begin alike (`keep_prefix`); by default nothing. Raises ValueError for what does not
+        many. cache_dtype, indexer_dtype, max_rollback, hca_tail: see `build_schema`. debug_nan: free blocks and slots
+        are filled with NaN, so that reading one shows, and `check` finds who wrote to one; slow. fingerprint: any text
+        that tells the weights from others of the same configuration (see `model_fingerprint`). prefix: what is kept of
+        prompts for others that begin alike (`keep_prefix`); by default nothing. Raises ValueError for what does not
         fit.
         """
         if max_concurrent_requests < 1:
             raise ValueError(f"max_concurrent_requests is {max_concurrent_requests}: expected at least 1")
         schemas = tuple(
-            build_schema(config, spec, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype, max_rollback=max_rollback)
+            build_schema(
+                config, spec, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype, max_rollback=max_rollback,
+                hca_tail=hca_tail,
+            )
             for spec in schedule
-        )
+        )  # fmt: skip
         num_blocks = {"csa": num_blocks_per_csa_layer, "hca": num_blocks_per_hca_layer}
         kinds = {s.kind: s for s in schemas if s.entries_per_block}
         if max_context_len is None:
@@ -101,8 +105,8 @@ class KVCacheManager(RequestLifecycle):
 
         max_context_len: tokens of one request at most; the requests share the blocks, which suffice for at least one of
         that length, and for all where the memory does. By default as many as every request can have at once. options:
-        cache_dtype, indexer_dtype, max_rollback. Raises ValueError when the memory is too small; it says what is
-        missing and what would fit.
+        cache_dtype, indexer_dtype, max_rollback, hca_tail. Raises ValueError when the memory is too small; it says what
+        is missing and what would fit.
         """
         cost = cache_cost(config, config.schedule, **options)
         if max_context_len is None:

@@ -14,7 +14,7 @@ class Rows:
     """Rows that are reused in a circle: row = position mod rows.
 
     Attributes:
-      name: "ring", or the tail: "csa", "csa lane a", "hca".
+      name: "ring", or the tail: "csa", "csa lane a", "hca", "hca sums".
       positions: per row the position of the token it holds for later, -1 for none.
     """
 
@@ -36,7 +36,8 @@ class SlotState:
       slot: its slot.
       length: tokens planned so far.
       ring: its window ring, the same in all layers.
-      tails: tokens that wait to be compressed, by kind of layer; lane a of CSA keeps the window before too.
+      tails: tokens that wait to be compressed, by kind of layer; lane a of CSA keeps the window before too; a running
+        tail the sums after each of its newest tokens.
       entries: kind of layer -> entries that are complete.
       blocks: kind of layer -> its blocks, in the order of their entries.
     """
@@ -105,6 +106,9 @@ def _tails(schema: CacheSchema, length: int) -> list[Rows]:
     if not schema.tail_rows:
         return []
     window = length - length % schema.compress_ratio
+    if schema.running_tail:
+        rows = schema.running_tail_rows
+        return [_rows(f"{schema.kind} sums", rows, max(window, length - rows), length)]
     tails = [_rows(schema.kind, schema.tail_rows, window, length)]
     if schema.overlap:
         before = max(window - schema.compress_ratio, 0)

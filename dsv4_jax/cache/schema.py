@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..ops.running_tail import running_rows
 from .records import DEFAULT_INDEXER_FORMAT, check_dimensions, check_indexer_format, record_format
 
 BLOCK_SIZE_ORIGINAL_TOKENS = 128
@@ -11,6 +12,9 @@ BLOCK_SIZE_ORIGINAL_TOKENS = 128
 KINDS = ("swa", "csa", "hca")
 """The kinds of layers, as the cache names its stacks."""
 
+HCA_TAILS = ("full", "running")
+"""What an HCA layer keeps of tokens that wait for their window to fill: the tokens, or the sums of their softmax."""
+
 
 @dataclass(frozen=True)
 class CacheSchema:
@@ -18,7 +22,8 @@ class CacheSchema:
 
     The ring holds `swa_window_size` tokens, the tails what a compressor still needs of tokens it has not compressed,
     a block one entry per `compress_ratio` of its `block_size` tokens. With `max_rollback` r, ring and tails have r rows
-    more, so that the last r tokens can be forgotten.
+    more, so that the last r tokens can be forgotten. A running HCA tail holds the softmax's sums after each of the last
+    r + 1 tokens (at least 2) instead of 127 + r tokens.
     """
 
     kind: str  # "swa" | "csa" | "hca"
@@ -31,6 +36,7 @@ class CacheSchema:
     indexer_dtype: str = "nvfp4"
     max_rollback: int = 0
     block_size: int = BLOCK_SIZE_ORIGINAL_TOKENS  # tokens a block covers, the same in all layers
+    hca_tail: str = "full"  # "full" | "running"
 
     @property
     def entry_head_dim(self) -> int:
@@ -73,6 +79,16 @@ class CacheSchema:
         return self.tail_buffer_size + self.max_rollback
 
     @property
+    def running_tail(self) -> bool:
+        """Whether the tail holds running sums instead of tokens."""
+        return self.kind == "hca" and self.hca_tail == "running"
+
+    @property
+    def running_tail_rows(self) -> int:
+        """Rows of a running tail."""
+        return running_rows(self.max_rollback)
+
+    @property
     def overlap_tail_rows(self) -> int:
         """Rows of the tail of lane a: with overlap it also keeps the window before."""
         return self.tail_rows + (self.compress_ratio if self.overlap else 0)
@@ -91,12 +107,15 @@ def build_schema(
     cache_dtype: str = "fp8",
     indexer_dtype: str | None = None,
     max_rollback: int = 0,
+    hca_tail: str = "full",
 ) -> CacheSchema:
     """Schema of the layer `spec` (a LayerSpec) of `config` (a DSV4Config).
 
     cache_dtype: "fp8" | "fp8_ue8m0" | "bf16" | "fp32"; indexer_dtype: "nvfp4" | "mxfp4" | "bf16" | "fp32", by default
-    the form that goes with cache_dtype. Raises ValueError for a name that is not known, dimensions that the form
-    cannot store, a ratio that does not divide the block, or a negative max_rollback.
+    the form that goes with cache_dtype. hca_tail: "full" keeps the float32 rows of up to 127 + max_rollback tokens in
+    an HCA layer, "running" the sums of their softmax after each of the last max_rollback + 1 (at least 2): the same
+    entries within 1e-6. Raises ValueError for a name that is not known, dimensions that the form cannot store, a ratio
+    that does not divide the block, or a negative max_rollback.
     """
     kind = spec.attn.name.lower()
     if kind not in KINDS:
@@ -108,6 +127,8 @@ def build_schema(
         )
     if max_rollback < 0:
         raise ValueError(f"max_rollback is {max_rollback}: expected a number of tokens, 0 or more")
+    if hca_tail not in HCA_TAILS:
+        raise ValueError(f"hca_tail {hca_tail!r} is not known: expected one of {', '.join(HCA_TAILS)}")
     cache_dtype = record_format(cache_dtype).name
     indexer_dtype = check_indexer_format(indexer_dtype or DEFAULT_INDEXER_FORMAT[cache_dtype])
     check_dimensions(
@@ -124,6 +145,7 @@ def build_schema(
         indexer_dtype=indexer_dtype,
         max_rollback=max_rollback,
         block_size=config.block_size,
+        hca_tail=hca_tail,
     )
 
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from ..ops.append_swa import SWARing
-from ..ops.compress import CompressorTail
+from ..ops.compressor_tail import CompressorTail
+from ..ops.running_tail import RunningTail
 from .records import record_format
 from .schema import CacheSchema
 
@@ -29,10 +30,14 @@ class StateCachePool:
         self.ring = SWARing(
             *record, pos=jnp.full((*lead, schema.ring_rows), -1, jnp.int32), head=jnp.zeros(lead, jnp.int32)
         )
-        self.tail = _empty_tail(schema, lead, schema.head_dim) if schema.compress_ratio else None
-        self.indexer_tail = (
-            _empty_tail(schema, lead, schema.index_head_dim) if schema.indexer_entries_per_block else None
-        )
+        self.tail: CompressorTail | RunningTail | None = None
+        self.indexer_tail: CompressorTail | None = None
+        if schema.running_tail:
+            self.tail = RunningTail(jnp.zeros((*lead, schema.running_tail_rows, 5, schema.head_dim), jnp.float32))
+        elif schema.compress_ratio:
+            self.tail = _empty_tail(schema, lead, schema.head_dim)
+        if schema.indexer_entries_per_block:
+            self.indexer_tail = _empty_tail(schema, lead, schema.index_head_dim)
 
     @property
     def max_requests(self) -> int:
@@ -66,23 +71,29 @@ class StateCachePool:
 
     @property
     def tail_ka(self) -> Array | None:
-        """([L,] R, rows, head_dim) float32, lane a of wkv: ratio - 1 rows, with overlap 2 * ratio - 1; None for SWA."""
-        return self.tail and self.tail.ka
+        """([L,] R, rows, head_dim) float32, lane a of wkv: ratio - 1 rows, with overlap 2 * ratio - 1, and max_rollback
+        more; None for SWA and for a running tail."""
+        return getattr(self.tail, "ka", None)
 
     @property
     def tail_za(self) -> Array | None:
         """As tail_ka, of wgate + ape."""
-        return self.tail and self.tail.za
+        return getattr(self.tail, "za", None)
 
     @property
     def tail_kb(self) -> Array | None:
         """([L,] R, ratio - 1, head_dim) float32, lane b of wkv; CSA only."""
-        return self.tail and self.tail.kb
+        return getattr(self.tail, "kb", None)
 
     @property
     def tail_zb(self) -> Array | None:
         """As tail_kb, of wgate + ape."""
-        return self.tail and self.tail.zb
+        return getattr(self.tail, "zb", None)
+
+    @property
+    def tail_sums(self) -> Array | None:
+        """([L,] R, rows, 5, head_dim) float32, the sums of a running HCA tail (`RunningTail`); None elsewhere."""
+        return getattr(self.tail, "sums", None)
 
     @property
     def tail_len(self) -> Array | None:
@@ -105,7 +116,7 @@ class StateCachePool:
         self,
         *,
         ring: SWARing | None = None,
-        tail: CompressorTail | None = None,
+        tail: CompressorTail | RunningTail | None = None,
         indexer_tail: CompressorTail | None = None,
     ) -> "StateCachePool":
         """This state with other arrays."""

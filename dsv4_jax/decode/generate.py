@@ -56,6 +56,7 @@ def stream(
     *,
     cache_dtype: str = "fp8",
     indexer_dtype: str | None = None,
+    hca_tail: str = "full",
     temperature: float = 0.0,
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
@@ -83,8 +84,9 @@ def stream(
     width = min(prefill_chunk, 1 << (longest - 1).bit_length())
     slots = len(ids) * num_samples
     manager = make_manager(
-        model, slots, context, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype, max_rollback=draft_tokens
-    )
+        model, slots, context, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype, hca_tail=hca_tail,
+        max_rollback=draft_tokens,
+    )  # fmt: skip
     loop = DecodeLoop(
         model, manager, prefill_chunk=width, step_tokens=max(len(ids) * width, slots), decode_chunk=decode_chunk,
         draft_tokens=draft_tokens, return_logits=return_logits,
@@ -118,11 +120,12 @@ def generate(
     """Continues prompts of any lengths together.
 
     prompts: lists of token ids. Options: cache_dtype "fp8" | "fp8_ue8m0" | "bf16" | "fp32"; indexer_dtype "nvfp4" |
-    "mxfp4" | "bf16" | "fp32", by default the one that goes with cache_dtype. temperature 0 is greedy; otherwise a draw
-    follows from (seed, index of the prompt, position). A request ends after max_new_tokens or after one of stop_tokens,
-    which is kept. num_samples: continuations of each prompt, which is prefilled once; sample j draws with seed + j.
-    draft_tokens: drafts looked up in the text so far, verified that many at once: the same tokens, in fewer calls where
-    a text repeats itself. prefill_chunk, decode_chunk: tokens of a prompt in one step, decode steps in one call.
+    "mxfp4" | "bf16" | "fp32", by default the one that goes with cache_dtype; hca_tail "full" | "running" (see
+    `build_schema`). temperature 0 is greedy; otherwise a draw follows from (seed, index of the prompt, position). A
+    request ends after max_new_tokens or after one of stop_tokens, which is kept. num_samples: continuations of each
+    prompt, which is prefilled once; sample j draws with seed + j. draft_tokens: drafts looked up in the text so far,
+    verified that many at once: the same tokens, in fewer calls where a text repeats itself. prefill_chunk,
+    decode_chunk: tokens of a prompt in one step, decode steps in one call.
 
     Returns a list of new tokens per prompt (num_samples > 1: per sample, those of a prompt side by side); with
     return_logits also a list of the float32 logits (new tokens, vocabulary) that each token was chosen from; with

@@ -12,29 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import native
-from .append_swa import resolve_writes
+from . import compressor_tail, native, running_tail
+from .compressor_tail import CompressorTail
 from .fp4 import GROUP_SIZE, hadamard, quantise_fp4
-from .ordering import after
 from .record import Record, encode_record
 from .rms_norm import rms_norm
 from .rope import apply_rope, rope_angles
 from .rows import set_rows
-from .segments import Segments, to_segments
+from .running_tail import RunningTail
+from .segments import Segments
 
 Array = jax.Array
-
-
-class CompressorTail(NamedTuple):
-    """Tokens not compressed yet, and what the overlap needs of those that are; row = position mod rows, all float32.
-
-    L layers, R slots, d channels of one lane. A row holds the token's wkv output (k) or its wgate output plus ape (z).
-    """
-
-    ka: Array  # (L, R, ratio - 1 or 2 * ratio - 1 with overlap, d)
-    za: Array  # as ka
-    kb: Array | None  # (L, R, ratio - 1, d), None without overlap
-    zb: Array | None  # as kb
+Tail = CompressorTail | RunningTail
 
 
 class CompressorWeights(NamedTuple):
@@ -52,85 +41,6 @@ class IndexerKeys(NamedTuple):
     scale: Array | None  # (..., groups) uint8; None in the exact forms
 
 
-class ClosedWindows(NamedTuple):
-    """The windows that close in a step; M = S * (most windows one segment can close)."""
-
-    pooled: Array  # (M, d) float32
-    slots: Array  # (M,) int32, -1 where nothing closes
-    entries: Array  # (M,) int32, index of the entry within its request
-
-
-def _rows_up_to(old: Array, fresh: Array, layer: int, segments: Segments, reach: int) -> Array:
-    """The `reach` rows before each segment from the tail old (L, R, rows, d), then its own fresh (S, C, d)."""
-    past = segments.starts[:, None] - reach + jnp.arange(reach, dtype=jnp.int32)[None]
-    slots = jnp.maximum(segments.slots, 0)[:, None]
-    before = old.at[layer, slots, past % old.shape[2]].get(mode="clip")
-    return jnp.concatenate([before, fresh], axis=1)
-
-
-def _pool(tail: CompressorTail, kv: Array, gate: Array, layer: int, segments: Segments, ratio: int) -> ClosedWindows:
-    d = tail.ka.shape[-1]
-    most = (segments.tokens.shape[1] - 1) // ratio + 1
-    starts = segments.starts[:, None]
-    last = (starts // ratio + 1 + jnp.arange(most, dtype=jnp.int32)[None]) * ratio - 1  # (S, most) closing positions
-    closes = (last < starts + segments.counts[:, None]) & (segments.slots >= 0)[:, None]
-
-    def window(old: Array, fresh: Array, lag: int) -> Array:
-        """(S, most, ratio, d): the rows of the window that ends `lag` tokens before each closing position."""
-        reach = ratio - 1 + lag
-        rows = _rows_up_to(old, fresh, layer, segments, reach)
-        index = (last - starts)[..., None] + reach - lag - ratio + 1 + jnp.arange(ratio, dtype=jnp.int32)[None, None]
-        index = jnp.clip(index, 0, rows.shape[1] - 1)
-        return rows[jnp.arange(rows.shape[0])[:, None, None], index]
-
-    def pooled() -> Array:
-        if tail.kb is None or tail.zb is None:
-            k, z = window(tail.ka, kv, 0), window(tail.za, gate, 0)
-        else:
-            # Window 0 has no predecessor: its lane-a rows weigh exactly nothing, whatever the tail holds there.
-            exists = (last >= ratio)[..., None, None]
-            ka = jnp.where(exists, window(tail.ka, kv[..., :d], ratio), 0.0)
-            za = jnp.where(exists, window(tail.za, gate[..., :d], ratio), -jnp.inf)
-            k = jnp.concatenate([ka, window(tail.kb, kv[..., d:], 0)], axis=2)
-            z = jnp.concatenate([za, window(tail.zb, gate[..., d:], 0)], axis=2)
-        weight = jnp.exp(z - jnp.max(z, axis=2, keepdims=True))
-        return (jnp.sum(weight * k, axis=2) / jnp.sum(weight, axis=2)).reshape(-1, d)
-
-    if ratio > segments.tokens.shape[1]:
-        # Most steps close no long window; then its rows (512 KiB a request in HCA) are not read at all.
-        values = jax.lax.cond(jnp.any(closes), pooled, lambda: jnp.zeros((closes.size, d), jnp.float32))
-    else:
-        values = pooled()
-    slots = jnp.where(closes, segments.slots[:, None], -1).reshape(-1)
-    return ClosedWindows(values, slots, (last // ratio).reshape(-1))
-
-
-def _store_tail(
-    tail: CompressorTail,
-    kv: Array,
-    gate: Array,
-    layer: int,
-    slots: Array,
-    positions: Array,
-    one_token_per_slot: bool,
-    read: Array,
-) -> CompressorTail:
-    """Tail with the step's tokens written; kv, gate (T, lanes * d); `read` is what had to be read before."""
-    d = tail.ka.shape[-1]
-
-    def store(rows: Array, values: Array) -> Array:
-        roles = resolve_writes(slots, positions, rows.shape[1], rows.shape[2], one_token_per_slot)
-        target = after(jnp.where(roles > 0, slots, -1), read)
-        return set_rows(rows, (layer, target, positions % rows.shape[2]), values)
-
-    return CompressorTail(
-        ka=store(tail.ka, kv[:, :d]),
-        za=store(tail.za, gate[:, :d]),
-        kb=None if tail.kb is None else store(tail.kb, kv[:, d:]),
-        zb=None if tail.zb is None else store(tail.zb, gate[:, d:]),
-    )
-
-
 def block_address(table: Array, slots: Array, entries: Array, per_block: int) -> tuple[Array, Array]:
     """Physical (block, offset) of entries (M,) of slots (M,) int32; block -1 where there is none.
 
@@ -141,9 +51,9 @@ def block_address(table: Array, slots: Array, entries: Array, per_block: int) ->
 
 
 def _compress(
-    stored: NamedTuple,
-    encode: Callable[[Array], NamedTuple],
-    tail: CompressorTail,
+    stored: Any,
+    encode: Callable[[Array], Any],
+    tail: Tail,
     kv: Array,
     gate: Array,
     weights: CompressorWeights,
@@ -153,22 +63,24 @@ def _compress(
     table: Array,
     layer: int,
     eps: float,
-) -> tuple[NamedTuple, CompressorTail]:
+) -> tuple[Any, Tail]:
     ratio = weights.ape.shape[0]
     kv = kv.astype(jnp.float32)
     gate = gate.astype(jnp.float32) + weights.ape[jnp.where(positions >= 0, positions % ratio, 0)]
-    closed = _pool(tail, to_segments(kv, segments), to_segments(gate, segments), layer, segments, ratio)
+    if isinstance(tail, RunningTail):
+        closed, tail = running_tail.take_tokens(tail, kv, gate, layer, segments, ratio)
+    else:
+        closed, tail = compressor_tail.take_tokens(tail, kv, gate, layer, slots, positions, segments, ratio)
     values = rms_norm(closed.pooled, weights.norm, eps=eps)
     values = apply_rope(values, *rope_angles(closed.entries * ratio, weights.inv_freq))
     block, offset = block_address(table, closed.slots, closed.entries, jax.tree.leaves(stored)[0].shape[2])
     stored = jax.tree.map(lambda rows, new: set_rows(rows, (layer, block, offset), new), stored, encode(values))
-    one_token_per_slot = segments.tokens.shape[1] == 1
-    return stored, _store_tail(tail, kv, gate, layer, slots, positions, one_token_per_slot, closed.pooled)
+    return stored, tail
 
 
 def _compress_native(
-    stored: NamedTuple,
-    tail: CompressorTail,
+    stored: Any,
+    tail: Tail,
     kv: Array,
     gate: Array,
     weights: CompressorWeights,
@@ -177,7 +89,7 @@ def _compress_native(
     *,
     name: str,
     **attributes: Any,
-) -> tuple[NamedTuple, CompressorTail]:
+) -> tuple[Any, Tail]:
     ratio = weights.ape.shape[0]
     windows = (segments.tokens.shape[1] - 1) // ratio + 1
     entries = segments.starts[:, None] // ratio + jnp.arange(windows, dtype=jnp.int32)[None]
@@ -204,11 +116,11 @@ def _dispatch(
     name: str,
     implementation: str | None,
     limit: Callable[[str], str | None],
-    in_jnp: Callable[..., tuple[Any, CompressorTail]],
-    in_native: Callable[..., tuple[Any, CompressorTail]],
+    in_jnp: Callable[..., tuple[Any, Any]],
+    in_native: Callable[..., tuple[Any, Any]],
     operands: tuple,
     tokens: tuple[Array, Array],
-) -> tuple[Any, CompressorTail]:
+) -> tuple[Any, Any]:
     """The implementation asked for, or on each platform the native one if there is one; `tokens`: slots, positions."""
     if implementation not in (None, "jnp", "cpu", "cuda"):
         raise ValueError(f"{name}: got implementation {implementation!r}; expected None, 'jnp', 'cpu' or 'cuda'.")
@@ -225,15 +137,15 @@ def _dispatch(
     )
 
 
-def native_limit(platform: str, stored: NamedTuple, tail: CompressorTail, weights: CompressorWeights) -> str | None:
+def native_limit(platform: str, stored: Any, tail: Tail, weights: CompressorWeights) -> str | None:
     """What keeps the native implementation for "cpu" or "cuda" from serving these arrays; None if nothing does."""
     if platform not in native.available():
         return f"the native library for {platform!r} is not installed"
     first = jax.tree.leaves(stored)[0]
     if first.dtype != jnp.uint8:
         return f"it stores only FP8 records and FP4 keys (uint8), not {first.dtype}"
-    ratio, dim, rope_dim = weights.ape.shape[0], tail.ka.shape[-1], 2 * weights.inv_freq.shape[-1]
-    lanes = 1 if tail.kb is None else 2
+    ratio, rope_dim = weights.ape.shape[0], 2 * weights.inv_freq.shape[-1]
+    dim, lanes = tail[0].shape[-1], 1 if isinstance(tail, RunningTail) or tail.kb is None else 2
     if dim % 2:
         return f"it supports only an even number of values, not {dim}"
     geometry = (ratio, lanes, dim, rope_dim)
@@ -245,7 +157,7 @@ def native_limit(platform: str, stored: NamedTuple, tail: CompressorTail, weight
 
 def compress(
     entries: Record,
-    tail: CompressorTail,
+    tail: Tail,
     kv: Array,
     gate: Array,
     weights: CompressorWeights,
@@ -257,14 +169,15 @@ def compress(
     layer: int,
     eps: float,
     implementation: str | None = None,
-) -> tuple[Record, CompressorTail]:
+) -> tuple[Record, Tail]:
     """Takes the step's tokens into the tail and writes an entry for every window that closes.
 
-    entries: Record arrays (L, blocks, entries per block, ...). tail: arrays (L, R, rows, d). kv, gate: raw projections
-    (T, lanes * d) float32 | bfloat16, lane a first. slots, positions (T,) int32 with the segments made of them. table
-    (R, blocks of a request) int32. A padding token changes nothing; an entry whose block is not in the table is
-    dropped. `implementation`: "jnp", "cpu" or "cuda"; None takes the native one where there is one. The native ones
-    agree bit for bit with each other; before it is quantised, an entry is that of the jax.numpy form within 1e-6.
+    entries: Record arrays (L, blocks, entries per block, ...). tail: a full one, or a running one where there is no
+    overlap. kv, gate: raw projections (T, lanes * d) float32 | bfloat16, lane a first. slots, positions (T,) int32 with
+    the segments made of them. table (R, blocks of a request) int32. A padding token changes nothing; an entry whose
+    block is not in the table is dropped. `implementation`: "jnp", "cpu" or "cuda"; None takes the native one where
+    there is one. The native ones agree bit for bit with each other; before it is quantised, an entry is that of the
+    jax.numpy form, with either tail, within 1e-6.
     Returns the new entries and tail; ValueError for an implementation that cannot be used.
     """
 

@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from dsv4_jax import DSV4Config, build_schedule
+from dsv4_jax.cache.kv_cache import KVCache
+from dsv4_jax.cache.memory_plan import cache_cost
 from dsv4_jax.cache.schema import BLOCK_SIZE_ORIGINAL_TOKENS, build_schema, compute_block_budget
+from dsv4_jax.cache.state_cache import StateCachePool
 
 FLASH = DSV4Config.flash()
 SCHEDULE = build_schedule(FLASH)
@@ -91,11 +95,32 @@ def test_rollback_makes_room():
         ({"cache_dtype": "fp16"}, "cache_dtype 'fp16' is not known"),
         ({"indexer_dtype": "int4"}, "indexer_dtype 'int4' is not known"),
         ({"max_rollback": -1}, "max_rollback is -1"),
+        ({"hca_tail": "short"}, "hca_tail 'short' is not known: expected one of full, running"),
     ],
 )
 def test_unknown_options(options, message):
     with pytest.raises(ValueError, match=message):
         build_schema(FLASH, SCHEDULE[2], **options)
+
+
+def test_a_running_tail_is_small():
+    full, running = (build_schema(FLASH, SCHEDULE[3], hca_tail=tail) for tail in ("full", "running"))
+    sizes = [StateCachePool(schema, 1).tail for schema in (full, running)]
+    assert [sum(x.nbytes for x in jax.tree.leaves(tail)) for tail in sizes] == [127 * 4096, 2 * 10240]
+    assert not build_schema(FLASH, SCHEDULE[2], hca_tail="running").running_tail
+
+
+def test_what_a_request_holds_besides_its_entries():
+    """Rings and tails of a V4-Flash request in the engines' record: 5.1 MB at most, one token to roll back included."""
+    records = {"cache_dtype": "fp8_ue8m0", "indexer_dtype": "mxfp4", "max_rollback": 1}
+    fixed = {tail: cache_cost(FLASH, SCHEDULE, hca_tail=tail, **records).per_request for tail in ("full", "running")}
+    schemas = tuple(build_schema(FLASH, spec, hca_tail="running", **records) for spec in SCHEDULE)
+    none = {"csa": 0, "hca": 0}
+    cache = jax.eval_shape(lambda: KVCache.allocate(schemas, 3, none, none))
+    bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.state))
+    assert fixed["running"] * 3 == bytes_of_state
+    assert 4.9e6 < fixed["running"] < 5.1e6
+    assert fixed["full"] > 15e6
 
 
 def test_budget_of_nothing():

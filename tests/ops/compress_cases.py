@@ -13,6 +13,7 @@ from dsv4_jax.ops.compress import CompressorTail, CompressorWeights, IndexerKeys
 from dsv4_jax.ops.fp4 import GROUP_SIZE, hadamard_matrix
 from dsv4_jax.ops.record import Record
 from dsv4_jax.ops.rope import rope_frequencies
+from dsv4_jax.ops.running_tail import RunningTail, running_rows
 from dsv4_jax.ops.segments import Segments, one_token_segments
 
 BF16 = ml_dtypes.bfloat16
@@ -28,6 +29,7 @@ class Geometry(NamedTuple):
     key_format: str | None = None  # of indexer keys; None for records
     rollback: int = 0
     scales: int | None = None  # of a record, where it has a power of two for every 64 values
+    running: bool = False
 
     @property
     def rows(self):
@@ -39,13 +41,14 @@ CSA = Geometry(4, 2, 512, 64, 32)
 HCA = Geometry(128, 1, 512, 64, 1)
 CSA_UE8M0 = CSA._replace(scales=8)
 HCA_UE8M0 = HCA._replace(scales=8)
+RUNNING = HCA._replace(running=True)
 NVFP4 = Geometry(4, 2, 128, 64, 32, "nvfp4")
 MXFP4 = Geometry(4, 2, 128, 64, 32, "mxfp4")
 
 
 class State(NamedTuple):
     stored: Record | IndexerKeys
-    tail: CompressorTail
+    tail: CompressorTail | RunningTail
     table: np.ndarray
 
 
@@ -66,9 +69,12 @@ def new_state(rng, g, *, layers=2, slots=5, columns=6):
         nope = g.dim - g.rope_dim
         scale = poisoned((*pool, g.scales), np.uint8) if g.scales else poisoned(pool, "f4")
         stored = Record(poisoned((*pool, nope), np.uint8), poisoned((*pool, g.rope_dim), BF16), scale)
+    table = rng.permutation(blocks)[: slots * columns].reshape(slots, columns).astype(np.int32)
+    if g.running:
+        rows = running_rows(g.rollback)
+        return State(stored, RunningTail(poisoned((layers, slots, rows, 5, g.dim), np.float32)), table)
     a, b = (poisoned((layers, slots, rows, g.dim), np.float32) for rows in g.rows)
     tail = CompressorTail(a, a.copy(), *((b, b.copy()) if g.lanes == 2 else (None, None)))
-    table = rng.permutation(blocks)[: slots * columns].reshape(slots, columns).astype(np.int32)
     return State(stored, tail, table)
 
 
@@ -140,6 +146,14 @@ def history(steps, slot):
     n = len(rows)
     assert sorted(rows) == list(range(n))
     return tuple(np.stack([rows[p][i] for p in range(n)]) for i in range(2))
+
+
+def expected_sums(g, weights, kv, gate):
+    """Of one request after its last token, float64: largest z, weight sum, weighted sum and its terms' magnitudes."""
+    first = (len(kv) - 1) // g.ratio * g.ratio
+    k, z = kv[first:].astype(np.float64), gate[first:].astype(np.float32) + weights.ape[: len(kv) - first]
+    weight = np.exp(z.astype(np.float64) - z.max(0))
+    return z.max(0), weight.sum(0), (weight * k).sum(0), (weight * np.abs(k)).sum(0)
 
 
 def expected_entries(g, weights, kv, gate, rotate=True):

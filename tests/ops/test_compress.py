@@ -14,10 +14,12 @@ from ops.compress_cases import (
     HCA,
     MXFP4,
     NVFP4,
+    RUNNING,
     Geometry,
     State,
     apply_step,
     expected_entries,
+    expected_sums,
     history,
     new_state,
     new_step,
@@ -28,9 +30,13 @@ from dsv4_jax.ops import native
 from dsv4_jax.ops.compress import compress, compress_indexer
 from dsv4_jax.ops.fp4 import dequantise_fp4
 from dsv4_jax.ops.record import Record, decode_record
+from dsv4_jax.ops.running_tail import RunningTail
 from dsv4_jax.ops.segments import one_token_segments
 
-KINDS = [pytest.param(g, id=n) for n, g in {"csa": CSA, "hca": HCA, "nvfp4": NVFP4, "mxfp4": MXFP4}.items()]
+KINDS = [
+    pytest.param(g, id=n)
+    for n, g in {"csa": CSA, "hca": HCA, "hca-running": RUNNING, "nvfp4": NVFP4, "mxfp4": MXFP4}.items()
+]
 IMPLEMENTATIONS = [
     pytest.param(("jnp", "cpu"), id="jnp-cpu"),
     pytest.param(("cpu", "cpu"), id="native-cpu"),
@@ -96,6 +102,32 @@ def steps_around(g, x, stored, rows):
     return fp8
 
 
+def check_and_take_rows(g, weights, kv, gate, got, was):
+    """Enters what the tail `got` of a request must hold, bit for bit, in what it held before."""
+    z = gate.astype(np.float32) + weights.ape[np.arange(len(gate)) % g.ratio]
+    for lane, (k_rows, z_rows) in enumerate((was[:2], was[2:])[: g.lanes]):
+        channels = slice(lane * g.dim, (lane + 1) * g.dim)
+        for p in range(max(0, len(kv) - g.rows[lane]), len(kv)):
+            k_rows[p % g.rows[lane]] = kv[p, channels].astype(np.float32)
+            z_rows[p % g.rows[lane]] = z[p, channels]
+
+
+def check_and_take_sums(g, weights, kv, gate, got, was):
+    """Checks the sums `got` (rows, 5, d) of a request, to 1e-6, and enters them in what was there before."""
+    got, was = got.sums, was.sums
+    rows = len(was)
+    for n in range(max(0, len(kv) - rows), len(kv)):
+        if n % g.ratio == g.ratio - 1:
+            was[n % rows] = got[n % rows]  # never read; what an earlier token of the window left there
+            continue
+        top, total, weighted, magnitude = expected_sums(g, weights, kv[: n + 1], gate[: n + 1])
+        sums = got[n % rows].astype(np.float64)
+        np.testing.assert_array_equal(sums[0], top)
+        np.testing.assert_allclose(sums[1] + sums[3], total, rtol=1e-6)
+        assert (np.abs(sums[2] + sums[4] - weighted) <= 1e-6 * magnitude).all()
+        was[n % rows] = got[n % rows]
+
+
 def entry_rows(g, table, slot, n):
     entry = np.arange(n)
     return table[slot, entry // g.per_block] * g.per_block + entry % g.per_block
@@ -117,12 +149,9 @@ def test_steps_of_any_mix_store_what_the_definition_says(implementation, rng, g,
         assert (error <= steps_around(g, x, stored, rows)).all()
         entries += len(x)
         # The newest tokens lie in the tail, bit for bit; nothing else there has changed.
-        z = gate.astype(np.float32) + weights.ape[np.arange(len(gate)) % g.ratio]
-        for lane, (k_rows, z_rows) in enumerate((untouched.tail[:2], untouched.tail[2:])[: g.lanes]):
-            channels = slice(lane * g.dim, (lane + 1) * g.dim)
-            for p in range(max(0, len(kv) - g.rows[lane]), len(kv)):
-                k_rows[slot, p % g.rows[lane]] = kv[p, channels].astype(np.float32)
-                z_rows[slot, p % g.rows[lane]] = z[p, channels]
+        check_and_take = check_and_take_sums if g.running else check_and_take_rows
+        of_slot = jax.tree.map(lambda x, slot=slot: x[slot], (jax.tree.map(lambda x: x[1], after.tail), untouched.tail))
+        check_and_take(g, weights, kv, gate, *of_slot)
         for got, was in zip(jax.tree.leaves(stored), jax.tree.leaves(untouched.stored), strict=True):
             was.reshape(-1, *was.shape[2:])[rows] = got.reshape(-1, *got.shape[2:])[rows]
     assert entries > 8
@@ -144,8 +173,13 @@ def test_native_codes_are_those_of_jax_numpy(rng, g, dtype):
     seed = int(rng.integers(2**31))
     with jax.default_device(jax.devices("cpu")[0]):
         _, plain, *_ = play(np.random.default_rng(seed), g, steps, dtype, implementation="jnp")
-        _, got, *_ = play(np.random.default_rng(seed), g, steps, dtype, implementation="cpu")
-    assert_same_bits(got.tail, plain.tail)
+        _, got, played, weights, _ = play(np.random.default_rng(seed), g, steps, dtype, implementation="cpu")
+    if g.running:
+        for slot in range(4):
+            kv, gate = history(played, slot)
+            check_and_take_sums(g, weights, kv, gate, *(RunningTail(s.tail.sums[1, slot].copy()) for s in (got, plain)))
+    else:
+        assert_same_bits(got.tail, plain.tail)
     written = bits(plain.stored[0]) != 0xAA
     assert written.sum() > 1000
     for a, b in zip(jax.tree.leaves(got.stored), jax.tree.leaves(plain.stored), strict=True):
@@ -207,7 +241,8 @@ def test_padding_and_what_is_out_of_range_write_nothing(implementation, rng, g):
     # No block in the table, one that the pool lacks, a column beyond the table: the token still enters the tail.
     got = step([1, 2, 3], [last, last, 6 * g.ratio * g.per_block + last])
     assert_same_bits(got.stored, state.stored)
-    assert np.isfinite(got.tail.ka[0, 1:4]).any(axis=(1, 2)).all()
+    if not g.running:  # whose sums end with the window
+        assert np.isfinite(got.tail.ka[0, 1:4]).any(axis=(1, 2)).all()
     none = step([], [])
     assert_same_bits((none.stored, none.tail), (state.stored, state.tail))
 
@@ -246,6 +281,7 @@ def test_keys_can_be_stored_without_the_rotation(implementation, rng, g):
     [
         Geometry(4, 2, 24, 8, 32),
         Geometry(128, 1, 30, 6, 1),
+        Geometry(128, 1, 30, 6, 1, running=True),
         Geometry(2, 1, 64, 16, 4),
         MXFP4._replace(dim=32, rope_dim=8),
     ],
