@@ -68,7 +68,7 @@ def group_tokens(slots: np.ndarray, positions: np.ndarray, num_segments: int | N
                 f"slot {slot} brings positions {run.tolist()[:8]}: expected consecutive positions, each once; "
                 "split the step"
             )
-    most = max(1, *count.tolist())
+    most = max([1, *count.tolist()])
     if most == 1 and (width or 1) == 1:
         return None
     num_segments = len(unique) if num_segments is None else num_segments
