@@ -27,7 +27,7 @@ def ask(length, limit, start=1, **options):
     return Ask(tuple((start + 7 * i + i * i) % 64 for i in range(length)), limit - length, tuple(options.items()))
 
 
-def make_loop(model, blocks=ENOUGH, slots=3, cache_dtype="fp32", max_rollback=0, **options):
+def make_loop(model, blocks=ENOUGH, slots=3, cache_dtype="fp32", max_rollback=0, prefix=None, **options):
     manager = KVCacheManager(
         SMALL,
         build_schedule(SMALL),
@@ -37,6 +37,7 @@ def make_loop(model, blocks=ENOUGH, slots=3, cache_dtype="fp32", max_rollback=0,
         max_context_len=96,
         cache_dtype=cache_dtype,
         max_rollback=max_rollback,
+        prefix=prefix,
     )
     return DecodeLoop(model, manager, **{"prefill_chunk": 8, "decode_chunk": 4, **options})
 

@@ -9,7 +9,7 @@ from .debug_fill import fill_blocks, fill_slot
 from .kv_cache import KVCache
 from .layer_views import LayerViews
 from .paged_cache import PagedKVPool
-from .prefix import PrefixIndex
+from .prefix import PrefixIndex, PrefixPolicy
 from .requests import RequestTable
 from .slot import Slot
 from .slot_io import enter_cells
@@ -96,6 +96,11 @@ class CacheHolder:
     def block_size(self) -> int:
         """Tokens a block covers."""
         return self.cache.schemas[0].block_size
+
+    @property
+    def prefix_policy(self) -> PrefixPolicy | None:
+        """What is kept of prompts for others that begin alike."""
+        return None if self._prefix is None else self._prefix.policy
 
     def num_free_blocks(self, kind: str) -> int:
         """Blocks of the "csa" or "hca" pools that can be given out now.

@@ -82,9 +82,11 @@ class DecodeLoop:
         index: int = 0,
         stop_tokens: Sequence[int] = (),
         num_samples: int = 1,
+        salt: bytes = b"",
     ) -> int:
         """Queues a request -> its number. Sample j draws with seed + j; a draw follows from that, index and position.
 
+        salt: where the manager has a prefix policy, a prompt goes on from blocks of earlier ones of the same salt.
         Raises ValueError, in one sentence, for what makes no sense and for what this cache could never hold.
         """
         config = self.model.config
@@ -92,7 +94,7 @@ class DecodeLoop:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 1 or more")
         check_sampling(config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples)
-        request = Request(ids, max_new_tokens, temperature, seed, index, frozenset(stop_tokens), num_samples)
+        request = Request(ids, max_new_tokens, temperature, seed, index, frozenset(stop_tokens), num_samples, salt)
         self._schedule.check_fits(request)
         self._schedule.wait(self._sample(self._submitted, 0, request, num_samples - 1))
         self._submitted += 1
@@ -209,10 +211,16 @@ class DecodeLoop:
         left = total - sum(len(part.tokens) for part in parts)
         for s in running:
             if s.reading and left:
-                tokens = s.ids[s.computed : s.computed + min(self.prefill_chunk, left)]
+                tokens = s.ids[s.computed : self._chunk_end(s, min(self.prefill_chunk, left))]
                 parts.append(Part(s, tokens, 0, 1 + s.to_fork if len(tokens) == s.pending else 0))
                 left -= len(tokens)
         return parts
+
+    def _chunk_end(self, s: Sample, most: int) -> int:
+        """Where the next chunk of a prompt ends: at the edge of a block, if blocks are to be kept for other prompts."""
+        end = min(s.computed + most, len(s.ids))
+        edge = end - end % self.manager.block_size
+        return end if self.manager.prefix_policy is None or edge <= s.computed else edge
 
     # Results.
 
@@ -232,6 +240,8 @@ class DecodeLoop:
         prompt_tokens = len(part.tokens) if s.reading else 0
         self.stats.prefilled_tokens += prompt_tokens
         s.computed = part.end
+        if prompt_tokens and s.computed >= s.found and s.computed % self.manager.block_size == 0:
+            self.manager.keep_prefix(s.slot, s.ids[: s.computed], salt=s.request.salt)
         forked = [
             self._fork(s, i, chosen[i], None if logits is None else logits[i : i + 1]) for i in range(1, part.draws)
         ]

@@ -22,6 +22,7 @@ class Request:
     index: int = 0
     stop_tokens: frozenset[int] = frozenset()  # a sample ends after one of them, which is kept
     num_samples: int = 1
+    salt: bytes = b""  # under which beginnings of prompts are shared
 
     @property
     def limit(self) -> int:
@@ -39,6 +40,7 @@ class Sample:
     ids: list[int]
     slot: int = -1  # -1 while it waits
     computed: int = 0  # the first tokens of ids, in the cache
+    found: int = 0  # the first tokens of ids, of which blocks were there: before their end nothing can be copied
     snapshot: Snapshot | None = None  # of what was computed, while a sample that ran waits
     to_fork: int = 0  # samples that fork off where the prompt ends
     lookup: PromptLookup | None = None
@@ -56,7 +58,7 @@ class Sample:
     @property
     def reading(self) -> bool:
         """Whether it still reads its prompt."""
-        return self.pending > 1 or not self.computed
+        return self.computed < len(self.request.prompt)
 
     @property
     def remaining(self) -> int:
@@ -95,6 +97,8 @@ class Stats:
 
     calls: int = 0  # of jitted functions
     prefilled_tokens: int = 0  # prompt tokens computed
+    hit_tokens: int = 0  # prompt tokens that were found in blocks of earlier prompts
+    recomputed_tokens: int = 0  # of these, tokens that were computed all the same, for the state of the layers
     preemptions: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0  # of the drafted

@@ -59,7 +59,10 @@ class Schedule:
         while self.waiting and self._has_room(self.waiting[0]):
             sample = self.waiting.pop(0)
             if sample.snapshot is None:
-                sample.slot = self.manager.admit_request()
+                found = self.manager.admit_prompt(sample.ids, salt=sample.request.salt)
+                sample.slot, sample.computed, sample.found = found.slot, found.start, found.hit_tokens
+                self.stats.hit_tokens += found.hit_tokens
+                self.stats.recomputed_tokens += found.recomputed_tokens
             else:
                 sample.slot, sample.snapshot = self.manager.restore(sample.snapshot), None
             self._run(sample)
@@ -91,9 +94,11 @@ class Schedule:
     def preempt_youngest(self) -> None:
         """Takes the youngest that runs out of the cache; it waits with what it had, in the memory of the host."""
         sample = self.running[-1]
-        if sample.computed:
+        if sample.computed >= max(sample.found, 1):
             sample.snapshot = self.manager.snapshot(sample.slot)
-            self.stats.preemptions += 1
+        else:
+            sample.computed = 0  # nothing was there yet, or nothing that is complete: it is admitted once more
+        self.stats.preemptions += 1
         self.drop(sample)
         self.wait(sample)
 

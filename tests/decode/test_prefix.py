@@ -1,0 +1,62 @@
+"""Prompts that begin like earlier ones: the loop reads the rest, and says what it found."""
+
+import dataclasses
+
+import pytest
+from loops import TIGHT, Ask, ask, make_loop, run
+
+from dsv4_jax import PrefixPolicy
+
+FIRST = ask(45, 72, start=9)
+SECOND = Ask((*FIRST.prompt[:40], 1, 2, 3), 20)  # three blocks of 12 tokens in common
+
+
+def salted(request, salt):
+    return dataclasses.replace(request, options=(*request.options, ("salt", salt)))
+
+
+# "zero" computes (window - 1) * layers + ... tokens before the end of the hit again, from the edge of a block on.
+@pytest.mark.parametrize(("policy", "again"), [("full", 0), ("zero", 24)])
+def test_a_prompt_goes_on_from_the_blocks_of_another(model, alone, policy, again):
+    loop = make_loop(model, prefix=PrefixPolicy(policy, period=36))
+    assert run(loop, FIRST)[0] == {(0, 0): alone(FIRST)}
+    assert (loop.stats.hit_tokens, loop.stats.prefilled_tokens) == (0, 45)
+    assert run(loop, SECOND)[0] == {(1, 0): alone(SECOND)}
+    assert (loop.stats.hit_tokens, loop.stats.recomputed_tokens) == (36, again)
+    assert loop.stats.prefilled_tokens == 45 + 43 - 36 + again
+    assert run(loop, salted(SECOND, b"somebody else"))[0] == {(2, 0): alone(SECOND)}
+    assert loop.stats.hit_tokens == 36
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4])
+def test_preempted_in_the_middle_of_a_hit(model, alone, calls):
+    """Before what was found is complete nothing can be taken out: such a request begins once more."""
+    loop = make_loop(model, prefix=PrefixPolicy("zero", period=36))
+    run(loop, FIRST)
+    SECOND.submit(loop)
+    events = [event for _ in range(calls) for event in loop.step()]
+    loop._schedule.preempt_youngest()
+    assert loop.manager.active_slots == []
+    events += loop
+    assert [token for event in events for token in event.tokens] == alone(SECOND)
+    assert loop.stats.preemptions == 1
+
+
+def test_kept_blocks_go_when_requests_need_them(model, alone):
+    """The smallest pool: what is kept never keeps a request from running, and a hit stays right."""
+    loop = make_loop(model, TIGHT, prefix=PrefixPolicy("full", period=36))
+    other = ask(40, 72, start=20)
+    for i, request in enumerate((FIRST, SECOND, other, FIRST)):
+        assert run(loop, request)[0] == {(i, 0): alone(request)}
+    assert loop.stats.hit_tokens == 36  # when FIRST comes back, nothing is left of it
+
+
+def test_samples_of_a_prompt_that_was_found(model, alone):
+    """Even where all of a prompt but its last token was found."""
+    whole = Ask(FIRST.prompt[:37], 20, (("temperature", 1.0), ("seed", 2)))
+    loop = make_loop(model, prefix=PrefixPolicy("full", period=36))
+    run(loop, FIRST)
+    tokens, _ = run(loop, dataclasses.replace(whole, options=(*whole.options, ("num_samples", 2))))
+    expected = [dataclasses.replace(whole, options=(("temperature", 1.0), ("seed", 2 + j))) for j in range(2)]
+    assert tokens == {(1, j): alone(request) for j, request in enumerate(expected)}
+    assert (loop.stats.hit_tokens, loop.stats.prefilled_tokens) == (36, 45 + 1)
