@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from loops import ENOUGH, TIGHT, ask, make_loop, run
+from loops import TIGHT, ask, make_loop, run
 
 from dsv4_jax.decode.draft import LONGEST_NGRAM, PromptLookup
 
@@ -30,20 +30,20 @@ def test_lookup(ids, most, cut):
 
 
 def test_drafts_change_no_token(model, alone):
-    """Greedy and drawn, past edges of windows and blocks, alone and where blocks run out."""
+    """Greedy and drawn, past edges of windows and blocks, where blocks run out and requests come back."""
     requests = [ask(20, 60), ask(3, 66, start=4), ask(9, 58, start=5, temperature=0.3, seed=3), ask(40, 72, start=6)]
-    for blocks in (ENOUGH, TIGHT):
-        loop = make_loop(model, blocks, max_rollback=DRAFT, draft_tokens=DRAFT)
-        tokens, _ = run(loop, *requests)
-        assert tokens == {(i, 0): alone(request) for i, request in enumerate(requests)}
-        assert 0 < loop.stats.accepted_tokens < loop.stats.drafted_tokens
-        assert loop.stats.acceptance == loop.stats.accepted_tokens / loop.stats.drafted_tokens
+    loop = make_loop(model, TIGHT, max_rollback=DRAFT, draft_tokens=DRAFT)
+    tokens, _ = run(loop, *requests)
+    assert tokens == {(i, 0): alone(request) for i, request in enumerate(requests)}
+    assert loop.stats.preemptions > 0
+    assert 0 < loop.stats.accepted_tokens < loop.stats.drafted_tokens
+    assert loop.stats.acceptance == loop.stats.accepted_tokens / loop.stats.drafted_tokens
 
 
 def test_a_text_that_repeats_itself_takes_fewer_steps(model):
     """A sample takes as many steps as tokens came from the model, not from drafts."""
     request = ask(3, 66, start=4)
-    loop = make_loop(model, max_rollback=DRAFT, draft_tokens=DRAFT, return_logits=True)
+    loop = make_loop(model, TIGHT, max_rollback=DRAFT, draft_tokens=DRAFT, return_logits=True)
     request.submit(loop)
     events = list(loop)
     assert loop.stats.calls == len(events) == request.new - loop.stats.accepted_tokens
