@@ -18,6 +18,7 @@ from stepper import Stepper
 
 from dsv4_jax.cache.handle import LayerCacheHandle
 from dsv4_jax.cache.plan import StepPlan, group_tokens
+from dsv4_jax.cache.prefix import PrefixPolicy
 from dsv4_jax.model.transformer import DSV4Model
 from dsv4_jax.ops import native
 from dsv4_jax.ops.rope import apply_rope, rope_angles
@@ -151,6 +152,41 @@ def test_fork_then_both_branches_cross_a_block_edge(at):
     decode(s, [0, 1], 2)
     s.release(0)
     decode(s, [1], 2)
+    s.end()
+
+
+# Prompts that begin like an earlier one.
+
+
+def test_prefix_hit_that_ends_where_the_ring_is_gone():
+    """State kept at 256 is the ring of then, whatever the request did since; where none was kept there is no hit."""
+    s = session(prefix=PrefixPolicy("full"))
+    feed(s, 0, 256)
+    s.keep(0)
+    feed(s, 0, 500)  # the ring has wrapped, and wraps on
+    s.admit_like(0, 270, 0, 1)
+    assert s.lengths == {0: 500, 1: 256}
+    decode(s, [0, 1], 3)
+    s.release(1)
+    s.release(0)
+    s.poison()
+    s.admit_like(0, 256, 0, 2)  # a token is left to be fed: the hit would end at 128, where nothing was kept
+    assert s.lengths == {0: 0}
+    s.admit_like(0, 270, 0, 3)
+    assert s.lengths[1] == 256
+    decode(s, [1], 3)
+    s.end()
+
+
+def test_prefix_kept_too_late():
+    """Fed in one go and kept afterwards, no state is left at an earlier block's end: then it is not a hit."""
+    s = session(prefix=PrefixPolicy("full"))
+    feed(s, 0, 300)
+    s.keep(0)
+    s.release(0)
+    s.admit_like(0, 290, 0, 1)
+    assert s.lengths == {0: 0}
+    feed(s, 0, 270)
     s.end()
 
 
@@ -325,7 +361,6 @@ def test_a_million_tokens_on_a_sparse_layout():
     n = 136  # the last window of 128, and 8 tokens before it
     far = (1 << 20) - n
     manager = LONG.fill.new_manager(slots=2, blocks=4, max_context_len=1 << 20, cache_dtype="fp32")
-    near = LONG.fill.new_manager(slots=2, blocks=4, max_context_len=1024, cache_dtype="fp32")
     fill = LONG.fill
     assert manager.cache.block_table["csa"].shape == (2, 8192)
 
@@ -339,9 +374,13 @@ def test_a_million_tokens_on_a_sparse_layout():
             cache = handle.cache
         return cache
 
+    @jax.jit
+    def view(handle, selected):
+        return handle.read_classical_view(selected), handle.read_swa_view(), handle.visible_entries()
+
     tokens = np.random.default_rng(5).integers(0, RELEASED.vocab_size, n).astype(np.int32)
     caches = {}
-    for name, cache, start in (("far", manager.cache, far), ("near", near.cache, 120)):
+    for name, cache, start in (("far", manager.cache, far), ("near", manager.cache, 120)):
         for at in range(0, n, 68):
             slots, positions = np.ones(68, np.int32), start + at + np.arange(68, dtype=np.int32)
             cache = write(cache, far_plan(slots, positions, column=start // 128 + 1), tokens[at : at + 68])
@@ -353,10 +392,7 @@ def test_a_million_tokens_on_a_sparse_layout():
         entry = np.array([[(end[name] // 4 - 1) - i for i in range(32)]], np.int32)
         for layer, chosen in ((1, entry), (2, np.array([[end[name] // 128 - 1]], np.int32))):
             handle = LayerCacheHandle(cache, plan, layer)
-            view = jax.jit(lambda h, c: (h.read_classical_view(c), h.read_swa_view(), h.visible_entries()))(
-                handle, chosen
-            )
-            seen[name, layer] = jax.tree.map(np.asarray, view), chosen
+            seen[name, layer] = jax.tree.map(np.asarray, view(handle, chosen)), chosen
     for layer, ratio in ((1, 4), (2, 128)):
         (a, window_a, visible_a), entry_a = seen["far", layer]
         (b, window_b, visible_b), _ = seen["near", layer]

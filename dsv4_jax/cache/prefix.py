@@ -16,7 +16,7 @@ there is of that, a policy says:
 import dataclasses
 import hashlib
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +42,7 @@ class PrefixPolicy:
         """ValueError for a policy that is not known or a period that blocks do not make up."""
         if self.name not in POLICIES:
             raise ValueError(f"prefix policy {self.name!r} is not known: expected one of {', '.join(POLICIES)}")
-        if self.period < 1 or self.period % block_size:
+        if self.name == "periodic" and (self.period < 1 or self.period % block_size):
             raise ValueError(f"period is {self.period}: expected a multiple of the block's {block_size} tokens")
 
     def keeps_state(self, length: int) -> bool:
@@ -163,26 +163,47 @@ class PrefixIndex:
                     break
 
     def evict(self, owned_elsewhere: Mapping[str, np.ndarray], short: Mapping[str, int]) -> dict[str, list[int]]:
-        """Forgets the least recently used texts until short[kind] blocks are nobody's -> those blocks, by kind.
+        """Forgets the least recently used texts until short[kind] blocks are nobody's -> what is forgotten, by kind.
 
-        owned_elsewhere[kind]: (blocks,) bool. Ends of texts go before their beginnings.
+        owned_elsewhere[kind]: (blocks,) bool. Ends of texts go before their beginnings. An end that a request owns goes
+        only where nothing else is left and a beginning before it is nobody's: one that the request has a block of its
+        own for, because it was computed twice.
         """
         gone: dict[str, list[int]] = {kind: [] for kind in owned_elsewhere}
-        in_use = []
-        while self._by_age and any(len(gone[kind]) < n for kind, n in short.items()):
-            item = heapq.heappop(self._by_age)
-            node = self._nodes.get(item[1])
-            if node is None or node.children or node.last_used != item[0]:
-                continue
-            if any(owned_elsewhere[kind][block] for kind, block in node.blocks.items()):
-                in_use.append(item)
-                continue
+        missing, in_use = dict(short), []
+
+        def owned(node: _Node) -> bool:
+            return any(owned_elsewhere[kind][block] for kind, block in node.blocks.items())
+
+        while any(n > 0 for n in missing.values()):
+            if self._by_age:
+                item = heapq.heappop(self._by_age)
+                node = self._nodes.get(item[1])
+                if node is None or node.children or node.last_used != item[0]:
+                    continue
+                if owned(node):
+                    in_use.append(item)
+                    continue
+            else:
+                item = next((i for i in in_use if any(not owned(n) for n in self._before(self._nodes[i[1]]))), None)
+                if item is None:
+                    break
+                in_use.remove(item)
+                node = self._nodes[item[1]]
             for kind, block in node.blocks.items():
                 gone[kind].append(block)
+                if kind in missing and not owned_elsewhere[kind][block]:
+                    missing[kind] -= 1
             self._remove(item[1])
         for item in in_use:
             heapq.heappush(self._by_age, item)
         return gone
+
+    def _before(self, node: _Node) -> Iterator[_Node]:
+        """The blocks of the text before this one, the last first."""
+        while node.parent:
+            node = self._nodes[node.parent]
+            yield node
 
     def _remove(self, key: bytes) -> None:
         node = self._nodes.pop(key)

@@ -134,6 +134,24 @@ def test_blocks_in_use_are_not_evicted_and_nothing_is_when_that_would_not_do():
     assert manager.length(running) == 24
 
 
+def test_a_beginning_computed_twice_is_evicted_though_its_end_is_in_use():
+    """Of two requests with one text, one kept the beginning and the other what follows; the first has ended."""
+    manager, ids = make(blocks=4, slots=3), text(1, 24)
+    first, second = (serve(manager, ids, keep=False).slot for _ in range(2))
+    manager.keep_prefix(first, ids[:12])
+    manager.keep_prefix(second, ids)
+    beginning = manager.blocks(first)["csa"][0]
+    manager.release_request(first)
+    assert manager.num_free_blocks("csa") == 2
+    other = serve(manager, text(2, 24), keep=False).slot
+    assert beginning in manager.blocks(other)["csa"]
+    assert found(manager, [*ids, 1]) == 0
+    manager.release_request(second)
+    manager.release_request(other)
+    manager.check()
+    assert manager.num_free_blocks("csa") == 4
+
+
 def test_kept_blocks_wait_for_planned_steps():
     """A planned step may still read a block that only the index owns: it is not given out before."""
     manager = make(blocks=2)

@@ -1,12 +1,15 @@
 """The moves of a session in any order, drawn by hypothesis, which shortens what fails."""
 
 import sys
+from typing import NamedTuple
 
 import hypothesis
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from life.session import Session
 from life.worlds import World, small
+
+from dsv4_jax.cache.prefix import PrefixPolicy
 
 SLOTS, WIDTH, ROLLBACK = 4, small().width, small().max_rollback
 WHICH, SEED = st.integers(0, SLOTS - 1), st.integers(0, 2**16 - 1)
@@ -18,12 +21,12 @@ class Life(RuleBasedStateMachine):
     """One session; `world` is set by a subclass."""
 
     world: World
-    moves = 0  # of all sessions of the class
+    moves = hits = 0  # of all sessions of the class
     session: Session | None = None
 
-    @initialize()
-    def begin(self):
-        self.session = Session(self.world, slots=SLOTS)
+    @initialize(policy=st.sampled_from(["full", "periodic"]))
+    def begin(self, policy):
+        self.session = Session(self.world, slots=SLOTS, prefix=PrefixPolicy(policy, period=24))
         self.session.admit(0)
         self.session.admit(1)
 
@@ -92,6 +95,21 @@ class Life(RuleBasedStateMachine):
         self.session.restore(which, seed)
 
     @SOMEBODY
+    @rule(which=WHICH)
+    def keep(self, which):
+        self.session.keep(which)
+
+    @SOMEBODY
+    @rule(which=WHICH, change=st.sampled_from([0, 0, 1, 11, 12, 13, 23, 35]), seed=SEED)
+    def share(self, which, change, seed):
+        self.session.share(which, change, seed)
+
+    @precondition(lambda self: self.session.kept)
+    @rule(which=WHICH, length=st.integers(1, 40), change=st.sampled_from([0, 0, 1, 11, 12, 13, 23, 35]), seed=SEED)
+    def admit_like(self, which, length, change, seed):
+        self.session.admit_like(which, length, change, seed)
+
+    @SOMEBODY
     @rule(which=st.integers(-1, SLOTS - 1), seed=SEED)
     def poison_or_mistake(self, which, seed):
         if which < 0:
@@ -103,14 +121,22 @@ class Life(RuleBasedStateMachine):
         if self.session is not None and sys.exception() is None:
             self.session.end()
             type(self).moves += self.session.moves
+            type(self).hits += self.session.hits
 
 
-def play(world: World, *, examples: int, steps: int, seed: int | None = None) -> int:
-    """Runs `examples` sessions of `steps` moves -> moves that did or refused something; without a seed always the same.
+class Played(NamedTuple):
+    """What sessions did."""
+
+    moves: int  # that did or refused something
+    hits: int  # prompts that went on from kept blocks
+
+
+def play(world: World, *, examples: int, steps: int, seed: int | None = None) -> Played:
+    """Runs `examples` sessions of `steps` moves; without a seed always the same.
 
     Raises what a move raises, after printing the shortest session that leads there.
     """
-    machine = type("Life", (Life,), {"world": world, "moves": 0})
+    machine = type("Life", (Life,), {"world": world, "moves": 0, "hits": 0})
     settings = hypothesis.settings(
         max_examples=examples,
         stateful_step_count=steps,
@@ -121,4 +147,4 @@ def play(world: World, *, examples: int, steps: int, seed: int | None = None) ->
         phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
     )
     run_state_machine_as_test(machine if seed is None else hypothesis.seed(seed)(machine), settings=settings)
-    return machine.moves
+    return Played(machine.moves, machine.hits)

@@ -33,9 +33,10 @@ class Session:
         self.lengths: dict[int, int] = {}
         self.floors: dict[int, int] = {}  # the length that a request can go back to
         self.restored: dict[int, int] = {}  # the length that a restored request could go back to at first
+        self.kept: list[np.ndarray] = []  # the beginnings of texts that were kept for others
         self.shelf: list[tuple[Snapshot, np.ndarray]] = []  # snapshots and their texts
         self.stale: list[int] = []  # handles of requests that ended
-        self.moves = 0
+        self.moves = self.hits = 0
 
     # Moves. A number that says which slot means the one of that rank among the running ones.
 
@@ -94,6 +95,53 @@ class Session:
         self.restored[slot] = self.floors[slot]
         self._go_on_with(slot, seed)
         self._done()
+
+    def keep(self, which: int) -> None:
+        """Keeps the full blocks of a request for prompts to come; it cannot go back into them any more."""
+        if (slot := self._slot(which)) is None:
+            return
+        text = self.texts[slot, : self.lengths[slot]].copy()
+        n = self.manager.keep_prefix(slot, text)
+        assert n in (0, len(text) // self.config.block_size * self.config.block_size)
+        self.floors[slot] = max(self.floors[slot], n)
+        if n:
+            self.kept = [*self.kept[-2:], text[:n]]
+        self._done()
+
+    def admit_like(self, which: int, length: int, change: int, seed: int) -> None:
+        """A prompt that begins like a kept one, if `change` is not 0 with another token there; or a refusal."""
+        if not self.kept:
+            return
+        kept = self.kept[which % len(self.kept)]
+        text = np.random.default_rng(seed).integers(0, self.config.vocab_size, self.limit).astype(np.int32)
+        text[: len(kept)] = kept
+        if change:
+            text[change % len(kept)] += 1 - 2 * (text[change % len(kept)] > 0)
+        prompt = text[: max(min(length, self.limit), 1)]
+        if len(self.lengths) == self.slots:
+            self._refused(lambda: self.manager.admit_prompt(prompt), RuntimeError)
+            return
+        slot, start, hit, again = self.manager.admit_prompt(prompt)
+        assert slot not in self.lengths
+        assert hit - again == start < len(prompt)
+        assert start % self.config.block_size == 0
+        self.texts[slot] = text
+        self.lengths[slot] = self.floors[slot] = self.restored[slot] = start
+        self.hits += start > 0
+        self._go_on_with(slot, seed)
+        self._done()
+
+    def share(self, which: int, change: int, seed: int) -> None:
+        """A request comes to the end of a block, which is kept, and another begins like it; both go on."""
+        if (slot := self._slot(which)) is None:
+            return
+        if len(self.lengths) == self.slots:
+            self.release(which + 1)
+        left = -self.lengths[slot] % self.config.block_size
+        self.chunk(tuple(left * (s == slot) for s in range(self.slots)), seed)
+        self.keep(self._rank(slot))
+        self.admit_like(-1, self.limit, change, seed)
+        self.decode((True,) * self.slots, seed)
 
     def chunk(self, counts: tuple[int, ...], seed: int) -> None:
         """counts[slot] tokens for every running request in one step, in any order, with padding anywhere."""
@@ -210,10 +258,9 @@ class Session:
 
     def poison(self) -> None:
         """NaN in every block and every slot that nobody owns."""
-        free = {kind: np.ones(self.num_blocks, bool) for kind in KINDS}
-        for slot in self.lengths:
-            for kind, ids in self.manager.blocks(slot).items():
-                free[kind][ids] = False
+        free = {kind: np.zeros(self.num_blocks, bool) for kind in KINDS}
+        for kind in KINDS:  # blocks that are kept for prompts to come count as free, and hold something
+            free[kind][self.manager._ledger.free_blocks(kind)] = True
         dead = np.array([s not in self.lengths for s in range(self.slots)])
         self.manager.cache = fill_with_nan(self.manager.cache, free, dead)
         self._done()
