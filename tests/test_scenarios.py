@@ -28,6 +28,7 @@ RELEASED = SMALL.replace(compress_ratios=(0, 4, 128), csa_ratio=4, hca_ratio=128
 # Where no native form makes the last bit of an entry the same in every program, entries are compared in float32.
 FORMAT = "fp8" if "cpu" in native.available() else "fp32"
 LONG = Views(Fill(RELEASED, length=530, width=64, max_rollback=ROLLBACK, cache_dtype=FORMAT))
+RUNNING = Views(Fill(RELEASED, length=270, width=64, max_rollback=ROLLBACK, cache_dtype=FORMAT, hca_tail="running"))
 SHORT = Views(small(FORMAT))
 
 
@@ -129,17 +130,29 @@ def test_nan_in_the_debug_mode_changes_nothing():
 # Going back and branching.
 
 
-@pytest.mark.parametrize("back", range(1, ROLLBACK + 1))
-@pytest.mark.parametrize("edge", [4, 128, 133, 256, 266], ids=lambda edge: f"edge{edge}")
-def test_rollback_across_an_edge(edge, back):
-    """From one token behind the edge by `back`: windows of 4 and 128, blocks, and the wrap of a ring of 133 rows."""
-    s = session(slots=1)
+def rollback_across(world, edge, back):
+    """To `back` tokens before the one behind an edge, and on with others."""
+    s = session(world, slots=1)
     feed(s, 0, max(edge + 1 - back, 0))
     start = s.lengths[0]
     feed(s, 0, edge + 1)
     s.rollback(0, s.lengths[0] - start, 3)
     decode(s, [0], back + 1)
     s.end()
+
+
+@pytest.mark.parametrize("back", range(1, ROLLBACK + 1))
+@pytest.mark.parametrize("edge", [4, 128, 133, 256, 266], ids=lambda edge: f"edge{edge}")
+def test_rollback_across_an_edge(edge, back):
+    """Windows of 4 and 128, blocks, and the wrap of a ring of 133 rows."""
+    rollback_across(LONG, edge, back)
+
+
+@pytest.mark.parametrize("back", range(1, ROLLBACK + 1))
+@pytest.mark.parametrize("edge", [128, 256], ids=lambda edge: f"edge{edge}")
+def test_rollback_of_a_running_tail_across_an_edge(edge, back):
+    """The sums of a window are those after the tokens that remain; a window that had closed is open again."""
+    rollback_across(RUNNING, edge, back)
 
 
 @pytest.mark.parametrize("at", [120, 126, 128, 252])
