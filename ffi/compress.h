@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "float_bits.h"
+#include "modulo.h"
 #include "operands.h"
 #include "running_sums.h"
 
@@ -23,10 +24,16 @@ struct Segment {
   DSV4_HOST_DEVICE int64_t end() const { return start + count; }
 };
 
+struct EntryPlace {
+  int32_t block;    // -1: none
+  uint32_t offset;  // within the block
+};
+
 struct Compress {
   int64_t tokens, slots, segments, width, windows, blocks, per_block, columns;  // T, R, S, C, windows a segment, N, E
   int64_t ratio, lanes, dim, rope_dim, rows_a, rows_b;  // rows_a: those of a running tail too
   float eps;
+  Modulo modulo_a, modulo_b, modulo_block;  // rows_a, rows_b, per_block
   const void* kv;            // (T, lanes, dim) float or BFloat16
   const void* gate;          // as kv
   float *ka, *za, *kb, *zb;  // (R, rows, dim) of this layer; kb and zb null with one lane, all with a running tail
@@ -55,13 +62,17 @@ struct Compress {
   DSV4_HOST_DEVICE bool closes(const Segment& segment, int64_t entry) const {
     return (entry + 1) * ratio <= segment.end();
   }
-  // The row of an entry, counted over all blocks of the layer; -1 if it has none.
-  DSV4_HOST_DEVICE int64_t entry_row(int64_t slot, int64_t entry) const {
-    const int64_t column = static_cast<uint32_t>(entry) / static_cast<uint32_t>(per_block);
-    if (column >= columns) return -1;
-    const int64_t block = table[slot * columns + column];
-    return block < 0 || block >= blocks ? -1 : block * per_block + (entry - column * per_block);
+  // Fetches where an entry lies; looked at only by row_of, so that the fetch can take its time.
+  DSV4_HOST_DEVICE EntryPlace look_up(int64_t slot, int64_t entry) const {
+    const uint32_t column = modulo_block.quotient(static_cast<uint32_t>(entry));
+    const auto offset = static_cast<uint32_t>(entry) - column * static_cast<uint32_t>(per_block);
+    return {column < columns ? table[slot * columns + column] : -1, offset};
   }
+  // The row of an entry, counted over all blocks of the layer; -1 if it has none.
+  DSV4_HOST_DEVICE int64_t row_of(const EntryPlace& place) const {
+    return place.block < 0 || place.block >= blocks ? -1 : place.block * per_block + place.offset;
+  }
+  DSV4_HOST_DEVICE int64_t entry_row(int64_t slot, int64_t entry) const { return row_of(look_up(slot, entry)); }
   DSV4_HOST_DEVICE int64_t tail_offset(int64_t slot, int64_t position, int64_t rows) const {
     return (slot * rows + static_cast<uint32_t>(position) % static_cast<uint32_t>(rows)) * dim;
   }
@@ -145,6 +156,9 @@ inline void take_compress(Operands& operands, int64_t layer, int64_t layers, flo
   call->token_of = operands.take<int32_t>("tokens", s32, {call->segments, call->width});
   call->table = operands.take<int32_t>("table", s32, {call->slots, call->columns});
   if (!operands.ok()) return;
+  call->modulo_a = Modulo(static_cast<uint32_t>(std::max<int64_t>(call->rows_a, 1)));
+  call->modulo_b = Modulo(static_cast<uint32_t>(std::max<int64_t>(call->rows_b, 1)));
+  call->modulo_block = Modulo(static_cast<uint32_t>(std::max<int64_t>(call->per_block, 1)));
   if (running && call->rows_a < 2) return operands.fail("a running tail of " + std::to_string(call->rows_a) + " rows", "2 at least");
   if (call->ratio < 1 || (!running && call->rows_a < call->lanes * call->ratio - 1) ||
       (call->lanes == 2 && call->rows_b < call->ratio - 1)) {

@@ -1,7 +1,8 @@
-// compress on the GPU: CSA with four threads' worth of channels a warp lane holds, one window a block; HCA with one window
-// a cluster of blocks.
+// compress on the GPU. Several tokens a segment: CSA with one window a block of 128 threads, HCA with one window a cluster
+// of blocks. One token a segment: compress_decode.cuh. A running tail: compress_running.cuh.
 #include <cooperative_groups.h>
 
+#include "compress_decode.cuh"
 #include "compress_device.cuh"
 #include "compress_running.cuh"
 #include "export.h"
@@ -28,14 +29,13 @@ __device__ __forceinline__ void write_entry(const KeyRows& keys, int64_t row, in
   write_key(keys, row, thread, v);
 }
 
-// The share of a segment's work that a worker has: with kTailAndOwn its only window and the tail, with kMixed the windows
-// that may need the tail and the tail, with kTokens one other window.
+// The share of a segment's work that a worker has: with kMixed the windows that may need the tail and the tail, with
+// kTokens one other window.
 //
 // Overlapped windows of eight rows: kDim / 4 threads pool a whole window, each its own four channels.
 template <typename T, typename Geometry, int kWorkers, Source kSource, typename Pool>
 __device__ __forceinline__ void overlapped_windows(const Compress& call, const Pool& pool, int64_t s, int first, int last,
-                                                   const Segment& segment, float4* slots, const EntryConstants* own_constants,
-                                                   const Four& own_k, const Four& own_z) {
+                                                   const Segment& segment, float4* slots) {
   constexpr int kThreads = Geometry::kDim / kChannels;
   __shared__ FinishScratch<kThreads / 32> scratch[kWorkers];
   FinishScratch<kThreads / 32>* shared = &scratch[threadIdx.x / kThreads];
@@ -47,13 +47,9 @@ __device__ __forceinline__ void overlapped_windows(const Compress& call, const P
     EightRows<T, Geometry, kThreads * kWorkers, kSource> rows;
     rows.k = slots + threadIdx.x;
     EntryConstants constants;
-    if (kSource == Source::kTailAndOwn) {
-      constants = *own_constants;
-    } else {
-      constants.template load<Geometry::kDim, Geometry::kRopeDim>(call, s * call.windows + window, thread);
-    }
+    constants.template load<Geometry::kDim, Geometry::kRopeDim>(call, s * call.windows + window, thread);
     const int64_t row = call.entry_row(segment.slot, entry);
-    rows.load(call, s, segment, entry, 0, channel, own_k, own_z);
+    rows.load(call, s, segment, entry, 0, channel, {}, {});
     const Four top = largest(rows);
     wait_for_copies();
     Four weights, sums, pooled;
@@ -66,63 +62,23 @@ __device__ __forceinline__ void overlapped_windows(const Compress& call, const P
   }
 }
 
-template <typename T, typename Geometry, bool kOneToken, int kWorkers, typename Pool>
+template <typename T, typename Geometry, int kWorkers, typename Pool>
 __global__ void __launch_bounds__(Geometry::kDim / kChannels * kWorkers, 768 / (Geometry::kDim / kChannels * kWorkers))
     overlapped_kernel(const __grid_constant__ Compress call, const __grid_constant__ Pool pool, const uint32_t shares) {
   constexpr int kThreads = Geometry::kDim / kChannels;
   __shared__ float4 slots[kRows * kThreads * kWorkers];
   const int thread = threadIdx.x % kThreads, channel = thread * kChannels;
   const uint32_t worker = blockIdx.x * kWorkers + threadIdx.x / kThreads;
-  const int64_t s = kOneToken ? worker : worker / shares;
+  const int64_t s = worker / shares;
   if (s >= call.segments) return;
-  const Four none = {};
-
-  if (kOneToken) {
-    // All that does not depend on the segment is on its way while it is looked up.
-    FreshLane<T> own[2];
-    Four ape[Geometry::kRatio][2];
-    EntryConstants constants;
-#pragma unroll
-    for (int lane = 0; lane < 2; ++lane) own[lane].load(call, s, 2, lane, Geometry::kDim, channel);
-    const Segment segment = call.segment(s);
-#pragma unroll
-    for (int i = 0; i < Geometry::kRatio; ++i) {
-      for (int lane = 0; lane < 2; ++lane) ape[i][lane] = ape_of<Geometry>(call, i, lane, channel);
-    }
-    constants.template load<Geometry::kDim, Geometry::kRopeDim>(call, s, thread);
-    if (segment.count == 0) return;
-    Four z[2];
-#pragma unroll
-    for (int lane = 0; lane < 2; ++lane) {
-      Four chosen = ape[0][lane];
-#pragma unroll
-      for (int i = 1; i < Geometry::kRatio; ++i) {
-        if (segment.start % Geometry::kRatio == i) chosen = ape[i][lane];
-      }
-      z[lane] = own[lane].z(chosen);
-    }
-    overlapped_windows<T, Geometry, kWorkers, Source::kTailAndOwn>(call, pool, s, 0, 1, segment, slots, &constants,
-                                                                   own[1].k(), z[1]);
-    // A thread has read its own channels of the tail before it writes them.
-#pragma unroll
-    for (int lane = 0; lane < 2; ++lane) {
-      const int64_t offset =
-          call.tail_offset(segment.slot, segment.start, lane == 0 ? call.rows_a : call.rows_b) + channel;
-      store_four((lane == 0 ? call.ka : call.kb) + offset, own[lane].k());
-      store_four((lane == 0 ? call.za : call.zb) + offset, z[lane]);
-    }
-    return;
-  }
-
   const int share = static_cast<int>(worker - static_cast<uint32_t>(s) * shares);
   const Segment segment = call.segment(s);
   if (segment.count == 0) return;
   if (share > 0) {
-    overlapped_windows<T, Geometry, kWorkers, Source::kTokens>(call, pool, s, share + 1, share + 2, segment, slots, nullptr,
-                                                               none, none);
+    overlapped_windows<T, Geometry, kWorkers, Source::kTokens>(call, pool, s, share + 1, share + 2, segment, slots);
     return;
   }
-  overlapped_windows<T, Geometry, kWorkers, Source::kMixed>(call, pool, s, 0, 2, segment, slots, nullptr, none, none);
+  overlapped_windows<T, Geometry, kWorkers, Source::kMixed>(call, pool, s, 0, 2, segment, slots);
 #pragma unroll
   for (int lane = 0; lane < 2; ++lane) store_tail_lane<T, Geometry>(call, s, segment, lane, channel, 0, 1);
 }
@@ -282,9 +238,8 @@ cudaError_t launch_overlapped(const Compress& call, const Pool& pool, cudaStream
   constexpr int kThreads = Geometry::kDim / kChannels * kWorkers;
   const int64_t shares = workers_per_segment(call);
   const auto blocks = static_cast<unsigned>((call.segments * shares + kWorkers - 1) / kWorkers);
-  const auto kernel = call.width == 1 ? overlapped_kernel<T, Geometry, true, kWorkers, Pool>
-                                      : overlapped_kernel<T, Geometry, false, kWorkers, Pool>;
-  kernel<<<blocks, kThreads, 0, stream>>>(call, pool, static_cast<uint32_t>(shares));
+  overlapped_kernel<T, Geometry, kWorkers, Pool>
+      <<<blocks, kThreads, 0, stream>>>(call, pool, static_cast<uint32_t>(shares));
   return cudaGetLastError();
 }
 
@@ -346,6 +301,11 @@ ffi::Error compress(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remaining
     return result_of("compress", kv_is_float ? launch_running<float>(call, record, stream)
                                              : launch_running<BFloat16>(call, record, stream));
   }
+  if (is<Csa>(call) && call.width == 1) {
+    const FinishRecord finish = {record};
+    return result_of("compress", kv_is_float ? launch_overlapped_decode<float, Csa>(call, finish, stream)
+                                             : launch_overlapped_decode<BFloat16, Csa>(call, finish, stream));
+  }
   if (is<Csa>(call)) {
     return result_of("compress", kv_is_float ? launch_overlapped<float, Csa, 1>(call, record, stream)
                                              : launch_overlapped<BFloat16, Csa, 1>(call, record, stream));
@@ -356,6 +316,7 @@ ffi::Error compress(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remaining
 
 template <typename T>
 cudaError_t launch_indexer(const Compress& call, const KeyRows& keys, cudaStream_t stream) {
+  if (call.width == 1) return launch_overlapped_decode<T, CsaIndexer>(call, FinishKey{keys}, stream);
   // Few windows: spread them over the GPU.
   return call.segments * workers_per_segment(call) <= 1024 ? launch_overlapped<T, CsaIndexer, 1>(call, keys, stream)
                                                            : launch_overlapped<T, CsaIndexer, 4>(call, keys, stream);

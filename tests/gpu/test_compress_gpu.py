@@ -15,6 +15,7 @@ from ops.compress_cases import (
     HCA_UE8M0,
     MXFP4,
     NVFP4,
+    RUNNING,
     State,
     apply_step,
     new_state,
@@ -34,7 +35,8 @@ FREQUENCIES = new_weights(np.random.default_rng(0), CSA).inv_freq
 KINDS = [
     pytest.param(g, id=n)
     for n, g in {
-        "csa": CSA, "hca": HCA, "csa_ue8m0": CSA_UE8M0, "hca_ue8m0": HCA_UE8M0, "nvfp4": NVFP4, "mxfp4": MXFP4
+        "csa": CSA, "hca": HCA, "csa_ue8m0": CSA_UE8M0, "hca_ue8m0": HCA_UE8M0, "nvfp4": NVFP4, "mxfp4": MXFP4,
+        "hca_running": RUNNING._replace(rollback=3), "hca_running_ue8m0": RUNNING._replace(scales=8),
     }.items()
 ]  # fmt: skip
 
