@@ -50,17 +50,14 @@ struct AppendSwa {
   }
 };
 
-// Checks a call's operands (ring, kv, slots, positions, roles; norm, cos, sin in the fused form) and its results (the ring), and points `call` at the layer
-// to write.
-inline ffi::Error bind_append_swa(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, bool fused,
-                                  float eps, AppendSwa* call) {
+// Takes a call's operands (ring, kv, slots, positions, roles; norm, cos, sin in the fused form) and points `call` at the
+// layer to write.
+inline void take_append_swa(Operands& operands, int64_t layer, bool fused, float eps, AppendSwa* call) {
   using ffi::DataType;
-  Operands operands("append_swa", args);
   const Operands::Shape ring = operands.shape_of_next();
   const bool stacked = ring.size() == 4;
   if (ring.size() != 3 && !stacked) {
-    operands.fail("nope " + Operands::text(ring), "([layers,] slots, rows, width)");
-    return operands.error();
+    return operands.fail("nope " + Operands::text(ring), "([layers,] slots, rows, width)");
   }
   if (stacked ? (layer < 0 || layer >= ring[0]) : layer != -1) {
     operands.fail("layer " + std::to_string(layer) + " for nope " + Operands::text(ring),
@@ -94,6 +91,7 @@ inline ffi::Error bind_append_swa(ffi::RemainingArgs args, ffi::RemainingRets re
   }
   int32_t* pos = operands.take<int32_t>("pos", {DataType::S32}, with_layers({num_slots, rows}));
   int32_t* head = operands.take<int32_t>("head", {DataType::S32}, with_layers({num_slots}));
+  operands.updated();
   const void* kv = operands.take("kv", {DataType::F32, DataType::BF16}, {tokens, nope_width + rope_width});
   const bool kv_is_float = operands.dtype() == DataType::F32;
   const int32_t* slots = operands.take<int32_t>("slots", {DataType::S32}, {tokens});
@@ -106,14 +104,20 @@ inline ffi::Error bind_append_swa(ffi::RemainingArgs args, ffi::RemainingRets re
     sin = operands.take<float>("sin", {DataType::F32}, {tokens, rope_width / 2});
     if (rope_width % 2) operands.fail("a RoPE part of " + std::to_string(rope_width), "pairs of values");
   }
-  if (!operands.ok()) return operands.error();
+  if (!operands.ok()) return;
 
   const int64_t first_slot = stacked ? layer * num_slots : 0;
   const int64_t first_row = first_slot * rows;
   *call = {tokens, num_slots, rows, nope_width, rope_width, nope + first_row * nope_width, rope + first_row * rope_width,
-           grouped ? nullptr : inv_scale + first_row, grouped ? scales + first_row * scale_width : nullptr, scale_width, pos + first_row, head + first_slot, kv, kv_is_float, slots, positions, roles, norm, cos, sin,
-           eps};
-  return operands.expect_in_place(results);
+           grouped ? nullptr : inv_scale + first_row, grouped ? scales + first_row * scale_width : nullptr, scale_width,
+           pos + first_row, head + first_slot, kv, kv_is_float, slots, positions, roles, norm, cos, sin, eps};
+}
+
+inline ffi::Error bind_append_swa(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, bool fused,
+                                  float eps, AppendSwa* call) {
+  Operands operands("append_swa", args);
+  take_append_swa(operands, layer, fused, eps, call);
+  return operands.ok() ? operands.expect_in_place(results) : operands.error();
 }
 
 }  // namespace dsv4

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "append_swa.h"
+#include "cpu_workers.h"
 #include "export.h"
 #include "parallel_for.h"
 #include "quantise.h"
@@ -46,14 +47,22 @@ void append_tokens(const AppendSwa& call, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
+
+void write_tokens(ffi::ThreadPool& pool, const AppendSwa& call) {
+  parallel_for(pool, call.tokens, kTokensPerChunk, [&](int64_t begin, int64_t end) {
+    call.kv_is_float ? append_tokens<float>(call, begin, end) : append_tokens<BFloat16>(call, begin, end);
+  });
+}
+
+namespace {
+
 ffi::Error append(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, bool fused,
                   float eps) {
   AppendSwa call;
   const ffi::Error error = bind_append_swa(args, results, layer, fused, eps, &call);
   if (error.failure()) return error;
-  parallel_for(pool, call.tokens, kTokensPerChunk, [&](int64_t begin, int64_t end) {
-    call.kv_is_float ? append_tokens<float>(call, begin, end) : append_tokens<BFloat16>(call, begin, end);
-  });
+  write_tokens(pool, call);
   return ffi::Error::Success();
 }
 

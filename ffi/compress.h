@@ -142,6 +142,7 @@ inline void take_compress(Operands& operands, int64_t layer, int64_t layers, flo
   }
   call->kb = call->lanes == 2 ? tail("kb", call->rows_b) : nullptr;
   call->zb = call->lanes == 2 ? tail("zb", call->rows_b) : nullptr;
+  operands.updated();
   call->kv = operands.take("kv", float_or_bf16, {call->tokens, lanes_dim});
   const ffi::DataType dtype = operands.dtype();
   *kv_is_float = dtype == ffi::DataType::F32;
@@ -177,15 +178,14 @@ inline void take_compress(Operands& operands, int64_t layer, int64_t layers, flo
 }
 
 // compress's operands: nope, rope, inv_scale, then take_compress's.
-inline ffi::Error bind_compress(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, float eps,
-                                Compress* call, RecordRows* record, bool* kv_is_float) {
-  Operands operands("compress", args);
+inline void take_entries(Operands& operands, int64_t layer, float eps, Compress* call, RecordRows* record,
+                         bool* kv_is_float) {
   const Operands::Shape nope = operands.shape_of_next(), rope = operands.shape_of_next(1);
   if (nope.size() != 4 || rope.size() != 4) operands.fail("nope or rope of another rank", "(L, N, E, width)");
   if (operands.ok() && (layer < 0 || layer >= nope[0])) {
     operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(nope[0] - 1));
   }
-  if (!operands.ok()) return operands.error();
+  if (!operands.ok()) return;
   const int64_t rows = nope[1] * nope[2];
   const Operands::Shape scale = operands.shape_of_next(2);
   const bool grouped = scale.size() == 4;
@@ -206,13 +206,18 @@ inline ffi::Error bind_compress(ffi::RemainingArgs args, ffi::RemainingRets resu
                       std::to_string(call->dim) + " with " + std::to_string(call->rope_dim) + " rotated",
                   "the same widths");
   }
+}
+
+inline ffi::Error bind_compress(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, float eps,
+                                Compress* call, RecordRows* record, bool* kv_is_float) {
+  Operands operands("compress", args);
+  take_entries(operands, layer, eps, call, record, kv_is_float);
   return operands.ok() ? operands.expect_in_place(results) : operands.error();
 }
 
 // compress_indexer's operands: keys, scale, then take_compress's.
-inline ffi::Error bind_compress_indexer(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, float eps,
-                                        bool rotate, Compress* call, KeyRows* keys, bool* kv_is_float) {
-  Operands operands("compress_indexer", args);
+inline void take_keys(Operands& operands, int64_t layer, float eps, bool rotate, Compress* call, KeyRows* keys,
+                      bool* kv_is_float) {
   const Operands::Shape codes = operands.shape_of_next(), scale = operands.shape_of_next(1);
   if (codes.size() != 4 || scale.size() != 4) operands.fail("keys or scale of another rank", "(L, N, E, width)");
   if (operands.ok() && (layer < 0 || layer >= codes[0])) {
@@ -221,7 +226,7 @@ inline ffi::Error bind_compress_indexer(ffi::RemainingArgs args, ffi::RemainingR
   if (operands.ok() && (scale[3] < 1 || (scale[3] != codes[3] / 8 && scale[3] != codes[3] / 16))) {
     operands.fail(std::to_string(scale[3]) + " scales for " + std::to_string(2 * codes[3]) + " values", "one per 16 or 32");
   }
-  if (!operands.ok()) return operands.error();
+  if (!operands.ok()) return;
   const int64_t rows = codes[1] * codes[2];
   *keys = {operands.take<uint8_t>("keys", {ffi::DataType::U8}, codes) + layer * rows * codes[3],
            operands.take<uint8_t>("scale", {ffi::DataType::U8}, {codes[0], codes[1], codes[2], scale[3]}) + layer * rows * scale[3],
@@ -234,6 +239,12 @@ inline ffi::Error bind_compress_indexer(ffi::RemainingArgs args, ffi::RemainingR
   if (operands.ok() && rotate && (call->dim & (call->dim - 1))) {
     operands.fail("d " + std::to_string(call->dim) + " to rotate", "a power of two");
   }
+}
+
+inline ffi::Error bind_compress_indexer(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, float eps,
+                                        bool rotate, Compress* call, KeyRows* keys, bool* kv_is_float) {
+  Operands operands("compress_indexer", args);
+  take_keys(operands, layer, eps, rotate, call, keys, kv_is_float);
   return operands.ok() ? operands.expect_in_place(results) : operands.error();
 }
 

@@ -5,6 +5,7 @@
 #include "compress.h"
 #include "compress_full_tail.h"
 #include "compress_running_tail.h"
+#include "cpu_workers.h"
 #include "export.h"
 #include "float_math.h"
 #include "fp4.h"
@@ -32,25 +33,6 @@ void run(ffi::ThreadPool& pool, const Compress& call, bool kv_is_float, const Wr
     kv_is_float ? run_as<FullTailWorker<float>>(pool, call, write)
                 : run_as<FullTailWorker<BFloat16>>(pool, call, write);
   }
-}
-
-ffi::Error compress(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, float eps) {
-  Compress call;
-  RecordRows record;
-  bool kv_is_float;
-  const ffi::Error error = bind_compress(args, results, layer, eps, &call, &record, &kv_is_float);
-  if (error.failure()) return error;
-  const int64_t rope_dim = call.rope_dim, nope_dim = call.dim - rope_dim;
-  run(pool, call, kv_is_float, [&](int64_t row, const float* values) {
-    uint8_t* nope = record.nope + row * nope_dim;
-    if (record.scales) {
-      quantise_row_by_groups(values, nope_dim, nope, record.scales + row * record.scale_width, record.scale_width);
-    } else {
-      record.inv_scale[row] = quantise_row(values, nope_dim, nope);
-    }
-    for (int64_t i = 0; i < rope_dim; ++i) record.rope[row * rope_dim + i] = to_bf16(values[nope_dim + i]);
-  });
-  return ffi::Error::Success();
 }
 
 // Times the orthonormal Hadamard matrix in natural order; n is a power of two.
@@ -81,15 +63,44 @@ void write_key(const KeyRows& keys, int64_t dim, int64_t row, float* x) {
   }
 }
 
+}  // namespace
+
+void write_entries(ffi::ThreadPool& pool, const Compress& call, const RecordRows& record, bool kv_is_float) {
+  const int64_t rope_dim = call.rope_dim, nope_dim = call.dim - rope_dim;
+  run(pool, call, kv_is_float, [&](int64_t row, const float* values) {
+    uint8_t* nope = record.nope + row * nope_dim;
+    if (record.scales) {
+      quantise_row_by_groups(values, nope_dim, nope, record.scales + row * record.scale_width, record.scale_width);
+    } else {
+      record.inv_scale[row] = quantise_row(values, nope_dim, nope);
+    }
+    for (int64_t i = 0; i < rope_dim; ++i) record.rope[row * rope_dim + i] = to_bf16(values[nope_dim + i]);
+  });
+}
+
+void write_keys(ffi::ThreadPool& pool, const Compress& call, const KeyRows& keys, bool kv_is_float) {
+  run(pool, call, kv_is_float, [&](int64_t row, float* values) { write_key(keys, call.dim, row, values); });
+}
+
+namespace {
+
+ffi::Error compress(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, float eps) {
+  Compress call;
+  RecordRows record;
+  bool kv_is_float;
+  const ffi::Error error = bind_compress(args, results, layer, eps, &call, &record, &kv_is_float);
+  if (error.success()) write_entries(pool, call, record, kv_is_float);
+  return error;
+}
+
 ffi::Error compress_indexer(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer,
                             float eps, bool rotate) {
   Compress call;
   KeyRows keys;
   bool kv_is_float;
   const ffi::Error error = bind_compress_indexer(args, results, layer, eps, rotate, &call, &keys, &kv_is_float);
-  if (error.failure()) return error;
-  run(pool, call, kv_is_float, [&](int64_t row, float* values) { write_key(keys, call.dim, row, values); });
-  return ffi::Error::Success();
+  if (error.success()) write_keys(pool, call, keys, kv_is_float);
+  return error;
 }
 
 }  // namespace

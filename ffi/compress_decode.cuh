@@ -98,14 +98,13 @@ struct FinishKey {
   }
 };
 
+// What the first kDim / kWidth threads of a block do with the token of segment s; the others have returned.
 template <typename T, typename Geometry, typename Finish>
-__global__ void __launch_bounds__(Geometry::kDim / Finish::kWidth)
-    overlapped_decode_kernel(const __grid_constant__ Compress call, const __grid_constant__ Finish finish) {
+__device__ __forceinline__ void take_token(const Compress& call, const Finish& finish, int64_t s,
+                                           typename Finish::Scratch* scratch) {
   constexpr int kRatio = Geometry::kRatio, kDim = Geometry::kDim, kWidth = Finish::kWidth;
   using Values = Few<kWidth>;
-  __shared__ typename Finish::Scratch scratch;
   const int thread = threadIdx.x, channel = thread * kWidth;
-  const int64_t s = blockIdx.x;
   const Segment segment = call.segment(s);
   Values own_k[2], own_z[2];
 #pragma unroll
@@ -187,7 +186,14 @@ __global__ void __launch_bounds__(Geometry::kDim / Finish::kWidth)
 #pragma unroll
   for (int c = 0; c < kWidth; ++c) pooled.x[c] = divide(sums.x[c], weights.x[c]);
   const int64_t row = call.row_of(place);
-  if (row >= 0) finish(call, constants, row, thread, pooled, &scratch);
+  if (row >= 0) finish(call, constants, row, thread, pooled, scratch);
+}
+
+template <typename T, typename Geometry, typename Finish>
+__global__ void __launch_bounds__(Geometry::kDim / Finish::kWidth)
+    overlapped_decode_kernel(const __grid_constant__ Compress call, const __grid_constant__ Finish finish) {
+  __shared__ typename Finish::Scratch scratch;
+  take_token<T, Geometry>(call, finish, blockIdx.x, &scratch);
 }
 
 template <typename T, typename Geometry, typename Finish>

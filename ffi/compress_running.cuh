@@ -107,54 +107,67 @@ __device__ __forceinline__ PairOfSums take_window(const Compress& call, int64_t 
   return sums;
 }
 
+// What a block does in a step of one token a slot: the token of segment s.
+template <typename T>
+__device__ __forceinline__ void take_running_token(const Compress& call, const RecordRows& record, int64_t s,
+                                                   EntryScratch* scratch) {
+  const int thread = threadIdx.x, channel = thread * 2;
+  PairOfToken<T> token;
+  token.load(call, s, channel);
+  PairConstants constants;
+  constants.load(call, s, thread);
+  const Segment segment = call.segment(s);
+  if (segment.count == 0) return;
+  token.load_ape(call, segment.start, channel);
+  const int64_t entry = call.first_entry(segment), offset = segment.start - entry * call.ratio;
+  PairOfSums sums;
+  sums.load(PairOfSums::at(call, segment.slot, offset ? segment.start - 1 : segment.start, channel));
+  const bool closes = offset + 1 == call.ratio;
+  const int64_t row = closes ? call.entry_row(segment.slot, entry) : -1;
+  if (offset == 0) {
+    sums.start(token.k(), token.z());
+  } else {
+    sums.enter(token.k(), token.z());
+  }
+  if (!closes) return sums.store(PairOfSums::at(call, segment.slot, segment.start, channel));
+  if (row >= 0) finish_entry(call, record, constants, row, thread, sums.mean(), scratch);
+}
+
+// What a block does of a segment of several tokens, which `shares` blocks share.
+template <typename T>
+__device__ __forceinline__ void take_running_share(const Compress& call, const RecordRows& record, uint32_t block,
+                                                   uint32_t shares, EntryScratch* scratch) {
+  const int thread = threadIdx.x, channel = thread * 2;
+  const int64_t s = block / shares;
+  const int share = static_cast<int>(block - static_cast<uint32_t>(s) * shares);
+  const Segment segment = call.segment(s);
+  if (segment.count == 0) return;
+  const int64_t first_entry = call.first_entry(segment), entry = first_entry + share;
+  const int64_t first_kept = max(segment.start, segment.end() - call.rows_a);
+  const int64_t row = call.closes(segment, entry) ? call.entry_row(segment.slot, entry) : -1;
+  if (row < 0 && share > 0) return;
+  const PairOfSums sums = take_window<T>(call, s, segment, entry, share == 0 ? first_kept : segment.end(), channel);
+  if (row >= 0) {
+    PairConstants constants;
+    constants.load(call, s * call.windows + share, thread);
+    finish_entry(call, record, constants, row, thread, sums.mean(), scratch);
+  }
+  if (share > 0) return;
+  // The first share, which has read what it needs of the tail, writes it.
+  int64_t kept = static_cast<uint32_t>(first_kept) / static_cast<uint32_t>(call.ratio);
+  for (kept = max(kept, first_entry + 1); kept * call.ratio < segment.end(); ++kept) {
+    take_window<T>(call, s, segment, kept, first_kept, channel);
+  }
+}
+
 template <typename T, bool kOneToken>
 __global__ void __launch_bounds__(kRunningThreads)
     running_kernel(const __grid_constant__ Compress call, const __grid_constant__ RecordRows record, const uint32_t shares) {
   __shared__ EntryScratch scratch;
-  const int thread = threadIdx.x, channel = thread * 2;
-  if constexpr (kOneToken) {
-    const int64_t s = blockIdx.x;
-    PairOfToken<T> token;
-    token.load(call, s, channel);
-    PairConstants constants;
-    constants.load(call, s, thread);
-    const Segment segment = call.segment(s);
-    if (segment.count == 0) return;
-    token.load_ape(call, segment.start, channel);
-    const int64_t entry = call.first_entry(segment), offset = segment.start - entry * call.ratio;
-    PairOfSums sums;
-    sums.load(PairOfSums::at(call, segment.slot, offset ? segment.start - 1 : segment.start, channel));
-    const bool closes = offset + 1 == call.ratio;
-    const int64_t row = closes ? call.entry_row(segment.slot, entry) : -1;
-    if (offset == 0) {
-      sums.start(token.k(), token.z());
-    } else {
-      sums.enter(token.k(), token.z());
-    }
-    if (!closes) return sums.store(PairOfSums::at(call, segment.slot, segment.start, channel));
-    if (row >= 0) finish_entry(call, record, constants, row, thread, sums.mean(), &scratch);
-    return;
+  if (kOneToken) {
+    take_running_token<T>(call, record, blockIdx.x, &scratch);
   } else {
-    const int64_t s = blockIdx.x / shares;
-    const int share = static_cast<int>(blockIdx.x - static_cast<uint32_t>(s) * shares);
-    const Segment segment = call.segment(s);
-    if (segment.count == 0) return;
-    const int64_t first_entry = call.first_entry(segment), entry = first_entry + share;
-    const int64_t first_kept = max(segment.start, segment.end() - call.rows_a);
-    const int64_t row = call.closes(segment, entry) ? call.entry_row(segment.slot, entry) : -1;
-    if (row < 0 && share > 0) return;
-    const PairOfSums sums = take_window<T>(call, s, segment, entry, share == 0 ? first_kept : segment.end(), channel);
-    if (row >= 0) {
-      PairConstants constants;
-      constants.load(call, s * call.windows + share, thread);
-      finish_entry(call, record, constants, row, thread, sums.mean(), &scratch);
-    }
-    if (share > 0) return;
-    // The first share, which has read what it needs of the tail, writes it.
-    int64_t kept = static_cast<uint32_t>(first_kept) / static_cast<uint32_t>(call.ratio);
-    for (kept = max(kept, first_entry + 1); kept * call.ratio < segment.end(); ++kept) {
-      take_window<T>(call, s, segment, kept, first_kept, channel);
-    }
+    take_running_share<T>(call, record, blockIdx.x, shares, &scratch);
   }
 }
 

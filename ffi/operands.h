@@ -19,12 +19,17 @@ class Operands {
  public:
   using Shape = std::vector<int64_t>;
 
-  Operands(const char* op, ffi::RemainingArgs args) : op_(op), args_(args) {}
+  Operands(const char* op, ffi::RemainingArgs args) : op_(op), args_(args), end_(args.size()) {}
 
   ffi::Error error() const { return error_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(error_); }
   bool ok() const { return error_.empty(); }
-  size_t left() const { return args_.size() - next_; }
+  size_t left() const { return end_ - next_; }  // of the part
   ffi::DataType dtype() const { return dtype_; }  // of the operand taken last
+
+  // Begins a part of n operands, for a call that is made of several.
+  void begin_part(size_t n) { first_ = data_.size(), end_ = next_ + n; }
+  // The operands taken since the part began are updated in place.
+  void updated() { updated_.insert(updated_.end(), data_.begin() + first_, data_.end()); }
 
   // The shape of an operand that is still to be taken.
   Shape shape_of_next(size_t ahead = 0) const {
@@ -64,11 +69,11 @@ class Operands {
     if (error_.empty()) error_ = std::string(op_) + ": got " + got + "; expected " + expected + ".";
   }
 
-  // The first results are the first operands, updated in place; elsewhere they would lack the rows a call leaves alone.
+  // The results are the operands updated in place, in order; elsewhere they would lack the rows a call leaves alone.
   ffi::Error expect_in_place(ffi::RemainingRets results) const {
-    for (size_t i = 0; i < results.size(); ++i) {
+    for (size_t i = 0; i < std::max(results.size(), updated_.size()); ++i) {
       auto result = results.get<ffi::AnyBuffer>(i);
-      if (!result.has_value() || i >= data_.size() || (*result)->untyped_data() != data_[i]) {
+      if (!result.has_value() || i >= updated_.size() || (*result)->untyped_data() != updated_[i]) {
         return ffi::Error::Internal(std::string(op_) + ": result " + std::to_string(i) +
                                     " and its operand are different buffers; they must alias.");
       }
@@ -97,9 +102,9 @@ class Operands {
 
   const char* op_;
   ffi::RemainingArgs args_;
-  size_t next_ = 0;
+  size_t next_ = 0, end_, first_ = 0;  // operands: the next, the end of the part; the first of the part in data_
   ffi::DataType dtype_ = ffi::DataType::INVALID;
-  std::vector<void*> data_;
+  std::vector<void*> data_, updated_;
   std::string error_;
 };
 

@@ -84,17 +84,30 @@ def _in_native(
     layer: int | None,
     one_token_per_slot: bool,
 ) -> SWARing:
-    roles = resolve_writes(slots, positions, ring.head.shape[-1], ring.pos.shape[-1], one_token_per_slot)
+    inputs = fused_operands(ring, kv, norm, cos, sin, slots, positions, one_token_per_slot=one_token_per_slot)
     arrays = jax.tree.leaves(ring)
     results = jax.ffi.ffi_call(
         "dsv4_append_swa_fused",
         tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays),
         input_output_aliases={i: i for i in range(len(arrays))},
-    )(
-        *arrays, kv, slots, positions, roles, norm, cos, sin,
-        layer=np.int64(-1 if layer is None else layer), eps=np.float32(eps),
-    )  # fmt: skip
+    )(*arrays, *inputs, layer=np.int64(-1 if layer is None else layer), eps=np.float32(eps))
     return SWARing(*results)
+
+
+def fused_operands(
+    ring: SWARing,
+    kv: Array,
+    norm: Array,
+    cos: Array,
+    sin: Array,
+    slots: Array,
+    positions: Array,
+    *,
+    one_token_per_slot: bool,
+) -> list[Array]:
+    """The native operation's operands after the ring's arrays."""
+    roles = resolve_writes(slots, positions, ring.head.shape[-1], ring.pos.shape[-1], one_token_per_slot)
+    return [kv, slots, positions, roles, norm, cos, sin]
 
 
 def _check(ring: SWARing, kv: Array, norm: Array, cos: Array, sin: Array) -> None:

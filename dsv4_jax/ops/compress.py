@@ -90,6 +90,19 @@ def _compress_native(
     name: str,
     **attributes: Any,
 ) -> tuple[Any, Tail]:
+    state, structure = jax.tree.flatten((stored, tail))
+    results = jax.ffi.ffi_call(
+        name,
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state),
+        input_output_aliases={i: i for i in range(len(state))},
+    )(*state, *compress_operands(kv, gate, weights, segments, table), **attributes)
+    return jax.tree.unflatten(structure, results)
+
+
+def compress_operands(
+    kv: Array, gate: Array, weights: CompressorWeights, segments: Segments, table: Array
+) -> list[Array]:
+    """The native operations' operands after the arrays of pool and tail."""
     ratio = weights.ape.shape[0]
     windows = (segments.tokens.shape[1] - 1) // ratio + 1
     entries = segments.starts[:, None] // ratio + jnp.arange(windows, dtype=jnp.int32)[None]
@@ -100,16 +113,8 @@ def _compress_native(
     if segments.tokens.shape[1] == 1:
         # Token s is that of segment s, and nobody reads `tokens`; XLA would count them anew in a launch for every call.
         segments = segments._replace(tokens=segments.slots[:, None])
-    state, structure = jax.tree.flatten((stored, tail))
-    results = jax.ffi.ffi_call(
-        name,
-        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state),
-        input_output_aliases={i: i for i in range(len(state))},
-    )(
-        *state, kv, gate, weights.ape, weights.norm, cos, sin, segments.slots, segments.starts, segments.counts,
-        segments.tokens, table, **attributes,
-    )  # fmt: skip
-    return jax.tree.unflatten(structure, results)
+    where = (segments.slots, segments.starts, segments.counts, segments.tokens, table)
+    return [kv, gate, weights.ape, weights.norm, cos, sin, *where]
 
 
 def _dispatch(

@@ -30,6 +30,7 @@ _HANDLERS = {
         "dsv4_read_window": "Dsv4ReadWindow",
         "dsv4_set_rows": "Dsv4SetRows",
         "dsv4_sinkhorn": "Dsv4Sinkhorn",
+        "dsv4_write_layer": "Dsv4WriteLayer",
     },
     "cuda": {
         "dsv4_append_swa": "Dsv4AppendSwa",
@@ -39,6 +40,7 @@ _HANDLERS = {
         "dsv4_read_entries": "Dsv4ReadEntries",
         "dsv4_read_keys": "Dsv4ReadKeys",
         "dsv4_read_window": "Dsv4ReadWindow",
+        "dsv4_write_layer": "Dsv4WriteLayer",
     },
 }
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
