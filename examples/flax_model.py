@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax import DSV4Config, KVCacheManager
-from dsv4_jax.cache.handle import ClassicalView, LayerCacheHandle, SWAView
+from dsv4_jax.cache.handle import LayerCacheHandle
+from dsv4_jax.cache.views import ClassicalView, SWAView
 from dsv4_jax.ops.compress import CompressorWeights
 from dsv4_jax.ops.fp4 import hadamard
 

@@ -1,52 +1,35 @@
 """A layer's view of the cache inside a step: what a model writes to and reads from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ..ops.append_swa import append_swa
+from ..ops.append_swa import SWARing, append_swa
+from ..ops.append_swa_fused import append_swa_fused
 from ..ops.compress import CompressorWeights, compress, compress_indexer
 from ..ops.ordering import after as ordered_after
 from ..ops.read_entries import read_entries, read_keys
 from ..ops.read_window import read_window
 from ..ops.record import Record, decode_record, encode_record
+from ..ops.rms_norm import rms_norm
+from ..ops.rope import apply_rope
 from ..ops.segments import per_token, to_segments
+from ..ops.write_layer import ONE_LAUNCH, Projections, RawWindow
 from .kv_cache import KVCache
+from .layer_writes import write_at_once
 from .paged_cache import PagedKVPool
 from .plan import StepPlan
 from .schema import CacheSchema
 from .state_cache import StateCachePool
+from .views import ClassicalView, IndexerView, SWAView
 
 Array = jax.Array
 T = TypeVar("T")
-
-
-class SWAView(NamedTuple):
-    """The sliding window of every token. S segments (S = T in a decode step), N rows, T tokens."""
-
-    kv: Array  # (S, N, head_dim), zero where no token of the segment sees the row
-    positions: Array  # (S, N) int32, -1 where the row holds nothing
-    valid: Array  # (T, N) bool: whether the token sees the row of its segment
-
-
-class ClassicalView(NamedTuple):
-    """Compressed entries: all of a request (shared by its segment), or those selected for each token."""
-
-    kv: Array  # (S, E, head_dim), or (T, K, head_dim) when selected
-    positions: Array  # (S, E) or (T, K) int32: position of the entry's first token, -1 where there is no entry
-    valid: Array  # (T, E) or (T, K) bool: whether the token sees it
-
-
-class IndexerView(NamedTuple):
-    """Indexer keys of all entries of a request."""
-
-    keys: Array  # (S, E, index_head_dim) float32
-    positions: Array  # (S, E) int32, -1 where there is no entry
-    valid: Array  # (T, E) bool
 
 
 @partial(
@@ -111,17 +94,42 @@ class LayerCacheHandle:
         after: what was computed from `read_swa_view(kv)`, so that the update can come after the read. Raises ValueError
         for another shape or dtype.
         """
-        self._check("kv", kv, self.schema.head_dim)
+        return self._write_window(append_swa, (kv,), lambda: kv, after)
+
+    def write_swa_fused(
+        self, kv: Array, norm: Array, cos: Array, sin: Array, *, eps: float = 1e-6, after: Array | None = None
+    ) -> "LayerCacheHandle":
+        """As `write_swa`, of the raw output of the wkv projection: RMSNorm, RoPE and the write in one operation.
+
+        kv (T, head_dim) float32 | bfloat16; norm (head_dim,), the RMSNorm weight, cos and sin (T, rope_dim // 2) of the
+        tokens' positions, float32; normed and rotated in float32. Raises as `write_swa`, TypeError for norm, cos or sin
+        of another dtype.
+        """
+
+        def values() -> Array:
+            return apply_rope(rms_norm(kv.astype(jnp.float32), norm, eps=eps), cos, sin)
+
+        return self._write_window(partial(append_swa_fused, eps=eps), (kv, norm, cos, sin), values, after)
+
+    def _write_window(
+        self,
+        append: Callable[..., SWARing],
+        inputs: tuple[Array, ...],
+        values: Callable[[], Array],
+        after: Array | None,
+    ) -> "LayerCacheHandle":
+        """append(ring, *inputs, slots, positions), which stores values()."""
+        self._check("kv", inputs[0], self.schema.head_dim)
         pending = None
         slots = jnp.asarray(self.plan.slots)
         if not self.plan.one_token_per_slot:
             if after is None:
-                pending = self.read_swa_view(kv)
+                pending = self.read_swa_view(values())
                 after = pending.kv
             slots = ordered_after(slots, after)
-        ring = append_swa(
+        ring = append(
             self.cache.state[self.schema.kind].ring,
-            kv,
+            *inputs,
             slots,
             jnp.asarray(self.plan.positions),
             layer=self._index,
@@ -168,12 +176,8 @@ class LayerCacheHandle:
         Raises ValueError for another shape or dtype or an SWA layer, RuntimeError when the plan was made without the
         blocks that these entries need.
         """
-        self._need(("csa", "hca"), "compressed entries")
-        self._writable()
-        kind, schema = self.schema.kind, self.schema
-        lanes = 2 if schema.overlap else 1
-        self._check("kv", kv, lanes * schema.head_dim)
-        self._check("gate", gate, lanes * schema.head_dim)
+        self._check_compressor(kv, gate)
+        kind = self.schema.kind
         old = self.cache.state[kind].tail
         assert old is not None  # of these kinds of layers
         entries, tail = compress(
@@ -186,21 +190,68 @@ class LayerCacheHandle:
         self, kv: Array, gate: Array, weights: CompressorWeights, *, eps: float = 1e-6
     ) -> "LayerCacheHandle":
         """As `write_compressed`, for the indexer's keys: kv, gate (T, 2 * index_head_dim); CSA layers only."""
-        self._need(("csa",), "indexer keys")
-        self._writable()
+        self._check_indexer(kv, gate)
         kind, schema = self.schema.kind, self.schema
-        self._check("kv", kv, 2 * schema.index_head_dim)
-        self._check("gate", gate, 2 * schema.index_head_dim)
         keys, tail = compress_indexer(
             _given(self.cache.paged[kind].indexer), _given(self.cache.state[kind].indexer_tail), kv, gate, weights,
             *self._where(), format=schema.indexer_dtype, layer=self._index, eps=eps,
         )  # fmt: skip
         return replace(self, cache=self.cache.with_paged(kind, indexer=keys).with_state(kind, indexer_tail=tail))
 
+    def _check_compressor(self, kv: Array, gate: Array) -> None:
+        self._need(("csa", "hca"), "compressed entries")
+        self._writable()
+        width = (2 if self.schema.overlap else 1) * self.schema.head_dim
+        self._check("kv", kv, width)
+        self._check("gate", gate, width)
+
+    def _check_indexer(self, kv: Array, gate: Array) -> None:
+        self._need(("csa",), "indexer keys")
+        self._writable()
+        self._check("kv", kv, 2 * self.schema.index_head_dim)
+        self._check("gate", gate, 2 * self.schema.index_head_dim)
+
+    def write_layer(
+        self,
+        window: RawWindow,
+        compressor: Projections | None = None,
+        indexer: Projections | None = None,
+        *,
+        eps: float = 1e-6,
+        one_launch: bool = ONE_LAUNCH,
+    ) -> "LayerCacheHandle":
+        """All that a layer writes in a decode step: `write_swa_fused`, `write_compressed`, `write_indexer`.
+
+        compressor: CSA and HCA layers; indexer: CSA layers. one_launch: whether one operation writes it all, with the
+        same bits. Raises as they do, and ValueError for a part too many or too few
+        and for a plan that is not a decode step's.
+        """
+        kind = self.schema.kind
+        for name, part, kinds in (("compressor", compressor, ("csa", "hca")), ("indexer", indexer, ("csa",))):
+            if (part is None) == (kind in kinds):
+                got, expected = ("None", "its projections") if part is None else ("projections", "None")
+                raise ValueError(f"layer {self.layer_idx} is {kind.upper()}: got {got} for {name}, expected {expected}")
+        if not self.plan.one_token_per_slot:
+            raise ValueError(
+                f"layer {self.layer_idx}: write_layer got several tokens of a slot, expected a decode step; "
+                "another reads first, then uses write_swa"
+            )
+        if not one_launch:
+            handle = self if indexer is None else self.write_indexer(*indexer, eps=eps)
+            handle = handle if compressor is None else handle.write_compressed(*compressor, eps=eps)
+            return handle.write_swa_fused(*window, eps=eps)
+        self._check("kv", window.kv, self.schema.head_dim)
+        if compressor is not None:
+            self._check_compressor(compressor.kv, compressor.gate)
+        if indexer is not None:
+            self._check_indexer(indexer.kv, indexer.gate)
+        cache = write_at_once(self.cache, self.layer_idx, window, compressor, indexer, *self._where(), eps=eps)
+        return replace(self, cache=cache)
+
     def _where(self):
         plan = self.plan
-        table = self._table
-        if plan.kept_blocks is not None:
+        table = self.cache.block_table.get(self.schema.kind)
+        if table is not None and plan.kept_blocks is not None:
             column = jnp.arange(table.shape[1], dtype=jnp.int32)[None]
             table = jnp.where(column < jnp.asarray(plan.kept_blocks)[:, None], -1, table)
         return jnp.asarray(plan.slots), jnp.asarray(plan.positions), plan.segments, table

@@ -14,6 +14,7 @@ from ..ops.fp4 import hadamard
 from ..ops.rms_norm import rms_norm
 from ..ops.rope import apply_rope, rope_angles, rope_frequencies
 from ..ops.select_entries import index_scores, select_top_k
+from ..ops.write_layer import Projections, RawWindow
 from .config import DSV4Config
 from .layer_schedule import AttentionType, LayerSpec
 from .layers import Linear, RMSNorm, matmul_precision
@@ -31,9 +32,11 @@ class Compressor(nnx.Module):
         self.norm = RMSNorm(dim, eps=config.rms_norm_eps)
         self.ape = nnx.Param(jnp.zeros((spec.compress_ratio, width), jnp.float32))
 
-    def weights(self, inv_freq: Array) -> CompressorWeights:
-        """What the cache needs to turn projections into entries."""
-        return CompressorWeights(self.ape[...], self.norm.weight[...], inv_freq)
+    def __call__(self, x: Array, inv_freq: Array) -> Projections:
+        """x (T, hidden) -> what the cache needs to turn tokens into entries."""
+        return Projections(
+            self.wkv(x), self.wgate(x), CompressorWeights(self.ape[...], self.norm.weight[...], inv_freq)
+        )
 
 
 class Indexer(nnx.Module):
@@ -100,14 +103,19 @@ class Attention(nnx.Module):
         qr = self.q_norm(self.wq_a(x))
         q = self.wq_b(qr).reshape(x.shape[0], c.num_attention_heads, c.head_dim)
         q = apply_rope(rms_norm(q, eps=c.rms_norm_eps), cos[:, None], sin[:, None])
-        kv = apply_rope(self.norm(self.wkv(x)), cos, sin)
+        raw, norm, eps = self.wkv(x), self.norm.weight[...], c.rms_norm_eps
+        compressor, indexer = self._projections(x)
 
-        handle = self._write_entries(x, handle)
+        fresh = None
+        if handle.plan.one_token_per_slot:
+            handle = handle.write_layer(RawWindow(raw, norm, cos, sin), compressor, indexer, eps=eps)
+        else:
+            handle = handle if indexer is None else handle.write_indexer(*indexer, eps=eps)
+            handle = handle if compressor is None else handle.write_compressed(*compressor, eps=eps)
+            # In float32, as write_layer does it: what is stored does not depend on how a prompt is cut.
+            fresh = apply_rope(rms_norm(raw.astype(jnp.float32), norm, eps=eps), cos, sin)
         groups = self._entries(x, qr, cos, sin, handle)
-        reads_first = not handle.plan.one_token_per_slot
-        if not reads_first:
-            handle = handle.write_swa(kv)
-        window = handle.read_swa_view(kv if reads_first else None)
+        window = handle.read_swa_view(fresh)
         out = attend(
             q,
             (KeyGroup(window.kv, window.valid), *groups),
@@ -115,19 +123,16 @@ class Attention(nnx.Module):
             handle.plan.segments,
             scale=c.head_dim**-0.5,
         )
-        if reads_first:
-            handle = handle.write_swa(kv, after=out)
+        if fresh is not None:
+            handle = handle.write_swa(fresh, after=out)
         return self._project(apply_rope(out, cos[:, None], sin[:, None], inverse=True)), handle
 
-    def _write_entries(self, x: Array, handle: LayerCacheHandle) -> LayerCacheHandle:
-        eps = self.config.rms_norm_eps
-        if self.kind is AttentionType.CSA:
-            part = self.indexer.compressor
-            handle = handle.write_indexer(part.wkv(x), part.wgate(x), part.weights(self.inv_freq), eps=eps)
-        if self.kind is not AttentionType.SWA:
-            part = self.compressor
-            handle = handle.write_compressed(part.wkv(x), part.wgate(x), part.weights(self.inv_freq), eps=eps)
-        return handle
+    def _projections(self, x: Array) -> tuple[Projections | None, Projections | None]:
+        """Of the compressor and of the indexer's, where the layer has them."""
+        if self.kind is AttentionType.SWA:
+            return None, None
+        indexer = self.indexer.compressor(x, self.inv_freq) if self.kind is AttentionType.CSA else None
+        return self.compressor(x, self.inv_freq), indexer
 
     def _entries(self, x: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle) -> tuple[KeyGroup, ...]:
         """The compressed entries each token attends to."""

@@ -59,8 +59,9 @@ def rows() -> list[Callable[[], gpu_timing.Row]]:
     row(gpu_reads.window, "fp8", bf16)
     row(gpu_reads.all_keys, "mxfp4")
     for options in gpu_step.CACHES:
-        row(gpu_step.all_writes, steps=1, options=options, target=200.0)
-        row(gpu_step.all_writes, steps=16, options=options, target=120.0)
+        for one_launch in (False, True):
+            row(gpu_step.all_writes, steps=1, options=options, one_launch=one_launch, target=200.0)
+            row(gpu_step.all_writes, steps=16, options=options, one_launch=one_launch, target=120.0)
     return made
 
 

@@ -1,5 +1,6 @@
 """Rows of the GPU benchmark: what all layers of V4-Flash write in a decode step, and what its cache costs."""
 
+import itertools
 import re
 import time
 
@@ -15,11 +16,13 @@ from dsv4_jax.cache.plan import StepPlan
 from dsv4_jax.cache.records import RECORD_FORMATS
 from dsv4_jax.cache.schema import CacheSchema, build_schema
 from dsv4_jax.ops.compress import CompressorWeights
-from dsv4_jax.ops.rope import rope_frequencies
+from dsv4_jax.ops.rope import rope_angles, rope_frequencies
+from dsv4_jax.ops.write_layer import Projections, RawWindow
 
 Array = jax.Array
 CONFIG = DSV4Config.flash()
 SCHEDULE = build_schedule(CONFIG)
+AT_ONCE = ", one launch a layer"
 CACHES: list[dict] = [{}]
 if "hca_tail" in CacheSchema.__dataclass_fields__:
     CACHES.append({"hca_tail": "running"})
@@ -53,29 +56,28 @@ def step_inputs(batch: int) -> dict:
         name: CompressorWeights(jax.random.normal(next(keys), (ratio, lanes * dim)), jnp.ones(dim), frequencies)
         for name, (ratio, lanes, dim) in sizes.items()
     }
-    return {"projections": projections, "weights": weights}
+    return {"projections": projections, "weights": weights, "frequencies": frequencies}
 
 
-def write_all(cache: KVCache, positions: Array, inputs: dict) -> KVCache:
-    """All that the 43 layers write for a token of every slot."""
+def write_all(cache: KVCache, positions: Array, inputs: dict, one_launch: bool) -> KVCache:
+    """All that the 43 layers write for a token of every slot, in one launch a layer or in one for each part."""
     plan = StepPlan(jnp.arange(positions.shape[0], dtype=jnp.int32), positions)
-    projections, weights = inputs["projections"], inputs["weights"]
+    window = RawWindow(*inputs["projections"]["swa"], jnp.ones(512), *rope_angles(positions, inputs["frequencies"]))
+    parts = {name: Projections(*inputs["projections"][name], weights) for name, weights in inputs["weights"].items()}
     for spec in SCHEDULE:
-        handle, kind = LayerCacheHandle(cache, plan, spec.layer_idx), spec.attn.name.lower()
-        if kind == "csa":
-            handle = handle.write_indexer(*projections["indexer"], weights["indexer"])
-        if kind != "swa":
-            handle = handle.write_compressed(*projections[kind], weights[kind])
-        cache = handle.write_swa(*projections["swa"]).cache
+        kind = spec.attn.name.lower()
+        of_layer = parts.get(kind), parts["indexer"] if kind == "csa" else None
+        handle = LayerCacheHandle(cache, plan, spec.layer_idx)
+        cache = handle.write_layer(window, *of_layer, one_launch=one_launch).cache
     return cache
 
 
-def _program(steps: int, inputs: dict):
+def _program(steps: int, inputs: dict, one_launch: bool):
     """A jitted call of some steps: (cache, positions) -> the same after them; the cache is donated."""
 
     def one(_, state):
         cache, positions = state
-        return write_all(cache, positions, inputs), (positions + 1) % 1000
+        return write_all(cache, positions, inputs, one_launch), (positions + 1) % 1000
 
     def call(state):
         return one(0, state) if steps == 1 else jax.lax.fori_loop(0, steps, one, state)
@@ -88,11 +90,11 @@ def _state(batch: int, options: dict) -> tuple[KVCache, Array]:
     return new_cache(batch, options), jnp.arange(batch, dtype=jnp.int32) * 37 % 900
 
 
-def all_writes(*, steps: int, options: dict, target: float, batch: int = 64) -> Row:
+def all_writes(*, steps: int, options: dict, target: float, one_launch: bool = False, batch: int = 64) -> Row:
     """The writes of a decode step, `steps` of them in one jitted call."""
     return warmed(
-        f"all writes of a V4-Flash step, batch {batch}, {steps} in a call{described(options)}",
-        _program(steps, step_inputs(batch)),
+        f"all writes of a V4-Flash step, batch {batch}, {steps} in a call{described(options)}{AT_ONCE * one_launch}",
+        _program(steps, step_inputs(batch), one_launch),
         _state(batch, options),
         per=steps,
         target=target,
@@ -102,12 +104,12 @@ def all_writes(*, steps: int, options: dict, target: float, batch: int = 64) -> 
 
 def report_program(batch: int = 64) -> None:
     """Compile time of a step, and the launches that its program has in a layer."""
-    for options in CACHES:
-        lowered = _program(1, step_inputs(batch)).lower(_state(batch, options))
+    for options, one_launch in itertools.product(CACHES, (False, True)):
+        lowered = _program(1, step_inputs(batch), one_launch).lower(_state(batch, options))
         start = time.perf_counter()
         compiled = lowered.compile()
         took = time.perf_counter() - start
-        text, name = compiled.as_text(), f"43-layer step{described(options)}"
+        text, name = compiled.as_text(), f"43-layer step{described(options)}{AT_ONCE * one_launch}"
         calls = re.findall(r'custom_call_target="(dsv4_\w+)"', text)
         fact(f"{name}: compile time", took, "s")
         fact(f"{name}: native launches", len(calls), "")

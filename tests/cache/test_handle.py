@@ -13,11 +13,14 @@ from dsv4_jax.ops.fp8 import dequantise_fp8, quantise_fp8
 from dsv4_jax.ops.record import pack_records, unpack_records
 from dsv4_jax.ops.rms_norm import rms_norm
 from dsv4_jax.ops.rope import apply_rope, rope_angles
+from dsv4_jax.ops.write_layer import Projections, RawWindow
 
 SWA, CSA, HCA = 0, 1, 2
 
 
 write_swa = jax.jit(LayerCacheHandle.write_swa)
+write_fused = jax.jit(LayerCacheHandle.write_swa_fused)
+write_layer = jax.jit(LayerCacheHandle.write_layer, static_argnames="one_launch")
 write_compressed = jax.jit(LayerCacheHandle.write_compressed)
 read_window = jax.jit(LayerCacheHandle.read_swa_view)
 read_entries = jax.jit(LayerCacheHandle.read_classical_view)
@@ -78,6 +81,71 @@ def test_several_tokens_of_a_slot(make, rng, tokens):
     again = read_window(LayerCacheHandle(handle.cache, handle.plan, SWA))
     newest = np.asarray(again.positions[0])
     assert sorted(newest[newest >= 0]) == list(range(max(0, 56 + tokens - 128), 56 + tokens))
+
+
+def fused_inputs(rng, positions):
+    """kv as the projection gives it, norm, cos and sin; and kv normed and rotated."""
+    raw, norm = random(rng, len(positions), 512), 1 + 0.1 * random(rng, 512)
+    angles = rope_angles(jnp.asarray(positions, jnp.int32), jnp.asarray(1e4 ** -(np.arange(32) / 32), jnp.float32))
+    return (raw, norm, *angles), apply_rope(rms_norm(raw, norm, eps=1e-6), *angles)
+
+
+def test_the_fused_write_is_the_plain_one_of_what_is_normed_and_rotated(make, rng):
+    """Both in a decode step and in one that brings several tokens, which reads first or is kept what it needs."""
+    manager = make(cache_dtype="fp32")  # stored exactly
+    slots = [manager.admit_request(), manager.admit_request()]
+    for positions in (np.arange(10), np.arange(10, 11)):
+        inputs, kv = fused_inputs(rng, np.tile(positions, 2))
+        handle = manager.acquire(SWA, np.repeat(slots, len(positions)), np.tile(positions, 2))
+        fused, plain = write_fused(handle, *inputs), write_swa(handle, kv)
+        assert (fused.pending is None) == (len(positions) == 1)
+        chex.assert_trees_all_close(fused, plain, rtol=1e-5, atol=1e-6)
+        manager.cache = fused.cache
+
+
+def layer_inputs(rng, weights, layer, positions):
+    """What a layer's write_layer takes, and write_swa of the same window."""
+    inputs, kv = fused_inputs(rng, positions)
+
+    def of(ratio, dim, lanes):
+        return Projections(*(random(rng, len(positions), lanes * dim) for _ in range(2)), weights(ratio, dim, lanes))
+
+    parts = {SWA: (), CSA: (of(4, 512, 2), of(4, 128, 2)), HCA: (of(128, 512, 1),)}[layer]
+    return (RawWindow(*inputs), *parts), kv
+
+
+@pytest.mark.parametrize("layer", [SWA, CSA, HCA], ids=["swa", "csa", "hca"])
+def test_a_layer_writes_at_once_what_its_parts_write(make, rng, weights, layer, same):
+    manager = make()
+    slots = [manager.admit_request(), manager.admit_request()]
+    for slot in slots * 2 if layer != SWA else ():
+        manager.allocate_block(layer, slot)
+    for start in (126, 127, 3):
+        positions = [start, start + 1]
+        inputs, _ = layer_inputs(rng, weights, layer, positions)
+        handle = manager.acquire(layer, [*slots], positions)
+        at_once, parts = (write_layer(handle, *inputs, one_launch=x) for x in (True, False))
+        assert same(at_once.cache, parts.cache)
+        assert not same(at_once.cache, manager.cache)
+        manager.cache = at_once.cache
+
+
+def test_a_layer_takes_what_belongs_to_it(make, rng, weights):
+    manager = make()
+    slot = manager.admit_request()
+    manager.allocate_block(CSA, slot)
+    (window, compressor, indexer), _ = layer_inputs(rng, weights, CSA, [0])
+    with pytest.raises(ValueError, match="layer 1 is CSA: got None for indexer, expected its projections"):
+        manager.acquire(CSA, [slot], [0]).write_layer(window, compressor)
+    with pytest.raises(ValueError, match="layer 0 is SWA: got projections for compressor, expected None"):
+        manager.acquire(SWA, [slot], [0]).write_layer(window, compressor)
+    for one_launch in (True, False):
+        with pytest.raises(ValueError, match=r"layer 1: gate has shape \(1, 1024\), expected \(1, 256\)"):
+            manager.acquire(CSA, [slot], [0]).write_layer(
+                window, compressor, compressor._replace(kv=indexer.kv), one_launch=one_launch
+            )
+        with pytest.raises(ValueError, match="several tokens of a slot, expected a decode step"):
+            manager.acquire(CSA, [slot] * 2, [0, 1]).write_layer(window, compressor, indexer, one_launch=one_launch)
 
 
 def reference_entries(kv, gate, weights, ratio, overlap, eps=1e-6):
