@@ -128,7 +128,7 @@ class Session:
         self.texts[slot] = text
         self.lengths[slot] = self.floors[slot] = self.restored[slot] = start
         self.hits += start > 0
-        self._go_on_with(slot, seed)
+        self.world.renew(self, slot)
         self._done()
 
     def share(self, which: int, change: int, seed: int) -> None:
@@ -137,11 +137,26 @@ class Session:
             return
         if len(self.lengths) == self.slots:
             self.release(which + 1)
-        left = -self.lengths[slot] % self.config.block_size
-        self.chunk(tuple(left * (s == slot) for s in range(self.slots)), seed)
-        self.keep(self._rank(slot))
-        self.admit_like(-1, self.limit, change, seed)
+        end = self._keep_block(slot, -self.lengths[slot] % self.config.block_size, seed)
+        if change and end:
+            # The same blocks after another beginning are other blocks: kept under it, they are found only after it.
+            before = set(self.lengths)
+            self.admit_like(-1, self.limit, min(change, end - 1), seed)
+            for other in set(self.lengths) - before:
+                while (left := end - self.lengths[other]) > 0 and self._keep_block(other, min(left, 12), seed):
+                    pass
+                self.release(self._rank(other))
+        self.admit_like(-1, self.limit, 0, seed + 1)
         self.decode((True,) * self.slots, seed)
+
+    def _keep_block(self, slot: int, n: int, seed: int) -> int:
+        """Brings n tokens of a slot and keeps its blocks -> its length; 0 where the blocks did not suffice."""
+        end = self.lengths[slot] + n
+        self.chunk(tuple(n * (s == slot) for s in range(self.slots)), seed)
+        if self.lengths[slot] != end:
+            return 0
+        self.keep(self._rank(slot))
+        return end
 
     def chunk(self, counts: tuple[int, ...], seed: int) -> None:
         """counts[slot] tokens for every running request in one step, in any order, with padding anywhere."""
