@@ -111,7 +111,7 @@ struct LaneNormaliser {
       a += __shfl_xor_sync(0xFFFFFFFFu, a, step);
       b += __shfl_xor_sync(0xFFFFFFFFu, b, step);
     }
-    const float scale = inverse_sqrt(divide(a + b, static_cast<float>(kWidth)) + eps);
+    const float scale = inverse_sqrt((a + b) * (1.0f / kWidth) + eps);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       first[i] = first[i] * scale * first_weight[i];

@@ -262,7 +262,7 @@ __device__ __forceinline__ void normalise(const Compress& call, const EntryConst
     squares = (scratch->squares[0] + scratch->squares[1 % kWarps]) +
               (scratch->squares[2 % kWarps] + scratch->squares[3 % kWarps]);
   }
-  const float scale = inverse_sqrt(divide(squares, static_cast<float>(kDim)) + call.eps);
+  const float scale = inverse_sqrt(squares * (1.0f / kDim) + call.eps);
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) v->x[c] = v->x[c] * scale * constants.weight.x[c];
   if (channel >= kNopeDim) {

@@ -13,7 +13,7 @@
 
 namespace dsv4 {
 
-constexpr int kRunningThreads = 256;  // two channels each
+constexpr int kRunningRatio = 128, kRunningThreads = 256;  // two channels each
 
 // Two channels of a token: kv, and gate with ape added.
 template <typename T>
@@ -25,9 +25,8 @@ struct PairOfToken {
     kv.load(call.kv, token * kEntryDim + channel);
     gate.load(call.gate, token * kEntryDim + channel);
   }
-  __device__ __forceinline__ void load_ape(const Compress& call, int64_t position, int channel) {
-    const int64_t row = static_cast<uint32_t>(position) % static_cast<uint32_t>(call.ratio);
-    ape = __ldg(reinterpret_cast<const float2*>(call.ape + row * kEntryDim + channel));
+  __device__ __forceinline__ void load_ape(const Compress& call, uint32_t offset, int channel) {  // within the window
+    ape = __ldg(reinterpret_cast<const float2*>(call.ape + offset * kEntryDim + channel));
   }
   __device__ __forceinline__ float2 k() const { return kv.values(); }
   __device__ __forceinline__ float2 z() const {
@@ -41,7 +40,7 @@ struct PairOfSums {
   RunningSums first, second;
 
   static __device__ __forceinline__ float* at(const Compress& call, int64_t slot, int64_t position, int channel) {
-    const int64_t row = static_cast<uint32_t>(position) % static_cast<uint32_t>(call.rows_a);
+    const uint32_t row = call.modulo_a(static_cast<uint32_t>(position));
     return call.sums + (slot * call.rows_a + row) * kRunningSums * kEntryDim + channel;
   }
   __device__ __forceinline__ void load(const float* from) {
@@ -71,36 +70,44 @@ struct PairOfSums {
 };
 
 // The sums after the segment's tokens of a window; those after tokens from position `first_kept` on go into the tail.
+// All threads call together; `token_of` is theirs to use.
 template <typename T>
 __device__ __forceinline__ PairOfSums take_window(const Compress& call, int64_t s, const Segment& segment, int64_t entry,
-                                                  int64_t first_kept, int channel) {
+                                                  int64_t first_kept, int channel, int32_t (&token_of)[kRunningRatio]) {
   constexpr int kAhead = 8;  // tokens on their way
-  const int64_t begin = max(segment.start, entry * call.ratio), end = min(segment.end(), (entry + 1) * call.ratio);
+  const auto first = static_cast<int32_t>(entry * kRunningRatio);
+  const auto begin = max(static_cast<int32_t>(segment.start), first) - first;  // within the window
+  const auto end = static_cast<int32_t>(min(segment.end() - first, int64_t{kRunningRatio}));
+  const auto kept = static_cast<int32_t>(max(first_kept - first, int64_t{0}));
+  __syncthreads();
+  if (const int i = begin + threadIdx.x; i < end) {
+    token_of[i] = static_cast<int32_t>(call.token(s, first + i - segment.start));
+  }
+  __syncthreads();
   PairOfSums sums = {};
-  if (begin != entry * call.ratio) sums.load(PairOfSums::at(call, segment.slot, begin - 1, channel));
+  if (begin > 0) sums.load(PairOfSums::at(call, segment.slot, first + begin - 1, channel));
   PairOfToken<T> tokens[kAhead];
-  const auto load = [&](PairOfToken<T>& token, int64_t position) {
-    if (position >= end) return;
-    token.load(call, call.token(s, position - segment.start), channel);
-    token.load_ape(call, position, channel);
+  const auto load = [&](PairOfToken<T>& token, int i) {
+    if (i >= end) return;
+    token.load(call, token_of[i], channel);
+    token.load_ape(call, i, channel);
   };
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) load(tokens[i], begin + i);
 #pragma unroll 1
-  for (int64_t position = begin; position < end; position += kAhead) {
+  for (int at = begin; at < end; at += kAhead) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int64_t at = position + i;
-      if (at >= end) break;
+      if (at + i >= end) break;
       const float2 k = tokens[i].k(), z = tokens[i].z();
-      load(tokens[i], at + kAhead);
-      if (at == entry * call.ratio) {
+      load(tokens[i], at + i + kAhead);
+      if (at + i == 0) {
         sums.start(k, z);
       } else {
         sums.enter(k, z);
       }
-      if (at >= first_kept && at + 1 != (entry + 1) * call.ratio) {
-        sums.store(PairOfSums::at(call, segment.slot, at, channel));
+      if (at + i >= kept && at + i + 1 < kRunningRatio) {
+        sums.store(PairOfSums::at(call, segment.slot, first + at + i, channel));
       }
     }
   }
@@ -118,18 +125,21 @@ __device__ __forceinline__ void take_running_token(const Compress& call, const R
   constants.load(call, s, thread);
   const Segment segment = call.segment(s);
   if (segment.count == 0) return;
-  token.load_ape(call, segment.start, channel);
-  const int64_t entry = call.first_entry(segment), offset = segment.start - entry * call.ratio;
+  const auto position = static_cast<uint32_t>(segment.start), offset = position % kRunningRatio;
+  const uint32_t entry = position / kRunningRatio;
+  token.load_ape(call, offset, channel);
   PairOfSums sums;
   sums.load(PairOfSums::at(call, segment.slot, offset ? segment.start - 1 : segment.start, channel));
-  const bool closes = offset + 1 == call.ratio;
-  const int64_t row = closes ? call.entry_row(segment.slot, entry) : -1;
+  const bool closes = offset == kRunningRatio - 1;
+  EntryPlace place = {};
+  if (closes) place = call.look_up(segment.slot, entry);
   if (offset == 0) {
     sums.start(token.k(), token.z());
   } else {
     sums.enter(token.k(), token.z());
   }
   if (!closes) return sums.store(PairOfSums::at(call, segment.slot, segment.start, channel));
+  const int64_t row = call.row_of(place);
   if (row >= 0) finish_entry(call, record, constants, row, thread, sums.mean(), scratch);
 }
 
@@ -137,6 +147,7 @@ __device__ __forceinline__ void take_running_token(const Compress& call, const R
 template <typename T>
 __device__ __forceinline__ void take_running_share(const Compress& call, const RecordRows& record, uint32_t block,
                                                    uint32_t shares, EntryScratch* scratch) {
+  __shared__ int32_t token_of[kRunningRatio];
   const int thread = threadIdx.x, channel = thread * 2;
   const int64_t s = block / shares;
   const int share = static_cast<int>(block - static_cast<uint32_t>(s) * shares);
@@ -146,7 +157,8 @@ __device__ __forceinline__ void take_running_share(const Compress& call, const R
   const int64_t first_kept = max(segment.start, segment.end() - call.rows_a);
   const int64_t row = call.closes(segment, entry) ? call.entry_row(segment.slot, entry) : -1;
   if (row < 0 && share > 0) return;
-  const PairOfSums sums = take_window<T>(call, s, segment, entry, share == 0 ? first_kept : segment.end(), channel);
+  const PairOfSums sums = take_window<T>(call, s, segment, entry, share == 0 ? first_kept : segment.end(), channel,
+                                         token_of);
   if (row >= 0) {
     PairConstants constants;
     constants.load(call, s * call.windows + share, thread);
@@ -154,9 +166,9 @@ __device__ __forceinline__ void take_running_share(const Compress& call, const R
   }
   if (share > 0) return;
   // The first share, which has read what it needs of the tail, writes it.
-  int64_t kept = static_cast<uint32_t>(first_kept) / static_cast<uint32_t>(call.ratio);
-  for (kept = max(kept, first_entry + 1); kept * call.ratio < segment.end(); ++kept) {
-    take_window<T>(call, s, segment, kept, first_kept, channel);
+  const int64_t first_touched = max(first_kept / kRunningRatio, first_entry + 1);
+  for (int64_t e = first_touched; e * kRunningRatio < segment.end(); ++e) {
+    take_window<T>(call, s, segment, e, first_kept, channel, token_of);
   }
 }
 

@@ -75,7 +75,7 @@ __device__ __forceinline__ void finish_entry(const Compress& call, const RecordR
   const float4 low = *reinterpret_cast<const float4*>(scratch->squares);
   const float4 high = *reinterpret_cast<const float4*>(scratch->squares + 4);
   squares = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
-  const float scale = inverse_sqrt(divide(squares, static_cast<float>(kEntryDim)) + call.eps);
+  const float scale = inverse_sqrt(squares * (1.0f / kEntryDim) + call.eps);
   v = make_float2(v.x * scale * constants.weight.x, v.y * scale * constants.weight.y);
   const bool is_rope = thread >= kEntryNopeDim / 2;
   if (is_rope) {

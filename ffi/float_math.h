@@ -49,7 +49,7 @@ DSV4_HOST_DEVICE float exp_of_negative(float x) {
 // 1 / sqrt(x), each operation rounded.
 DSV4_HOST_DEVICE float inverse_sqrt(float x) {
 #ifdef __CUDA_ARCH__
-  return __fdiv_rn(1.0f, __fsqrt_rn(x));
+  return __frcp_rn(__fsqrt_rn(x));
 #else
   return 1.0f / std::sqrt(x);
 #endif
