@@ -45,12 +45,15 @@ def rows() -> list[Callable[[], gpu_timing.Row]]:
     row(gpu_writes.compress_decode, 4, 512, 64, True, form="fp8_ue8m0")
     row(gpu_writes.compress_decode, 128, 512, 64, True, target=13.0, layers=20)
     row(gpu_writes.compress_decode, 128, 512, 64, False, target=1.5, layers=20)
+    row(gpu_writes.compress_decode, 128, 512, 64, True, running=True, target=2.5, layers=20)
+    row(gpu_writes.compress_decode, 128, 512, 64, False, running=True, target=1.5, layers=20)
     for batch in (64, 256):
         row(gpu_writes.compress_decode, 4, 128, batch, True, keys="nvfp4")
     row(gpu_writes.compress_decode, 4, 128, 64, False, keys="nvfp4")
     for dtype in (f32, bf16):
         row(gpu_writes.compress_prefill, 4, 512, 8192, dtype, target=22.0)
         row(gpu_writes.compress_prefill, 128, 512, 8192, dtype)
+        row(gpu_writes.compress_prefill, 128, 512, 8192, dtype, running=True)
         row(gpu_writes.compress_prefill, 4, 128, 8192, dtype, keys="nvfp4", layers=16)
     row(gpu_writes.compress_prefill, 4, 512, 8192, f32, per_slot=128)
     for form in ("fp8", "fp8_ue8m0"):

@@ -12,6 +12,7 @@ from dsv4_jax.ops.append_swa import SWARing, append_swa
 from dsv4_jax.ops.append_swa_fused import append_swa_fused
 from dsv4_jax.ops.compress import CompressorTail, CompressorWeights, compress, compress_indexer
 from dsv4_jax.ops.rope import rope_frequencies
+from dsv4_jax.ops.running_tail import RunningTail, running_rows
 from dsv4_jax.ops.segments import Segments, one_token_segments
 
 Array = jax.Array
@@ -26,14 +27,18 @@ def new_ring(layers: int, slots: int, rows: int = 128, form: str = "fp8") -> SWA
     return SWARing(*record, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape[:-1], jnp.int32))
 
 
-def repeated(operation: Callable, layers: int, steps: int):
-    """A jitted program of `steps` times all layers: operation(state, layer) -> state; the state is donated."""
+def repeated(operation: Callable, layers: int, steps: int, rounds: int = 1):
+    """A jitted program of `steps` times `rounds` times all layers: operation(state, layer) -> state, which is donated.
+
+    The rounds are unrolled: an iteration of the loop costs some 22 us on an H200, as much as many small calls.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run(state, operands):
         def step(_, state):
-            for layer in range(layers):
-                state = operation(state, layer, operands)
+            for _ in range(rounds):
+                for layer in range(layers):
+                    state = operation(state, layer, operands)
             return state
 
         return jax.lax.fori_loop(0, steps, step, state)
@@ -70,20 +75,20 @@ def append_prefill(dtype, fused: bool, tokens: int = 65536, layers: int = 8, for
     )
 
 
-def append_decode(tokens: int, fused: bool, layers: int = 43, steps: int = 8) -> Row:
+def append_decode(tokens: int, fused: bool, layers: int = 43, rounds: int = 3, steps: int = 3) -> Row:
     inputs = append_inputs(tokens, jnp.bfloat16, 0)
     at = jnp.arange(tokens, dtype=jnp.int32)
 
     def operation(ring, layer, inputs):
         return appender(fused, layer=layer, one_token_per_slot=True)(ring, inputs, at, at + 130)
 
-    run = repeated(operation, layers, steps)
+    run = repeated(operation, layers, steps, rounds)
     name = f"append_swa{' fused' * fused}, decode, {tokens} tokens"
-    return warmed(name, lambda r: run(r, inputs), new_ring(layers, tokens), per=layers * steps, target=1.5)
+    return warmed(name, lambda r: run(r, inputs), new_ring(layers, tokens), per=layers * rounds * steps, target=1.5)
 
 
-def new_compressor(ratio: int, dim: int, layers: int, slots: int, blocks: int, keys: str | None, form: str = "fp8"):
-    """A pool, tails of random numbers and weights."""
+def new_compressor(ratio, dim, layers, slots, blocks, keys, form="fp8", running=False):
+    """A pool, tails of random numbers (running sums if `running`) and weights."""
     lanes, pool = LANES[ratio], (layers, blocks, 128 // ratio)
     stored = allocate_keys(keys, pool, dim) if keys else record_format(form).allocate(pool, dim - 64, 64)
     rows = [lanes * ratio - 1] * 2 + ([ratio - 1] * 2 if lanes == 2 else [])
@@ -93,6 +98,9 @@ def new_compressor(ratio: int, dim: int, layers: int, slots: int, blocks: int, k
     weights = CompressorWeights(
         jax.random.normal(jax.random.key(9), (ratio, lanes * dim)), jnp.ones(dim), jnp.asarray(frequencies)
     )
+    if running:
+        sums = jax.random.uniform(jax.random.key(0), (layers, slots, running_rows(0), 5, dim), minval=1.0, maxval=2.0)
+        return (stored, RunningTail(sums)), weights
     return (stored, CompressorTail(*[*tails, None, None][:4])), weights
 
 
@@ -103,8 +111,10 @@ def compressor(keys: str | None, **options):
     )
 
 
-def compress_decode(ratio, dim, batch, closing, *, keys=None, form="fp8", target=None, layers=21, steps=8) -> Row:
-    state, weights = new_compressor(ratio, dim, layers, batch, 2 * batch, keys, form)
+def compress_decode(
+    ratio, dim, batch, closing, *, keys=None, form="fp8", running=False, target=None, layers=21, rounds=4, steps=3
+) -> Row:
+    state, weights = new_compressor(ratio, dim, layers, batch, 2 * batch, keys, form, running)
     at = jnp.arange(batch, dtype=jnp.int32)
     positions = jnp.full(batch, 2 * ratio - (1 if closing else 2), jnp.int32)
     table = jnp.arange(2 * batch, dtype=jnp.int32).reshape(batch, 2)
@@ -115,24 +125,26 @@ def compress_decode(ratio, dim, batch, closing, *, keys=None, form="fp8", target
     def operation(state, layer, operands):
         return compressor(keys, layer=layer)(*state, *operands, weights, at, positions, segments, table)
 
-    run = repeated(operation, layers, steps)
-    kind = KINDS[ratio] + (f" indexer {keys}" if keys else "") + (", " + form) * (form != "fp8")
-    rows = 7 if ratio == 4 else 127  # of the tail, k and z, in float32
+    run = repeated(operation, layers, steps, rounds)
+    kind = KINDS[ratio] + " running" * running + (f" indexer {keys}" if keys else "") + (", " + form) * (form != "fp8")
+    rows = 5 / 2 if running else 7 if ratio == 4 else 127  # of the tail, k and z, in float32
     return warmed(
         f"{kind} compress, decode, batch {batch}, {'all' if closing else 'none'} closing",
         lambda s: run(s, (kv, gate)),
         state,
-        per=layers * steps,
-        total=batch * dim * (2 * 4 * rows + 2 * LANES[ratio] * (2 + 4) + 1) if closing else None,
+        per=layers * rounds * steps,
+        total=round(batch * dim * (2 * 4 * rows + 2 * LANES[ratio] * (2 + 4) + 1)) if closing else None,
         target=target,
     )
 
 
-def compress_prefill(ratio, dim, tokens, dtype, *, keys=None, target=None, layers=8, per_slot=None) -> Row:
+def compress_prefill(
+    ratio, dim, tokens, dtype, *, keys=None, running=False, target=None, layers=8, per_slot=None
+) -> Row:
     per_slot = per_slot or tokens
     slots = tokens // per_slot
     columns = per_slot // 128
-    state, weights = new_compressor(ratio, dim, layers, slots, slots * columns, keys)
+    state, weights = new_compressor(ratio, dim, layers, slots, slots * columns, keys, running=running)
     t = jnp.arange(tokens, dtype=jnp.int32)
     at, positions = t // per_slot, t % per_slot
     segments = Segments(
@@ -148,7 +160,7 @@ def compress_prefill(ratio, dim, tokens, dtype, *, keys=None, target=None, layer
 
     run = repeated(operation, layers, 1)
     record = dim // 2 + dim // 16 if keys else 448 + 128 + 4
-    kind = KINDS[ratio] + (f" indexer {keys}" if keys else "")
+    kind = KINDS[ratio] + " running" * running + (f" indexer {keys}" if keys else "")
     return warmed(
         f"{kind} compress, prefill {slots} x {per_slot} tokens, {jnp.dtype(dtype).name}",
         lambda s: run(s, inputs),
