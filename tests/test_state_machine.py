@@ -15,7 +15,7 @@ from dsv4_jax.ops import native
 @pytest.mark.skipif("cpu" not in native.available(), reason="without native forms the last bit depends on the shapes")
 def test_what_the_cache_shows():
     """10,000 moves and more; window rows, entries and keys bit for bit."""
-    moves, hits = play(Views(small("fp8")), examples=132, steps=60)
+    moves, hits = play(Views(small("fp8")), examples=150, steps=60)
     print(f"{moves:,} moves, derandomised; {hits} prefix hits")
     assert moves >= 10_000
     assert hits >= 100

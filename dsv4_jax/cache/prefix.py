@@ -185,9 +185,10 @@ class PrefixIndex:
                     in_use.append(item)
                     continue
             else:
-                item = next((i for i in in_use if any(not owned(n) for n in self._before(self._nodes[i[1]]))), None)
-                if item is None:
+                hidden = next((i for i in in_use if any(not owned(n) for n in self._before(self._nodes[i[1]]))), None)
+                if hidden is None:
                     break
+                item = hidden
                 in_use.remove(item)
                 node = self._nodes[item[1]]
             for kind, block in node.blocks.items():

@@ -12,6 +12,7 @@ from dsv4_jax.ops import append_swa, compress, native
 from dsv4_jax.ops.append_swa import SWARing
 from dsv4_jax.ops.append_swa_fused import append_swa_fused, fused_operands
 from dsv4_jax.ops.compress import CompressorWeights, IndexerKeys, Tail, compress_indexer, compress_operands
+from dsv4_jax.ops.compressor_tail import CompressorTail
 from dsv4_jax.ops.record import Record
 from dsv4_jax.ops.segments import Segments
 
@@ -86,13 +87,24 @@ def write_layer(
     """
     _check(state, compressor, indexer, segments, table)
 
-    def one_by_one(form: str | None, state: LayerState, window, compressor, indexer, slots, positions, segments, table):
+    def one_by_one(
+        form: str | None,
+        state: LayerState,
+        window: RawWindow,
+        compressor: Projections | None,
+        indexer: Projections | None,
+        slots: Array,
+        positions: Array,
+        segments: Segments,
+        table: Array | None,
+    ) -> LayerState:
         options: dict[str, Any] = {"layer": layer, "eps": eps, "implementation": form}
-        where = slots, positions, segments, table
-        if indexer is not None:
-            keys, tail = compress_indexer(state.keys, state.keys_tail, *indexer, *where, format=format, **options)
-            state = state._replace(keys=keys, keys_tail=tail)
-        if compressor is not None:
+        of_keys: dict[str, Any] = {**options, "format": format}
+        where: Any = slots, positions, segments, table
+        if indexer is not None and state.keys is not None and isinstance(state.keys_tail, CompressorTail):
+            keys, keys_tail = compress_indexer(state.keys, state.keys_tail, *indexer, *where, **of_keys)
+            state = state._replace(keys=keys, keys_tail=keys_tail)
+        if compressor is not None and state.entries is not None and state.tail is not None:
             entries, tail = compress.compress(state.entries, state.tail, *compressor, *where, **options)
             state = state._replace(entries=entries, tail=tail)
         ring = append_swa_fused(state.ring, *window, slots, positions, one_token_per_slot=True, **options)
@@ -119,7 +131,7 @@ def native_limit(
     """What keeps the native implementation for "cpu" or "cuda" from serving this layer; None if nothing does."""
     reason = append_swa.native_limit(platform, state.ring)
     for part, stored, tail in ((compressor, state.entries, state.tail), (indexer, state.keys, state.keys_tail)):
-        if part is not None:
+        if part is not None and tail is not None:
             reason = reason or compress.native_limit(platform, stored, tail, part.weights)
     return reason
 
@@ -148,7 +160,9 @@ def _in_native(
     ]
     if indexer is not None:
         parts.append(((state.keys, state.keys_tail), compress_operands(*indexer, segments, table)))
-    operands, aliases, counts = [], {}, []
+    operands: list[Array] = []
+    aliases: dict[int, int] = {}
+    counts: list[int] = []
     for arrays, inputs in parts:
         leaves = jax.tree.leaves(arrays)
         aliases |= {len(operands) + i: len(aliases) + i for i in range(len(leaves))}
