@@ -62,7 +62,8 @@ def test_what_cannot_be_done_is_one_sentence_and_status_2(run, tmp_path):
 def test_ctrl_c_leaves_nothing(tmp_path):
     """A real signal, in the middle of writing: the temporary folder is there, and then nothing is."""
     code = (
-        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); from dsv4_jax import cli; from dsv4_jax.model import released_form as r; q = r.quantise\n"
+        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from dsv4_jax import cli; from dsv4_jax.model import released_form as r; q = r.quantise\n"
         "r.quantise = lambda *a: (time.sleep(0.1), q(*a))[1]\n"
         f"cli.main(['quantize', {str(SHARP)!r}, {str(tmp_path / 'out')!r}])"
     )
