@@ -105,10 +105,11 @@ class KVCacheManager(RequestLifecycle):
 
         max_context_len: tokens of one request at most; the requests share the blocks, which suffice for at least one of
         that length, and for all where the memory does. By default as many as every request can have at once. options:
-        cache_dtype, indexer_dtype, max_rollback, hca_tail. Raises ValueError when the memory is too small; it says what
-        is missing and what would fit.
+        the others of KVCacheManager. Raises ValueError when the memory is too small; it says what is missing and what
+        would fit.
         """
-        cost = cache_cost(config, config.schedule, **options)
+        sizing = {"cache_dtype", "indexer_dtype", "max_rollback", "hca_tail"} & options.keys()
+        cost = cache_cost(config, config.schedule, **{name: options[name] for name in sizing})
         if max_context_len is None:
             longest = config.max_position_embeddings
             max_context_len = max(cost.largest_context(memory_bytes, max_concurrent_requests, longest), 1)

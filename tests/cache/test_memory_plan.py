@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax import DSV4Config, KVCacheManager
+from dsv4_jax import DSV4Config, KVCacheManager, PrefixPolicy
 from dsv4_jax.cache.memory_plan import cache_cost
 from dsv4_jax.cache.records import INDEXER_FORMATS, RECORD_FORMATS
 from dsv4_jax.cache.schema import compute_block_budget
@@ -36,6 +36,7 @@ options = st.fixed_dictionaries(
         "cache_dtype": st.sampled_from(sorted(RECORD_FORMATS)),
         "indexer_dtype": st.sampled_from(INDEXER_FORMATS),
         "max_rollback": st.sampled_from([0, 3]),
+        "hca_tail": st.sampled_from(["full", "running"]),
     }
 )
 requests = st.integers(1, 4)
@@ -100,7 +101,10 @@ def test_without_a_context_every_request_gets_the_longest():
     config = FLASH.replace(num_hidden_layers=3, compress_ratios=(0, 4, 128))
     cost = cache_cost(config, config.schedule)
     memory = cost.size(2, 1000).total_bytes
-    manager = KVCacheManager.from_memory(config, memory, max_concurrent_requests=2)
+    manager = KVCacheManager.from_memory(
+        config, memory, max_concurrent_requests=2, prefix=PrefixPolicy("full"), fingerprint="x"
+    )
+    assert manager.prefix_policy == PrefixPolicy("full")
     # 1000 tokens touch 8 blocks of CSA and 7 of HCA; 1023 do so too.
     assert manager.max_context_len == 1023
     assert {kind: pool.num_blocks for kind, pool in manager.cache.paged.items()} == {"csa": 16, "hca": 14}
