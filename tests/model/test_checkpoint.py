@@ -38,29 +38,6 @@ FLOAT32_NAMES = {
 }
 
 
-@pytest.fixture
-def sharp(data):
-    return data / "sharp_dsv4"
-
-
-@pytest.fixture
-def stored(sharp):
-    """The tensors of the random checkpoint, by the name the file gives them."""
-    return dict(open_checkpoint(sharp))
-
-
-@pytest.fixture
-def rewrite(sharp, tmp_path, to_bytes):
-    """Writes a checkpoint of other tensors with the same config.json; returns its folder."""
-
-    def write(tensors):
-        shutil.copy(sharp / "config.json", tmp_path)
-        (tmp_path / "model.safetensors").write_bytes(to_bytes[0](tensors))
-        return tmp_path
-
-    return write
-
-
 @pytest.mark.parametrize(
     ("name", "canonical"),
     [

@@ -22,11 +22,6 @@ E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6
 
 
 @pytest.fixture(scope="module")
-def sharp(data):
-    return data / "sharp_dsv4"
-
-
-@pytest.fixture(scope="module")
 def released(tmp_path_factory, sharp):
     """The random checkpoint in the released form, in several shards."""
     folder = tmp_path_factory.mktemp("released") / "checkpoint"
@@ -35,21 +30,8 @@ def released(tmp_path_factory, sharp):
 
 
 @pytest.fixture
-def stored(released):
-    """Its tensors, by the names of the files."""
-    return dict(open_checkpoint(released))
-
-
-@pytest.fixture
-def rewrite(released, tmp_path, to_bytes):
-    """Writes a checkpoint of other tensors with the same config.json; returns its folder."""
-
-    def write(tensors):
-        shutil.copy(released / "config.json", tmp_path)
-        (tmp_path / "model.safetensors").write_bytes(to_bytes[0](tensors))
-        return tmp_path
-
-    return write
+def checkpoint(released):
+    return released
 
 
 def test_flash_would_be_written_as_it_was_released(data):
