@@ -1,5 +1,6 @@
 """Settings for every test: strict dtypes and ranks, fixed seeds, GPU tests only where there is a GPU."""
 
+import json
 from pathlib import Path
 
 import hypothesis
@@ -7,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 from safetensors_bytes import file_bytes, safetensors_bytes
+
+from dsv4_jax import cli
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,6 +35,30 @@ def rng():
 def data():
     """The folder of the tests' data."""
     return Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command line in this process: run("generate", ...) -> (exit status, stdout, stderr)."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def one_layer(tmp_path_factory):
+    """The folder of the packaged checkpoint's first layer: the others count as draft layers."""
+    folder, tiny = tmp_path_factory.mktemp("one_layer"), cli.packaged_checkpoint()
+    config = json.loads((tiny / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").symlink_to(tiny / "model.safetensors")
+    return folder
 
 
 @pytest.fixture

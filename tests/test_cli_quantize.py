@@ -1,33 +1,15 @@
 """`dsv4-jax quantize`: what it writes, says and refuses, and that Ctrl-C leaves nothing."""
 
 import json
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 
-import pytest
+from programs import start_command_line
 
-import dsv4_jax
-from dsv4_jax import cli
 from dsv4_jax.files.safetensors_file import open_checkpoint
 
 SHARP = pathlib.Path(__file__).parent / "data" / "sharp_dsv4"
-
-
-@pytest.fixture
-def run(capsys):
-    """run(...) -> (exit status, stdout, stderr)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
 
 
 def test_it_converts_and_says_what_it_did(run, tmp_path):
@@ -61,14 +43,11 @@ def test_what_cannot_be_done_is_one_sentence_and_status_2(run, tmp_path):
 
 def test_ctrl_c_leaves_nothing(tmp_path):
     """A real signal, in the middle of writing: the temporary folder is there, and then nothing is."""
-    code = (
-        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from dsv4_jax import cli; from dsv4_jax.model import released_form as r; q = r.quantise\n"
-        "r.quantise = lambda *a: (time.sleep(0.1), q(*a))[1]\n"
-        f"cli.main(['quantize', {str(SHARP)!r}, {str(tmp_path / 'out')!r}])"
+    slowly = (
+        "import time; from dsv4_jax.model import released_form as r; q = r.quantise\n"
+        "r.quantise = lambda *a: (time.sleep(0.1), q(*a))[1]"
     )
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(dsv4_jax.__file__).parents[1])}
-    program = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
+    program = start_command_line("quantize", SHARP, tmp_path / "out", first=slowly)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.*.partial/*.safetensors")):
         assert time.monotonic() < deadline

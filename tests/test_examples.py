@@ -2,16 +2,13 @@
 
 import ast
 import importlib.util
-import json
 import pathlib
 from collections import defaultdict
 
 import numpy as np
-import pytest
 from flax import nnx
 
 import dsv4_jax
-from dsv4_jax.cli import packaged_checkpoint
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples"
 
@@ -67,25 +64,14 @@ def test_the_flax_model_example_updates_in_place_and_requests_do_not_meet():
     assert compiled.memory_analysis().alias_size_in_bytes == manager.memory_bytes()
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The packaged checkpoint's first layer: the others count as draft layers."""
-    folder = tmp_path_factory.mktemp("small")
-    config = json.loads((packaged_checkpoint() / "config.json").read_text())
-    config["num_hidden_layers"] = 1
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").symlink_to(packaged_checkpoint() / "model.safetensors")
-    return folder
-
-
-def test_the_streaming_example_gives_every_prompt_its_own_text(small, capsys):
+def test_the_streaming_example_gives_every_prompt_its_own_text(one_layer, capsys):
     example = _load("streaming")
-    example.main(small, new_tokens=4)
+    example.main(one_layer, new_tokens=4)
     texts = defaultdict(bytes)
     for line in capsys.readouterr().out.splitlines():
         index, piece = line.split(": ", 1)
         texts[int(index)] += ast.literal_eval(piece)
-    model = dsv4_jax.from_pretrained(small)
+    model = dsv4_jax.from_pretrained(one_layer)
     prompts = [list(prompt.encode()) for prompt in example.PROMPTS]
     expected = dsv4_jax.generate(model, prompts, 4)
     assert [list(texts[i]) for i in range(3)] == expected
