@@ -99,6 +99,8 @@ def test_bfloat16_model(model):
 def test_bad_input(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         dsv4_jax.generate(model, prompts, **{"max_new_tokens": 4, **options})
+    with pytest.raises(ValueError, match=message):
+        dsv4_jax.stream(model, prompts, **{"max_new_tokens": 4, **options})  # before the first chunk is asked for
 
 
 def test_from_pretrained(tmp_path):

@@ -66,7 +66,7 @@ def stream(
     prefill_chunk: int = PREFILL_CHUNK,
     decode_chunk: int = DECODE_STEPS,
 ) -> Iterator[Chunk]:
-    """As `generate`, but yields what every jitted call brings, one `Chunk` each."""
+    """As `generate`, but yields what every jitted call brings, one `Chunk` each. Errors come at once."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 0 or more")
     ids = [check_prompt(model.config, p, max_new_tokens, f"prompt {i}") for i, p in enumerate(prompts)]
@@ -76,7 +76,9 @@ def stream(
     if draft_tokens < 0:
         raise ValueError(f"draft_tokens is {draft_tokens}: expected 0 or more")
     if not ids or not max_new_tokens:
-        return
+        return iter(())
+    # More could never be verified.
+    draft_tokens = min(draft_tokens, max_new_tokens - 1)
     # Sizes in coarse steps, so that calls of similar sizes share a compiled program.
     longest = max(map(len, ids))
     block = model.config.block_size
@@ -96,16 +98,21 @@ def stream(
             prompt, max_new_tokens, temperature=temperature, seed=seed, index=i, stop_tokens=stop_tokens,
             num_samples=num_samples,
         )  # fmt: skip
-    cache_bytes = manager.memory_bytes()
+    return _chunks(loop, slots, num_samples)
+
+
+def _chunks(loop: DecodeLoop, rows: int, num_samples: int) -> Iterator[Chunk]:
+    """What every call of the loop brings, by row."""
+    cache_bytes = loop.manager.memory_bytes()
     while loop.unfinished:
-        tokens: list[list[int]] = [[] for _ in range(slots)]
-        logits: list[np.ndarray | None] = [None] * slots
+        tokens: list[list[int]] = [[] for _ in range(rows)]
+        logits: list[np.ndarray | None] = [None] * rows
         events = loop.step()
         for event in events:
             row = event.request * num_samples + event.sample
             tokens[row], logits[row] = event.tokens, event.logits
         prompt_tokens = sum(event.prompt_tokens for event in events)
-        yield Chunk(tokens, logits if return_logits else None, cache_bytes, prompt_tokens, replace(loop.stats))
+        yield Chunk(tokens, logits if loop.return_logits else None, cache_bytes, prompt_tokens, replace(loop.stats))
 
 
 def generate(
@@ -131,11 +138,12 @@ def generate(
     return_logits also a list of the float32 logits (new tokens, vocabulary) that each token was chosen from; with
     return_stats also `Stats`. Raises ValueError for prompts or options that make no sense.
     """
+    chunks = stream(model, prompts, max_new_tokens, return_logits=return_logits, **options)
     num = len(prompts) * options.get("num_samples", 1)
     tokens: list[list[int]] = [[] for _ in range(num)]
     logits: list[list[np.ndarray]] = [[] for _ in range(num)]
     stats = Stats()
-    for chunk in stream(model, prompts, max_new_tokens, return_logits=return_logits, **options):
+    for chunk in chunks:
         stats = chunk.stats
         for row, new in enumerate(chunk.tokens):
             tokens[row].extend(new)

@@ -10,6 +10,9 @@ from ..cache.snapshot import Snapshot
 from ..model.config import DSV4Config
 from .draft import PromptLookup
 
+MAX_SAMPLES = 4096
+"""Most samples of one prompt: each takes a slot of the cache."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -134,5 +137,5 @@ def check_sampling(
         raise ValueError(f"seed is {seed}: expected 0 to {(1 << 32) - 1}")
     if any(not 0 <= t < config.vocab_size for t in stop_tokens):
         raise ValueError(f"stop_tokens are {list(stop_tokens)}: expected 0 to {config.vocab_size - 1}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}: expected 1 or more")
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise ValueError(f"num_samples is {num_samples}: expected 1 to {MAX_SAMPLES}")
