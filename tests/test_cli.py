@@ -1,59 +1,25 @@
 """The command line, in process on a checkpoint of one layer, and as a program where that matters."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+from programs import start_command_line
 
 import dsv4_jax
 from dsv4_jax import cli
 
-TINY = cli.packaged_checkpoint()
-COMMANDS = ("generate", "inspect", "plan", "quantize")
 
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The packaged checkpoint's first layer: the others count as draft layers."""
-    folder = tmp_path_factory.mktemp("small")
-    config = json.loads((TINY / "config.json").read_text())
-    config["num_hidden_layers"] = 1
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").symlink_to(TINY / "model.safetensors")
-    return folder
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs the command line: run("generate", ...) -> (exit status, stdout, stderr)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
-
-
-def _program(*arguments, **environment) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(dsv4_jax.__file__).parents[1]), **environment}
-    return subprocess.Popen(
-        [sys.executable, "-m", "dsv4_jax.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-
-
-def test_text_goes_to_stdout_and_the_summary_to_stderr(run, small):
-    status, out, err = run("generate", "--checkpoint", small, "-n", 20, "import os")
+def test_text_goes_to_stdout_and_the_summary_to_stderr(run, one_layer):
+    status, out, err = run("generate", "--checkpoint", one_layer, "-n", 20, "import os")
     assert status == 0
     text = out.removesuffix("\n")
-    model = dsv4_jax.from_pretrained(small)
+    model = dsv4_jax.from_pretrained(one_layer)
     (tokens,) = dsv4_jax.generate(model, [list(b"import os")], 20, stop_tokens=model.config.eos_token_ids)
     assert text == bytes(tokens).decode(errors="replace")
     assert "9 prompt tokens" in err
@@ -61,12 +27,11 @@ def test_text_goes_to_stdout_and_the_summary_to_stderr(run, small):
     assert "fp8 records, nvfp4 indexer keys" in err
 
 
-def test_json_is_one_object_and_alone_on_stdout(run, small, tmp_path):
+def test_json_is_one_object_and_alone_on_stdout(run, one_layer, tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_bytes(b"def f(")
-    status, out, err = run(
-        "generate", "--checkpoint", small, "-n", 20, "--json", "-q", "import os", "--tokens", "100, 101", "--file", path
-    )
+    prompts = ["import os", "--tokens", "100, 101", "--file", path]
+    status, out, err = run("generate", "--checkpoint", one_layer, "-n", 20, "--json", "-q", *prompts)
     assert (status, err) == (0, "")
     report = json.loads(out)
     assert [result["prompt"] for result in report["results"]] == [list(b"import os"), list(b"def f("), [100, 101]]
@@ -81,13 +46,13 @@ def test_json_is_one_object_and_alone_on_stdout(run, small, tmp_path):
         assert not result["stopped"]
 
 
-def test_samples_and_drafts(run, small):
+def test_samples_and_drafts(run, one_layer):
     """Two samples of each prompt, with drafts: what Python gives without them, and how many were accepted."""
-    options = ["--checkpoint", small, "-n", 20, "--temperature", "0.5", "--seed", 3, "--samples", 2, "--draft", 2]
+    options = ["--checkpoint", one_layer, "-n", 20, "--temperature", "0.5", "--seed", 3, "--samples", 2, "--draft", 2]
     status, out, _ = run("generate", *options, "--json", "-q", "ababab", "x")
     assert status == 0
     report = json.loads(out)
-    model = dsv4_jax.from_pretrained(small)
+    model = dsv4_jax.from_pretrained(one_layer)
     for seed in (3, 4):
         expected = dsv4_jax.generate(
             model, [list(b"ababab"), list(b"x")], 20, temperature=0.5, seed=seed, stop_tokens=model.config.eos_token_ids
@@ -103,8 +68,8 @@ def test_samples_and_drafts(run, small):
     assert f"{report['drafts']['accepted']} of {report['drafts']['drafted']} drafts accepted" in err
 
 
-def test_several_prompts_are_shown_one_after_the_other(run, small):
-    status, out, _ = run("generate", "--checkpoint", small, "-n", 4, "--echo", "import os", "def f(", "x")
+def test_several_prompts_are_shown_one_after_the_other(run, one_layer):
+    status, out, _ = run("generate", "--checkpoint", one_layer, "-n", 4, "--echo", "import os", "def f(", "x")
     assert status == 0
     lines = out.split("\n")
     assert lines[0] == "--- prompt 1"
@@ -112,7 +77,7 @@ def test_several_prompts_are_shown_one_after_the_other(run, small):
     assert "--- prompt 3" in lines
 
 
-def test_stops_at_the_end_of_text_unless_told_not_to(run, small, monkeypatch):
+def test_stops_at_the_end_of_text_unless_told_not_to(run, one_layer, monkeypatch):
     asked = []
 
     def stream(model, prompts, max_new_tokens, *, stop_tokens, **options):
@@ -120,10 +85,10 @@ def test_stops_at_the_end_of_text_unless_told_not_to(run, small, monkeypatch):
         yield from (_chunk([[65]]), _chunk([[0]]))
 
     monkeypatch.setattr(dsv4_jax, "stream", stream)
-    _, out, _ = run("generate", "--checkpoint", small, "--json", "x")
+    _, out, _ = run("generate", "--checkpoint", one_layer, "--json", "x")
     (result,) = json.loads(out)["results"]
     assert result["stopped"]
-    run("generate", "--checkpoint", small, "--ignore-eos", "x")
+    run("generate", "--checkpoint", one_layer, "--ignore-eos", "x")
     assert asked == [(0,), ()]
 
 
@@ -133,18 +98,28 @@ def _chunk(tokens):
     return Chunk(tokens, None, 1)
 
 
-def test_bytes_that_are_not_text_are_replaced_and_split_characters_joined(run, small, monkeypatch):
+def test_bytes_that_are_not_text_are_replaced_and_split_characters_joined(run, one_layer, monkeypatch):
     euro = "€".encode()
     chunks = [[*euro[1:2]], [*euro[2:], 0xFF], [*euro[:2]]]
     monkeypatch.setattr(dsv4_jax, "stream", lambda *_, **__: (_chunk([tokens]) for tokens in chunks))
-    status, out, _ = run("generate", "--checkpoint", small, "--tokens", f"97,{euro[0]}", "--echo")
+    status, out, _ = run("generate", "--checkpoint", one_layer, "--tokens", f"97,{euro[0]}", "--echo")
     assert (status, out) == (0, "a€\ufffd\ufffd\n")
 
 
-def test_no_new_tokens_is_nothing_to_do(run, small):
-    status, out, _ = run("generate", "--checkpoint", small, "-n", 0, "--json", "x")
+def test_no_new_tokens_is_nothing_to_do(run, one_layer, monkeypatch):
+    """But loading, in a thread of its own: in JAX's hook of the garbage collection the main one would lose a Ctrl-C."""
+    threads, load = [], dsv4_jax.from_pretrained
+
+    def from_pretrained(*arguments, **options):
+        threads.append(threading.current_thread())
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(dsv4_jax, "from_pretrained", from_pretrained)
+    status, out, _ = run("generate", "--checkpoint", one_layer, "-n", 0, "--json", "x")
     assert status == 0
     assert json.loads(out)["results"][0]["tokens"] == []
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
 
 
 @pytest.mark.parametrize(
@@ -156,13 +131,15 @@ def test_no_new_tokens_is_nothing_to_do(run, small):
         (["generate", "--max-new-tokens", "-1", "x"], "--max-new-tokens"),
         (["generate", "--temperature", "-1", "x"], "--temperature"),
         (["generate", "--seed", "4294967296", "x"], "--seed"),
-        (["generate", "--nonsense", "x"], "--nonsense"),
+        (["generate", "--nonsense", "x"], "(see dsv4-jax generate --help)"),
         (["generate", "--tokens", "1,b"], "expected token ids such as 1,2,3"),
         (["generate", "--tokens", "1,256"], "expected 0 to 255"),
         (["generate", ""], "prompt 1 is empty"),
         (["generate", "--file", "/nowhere/at/all"], "no such file"),
         (["generate", "--checkpoint", "/nowhere/at/all", "x"], "/nowhere/at/all"),
-        (["generate", "-n", "5000", "x"], "4096 positions"),
+        (["generate", "--checkpoint", __file__, "x"], "test_cli.py is a file: expected the folder of a checkpoint"),
+        (["generate", "--samples", "5000", "x"], "--samples"),
+        (["generate", "-n", "5000", "x"], "prompt 1 has 1 tokens and 5000 shall follow: the model has 4096 positions"),
         (["generate", "--temperature", "nan", "x"], "--temperature"),
     ],
 )
@@ -175,13 +152,13 @@ def test_bad_usage_is_one_sentence_and_status_2(run, arguments, words):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("OOM:\n no block"), MemoryError(), KeyError("surprise")])
-def test_a_failure_is_one_sentence_and_status_1(run, small, monkeypatch, error):
+def test_a_failure_is_one_sentence_and_status_1(run, one_layer, monkeypatch, error):
     def stream(*_, **__):
         raise error
         yield
 
     monkeypatch.setattr(dsv4_jax, "stream", stream)
-    status, out, err = run("generate", "--checkpoint", small, "x")
+    status, out, err = run("generate", "--checkpoint", one_layer, "x")
     assert (status, out) == (1, "")
     assert err.startswith("dsv4-jax: ")
     assert err.count("\n") == 1
@@ -237,7 +214,7 @@ def test_control_characters_do_not_reach_a_terminal(monkeypatch, capsys):
 
 def test_ctrl_c_ends_it_at_once_and_quietly():
     # The checkpoint of seven layers: the signal comes while it compiles.
-    process = _program("generate", "-n", 8, "--ignore-eos", "import os", JAX_LOG_COMPILES="1")
+    process = start_command_line("generate", "-n", 8, "--ignore-eos", "import os", JAX_LOG_COMPILES="1")
     for line in process.stderr:
         if "prefill_step" in line:
             break
@@ -250,8 +227,8 @@ def test_ctrl_c_ends_it_at_once_and_quietly():
     assert "Traceback" not in err
 
 
-def test_a_reader_that_leaves_is_no_error(small):
-    process = _program("generate", "--checkpoint", small, "-n", 200, "--ignore-eos", "import os")
+def test_a_reader_that_leaves_is_no_error(one_layer):
+    process = start_command_line("generate", "--checkpoint", one_layer, "-n", 200, "--ignore-eos", "import os")
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
@@ -291,20 +268,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 def test_help_needs_no_jax():
     """So it comes at once, and Ctrl-C before JAX is there is caught like any other."""
-    code = (
-        "import sys; sys.modules['jax'] = sys.modules['flax'] = None; from dsv4_jax.cli import main; main(sys.argv[1:])"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(dsv4_jax.__file__).parents[1])}
     for arguments in (
         ["--help"],
         ["--version"],
         *([name, "--help"] for name in ("generate", "inspect", "plan", "quantize")),
     ):
-        result = subprocess.run(
-            [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
-        )
-        assert (result.returncode, result.stderr) == (0, ""), arguments
-        assert result.stdout
+        process = start_command_line(*arguments, first="sys.modules['jax'] = sys.modules['flax'] = None")
+        out, err = process.communicate()
+        assert (process.returncode, err) == (0, ""), arguments
+        assert out
 
 
 def test_every_public_name_is_there():

@@ -23,19 +23,6 @@ SHARP = pathlib.Path(__file__).parent / "data" / "sharp_dsv4"
 
 
 @pytest.fixture
-def run(capsys):
-    """run(...) -> (exit status, stdout, stderr)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
-
-
-@pytest.fixture
 def damaged(tmp_path):
     """Writes a copy of the checkpoint with changed tensors (None: left out); returns its folder."""
 
@@ -220,12 +207,16 @@ def test_a_small_run_shows_its_cache_step_by_step(run, four_layers, tmp_path):
     assert words.count("AC") == 2  # one block of each kind is shared
 
 
-def test_states_as_json_without_a_model(run, four_layers, monkeypatch):
+def test_states_go_to_stdout_without_a_model(run, four_layers, monkeypatch):
+    """As JSON, and as text: to stdout, whatever stderr is."""
     state = Occupancy((), (PoolState("csa", ((), (0,)), (0, 3), 32),))
     monkeypatch.setattr(small_run, "small_run", lambda *arguments: iter([("first", state)]))
     status, out, _ = run("inspect", four_layers, "--run", "x", "--json")
     pool = {"kind": "csa", "owners": [[], [0]], "filled": [0, 3], "entries_per_block": 32}
     assert (status, json.loads(out)) == (0, {"steps": [{"step": "first", "slots": [], "pools": [pool]}]})
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as if stderr were a terminal
+    status, out, _ = run("inspect", four_layers, "--run", "x")
+    assert (status, out.splitlines()[0]) == (0, "first")
 
 
 @pytest.mark.parametrize(

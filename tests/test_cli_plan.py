@@ -1,5 +1,6 @@
 """`dsv4-jax plan`, in process."""
 
+import functools
 import json
 import struct
 import sys
@@ -11,16 +12,9 @@ from dsv4_jax.cli.sizes import parse_bytes, show_bytes
 
 
 @pytest.fixture
-def run(capsys):
+def run(run):
     """run(...) -> (exit status, stdout, stderr) of `dsv4-jax plan ...`."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["plan", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
+    return functools.partial(run, "plan")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +31,7 @@ def small(tmp_path_factory):
 def test_a_planned_cache_is_as_large_as_the_real_one(run, small):
     status, out, _ = run(
         "--config", small, "--memory", "64MiB", "--context", 600, "--concurrency", 3, "--json",
-        "--cache", "fp8_ue8m0", "--indexer", "nvfp4", "--max-rollback", 2,
+        "--cache", "fp8_ue8m0", "--indexer", "nvfp4", "--max-rollback", 2, "--hca-tail", "running",
     )  # fmt: skip
     report = json.loads(out)
     assert status == 0
@@ -47,6 +41,7 @@ def test_a_planned_cache_is_as_large_as_the_real_one(run, small):
     manager = KVCacheManager(
         config, config.schedule, max_concurrent_requests=3, max_context_len=600, num_blocks_per_csa_layer=blocks["csa"],
         num_blocks_per_hca_layer=blocks["hca"], cache_dtype="fp8_ue8m0", indexer_dtype="nvfp4", max_rollback=2,
+        hca_tail="running",
     )  # fmt: skip
     assert report["total_bytes"] == manager.memory_bytes()
     parts = [report["state_bytes"], report["table_bytes"], *(kind["pool_bytes"] for kind in report["kinds"])]
@@ -65,7 +60,7 @@ def test_the_table_says_what_the_object_says(run):
         "43 layers (2 SWA, 21 CSA, 20 HCA)", "16 requests of 131,072 tokens", "16,384 in each layer",
         f"{report['total_bytes']:,}", f"{report['bytes_per_token']:,.1f}", "It fits",
         f"Largest concurrency at 131,072 tokens: {report['largest_concurrency']} requests",
-        "1,048,576 tokens, the model's limit",
+        "1,048,576 tokens, the model's limit", "nothing reserved for weights",
     ]  # fmt: skip
     assert [word for word in words if word not in out] == []
     assert max(map(len, out.splitlines())) <= 100
@@ -118,7 +113,7 @@ def test_lines_of_the_picture_are_the_sizes_of_the_plan(small):
     from dsv4_jax.cli.plan import make_lines, make_report
 
     config = DSV4Config.from_hf(small)
-    report = make_report(config, 1 << 30, 4096, 2, "fp8", "nvfp4", 0)
+    report = make_report(config, 1 << 30, 4096, 2, "fp8", "nvfp4", max_rollback=0, hca_tail="full")
     lines = make_lines(config, report)
     assert set(lines) == {"fp8 + nvfp4", "fp8_ue8m0 + mxfp4", "bf16 + bf16", "fp32 + fp32"}
     assert dict(lines["fp8 + nvfp4"])[4096] == report["total_bytes"]
@@ -145,6 +140,7 @@ def test_formats_that_cannot_store_a_model_are_left_out(run, tmp_path):
         (["--memory", "80GiB"], "--config"),
         (["--config", "flash"], "--memory"),
         (["--config", "flash", "--memory", "80"], None),
+        (["--config", "flash", "--memory", "0"], "--memory 0: expected at least one byte"),
         (["--config", "flash", "--memory", "80XB"], "--memory '80XB': expected a number of bytes such as 80GiB"),
         (["--config", "flash", "--memory", "-1"], "--memory '-1'"),
         (["--config", "flash", "--memory", "nan"], "--memory 'nan'"),

@@ -15,6 +15,7 @@ app = typer.Typer(
     help="DeepSeek-V4's KV cache for JAX, and a decode loop over it.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)

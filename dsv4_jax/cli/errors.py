@@ -26,7 +26,8 @@ def one_line(error: BaseException | str) -> str:
 def describe(error: Exception) -> tuple[str, int]:
     """One sentence and the exit status."""
     if hasattr(error, "format_message"):  # the parser's own errors
-        return f"{one_line(error.format_message()).rstrip('.')} (see dsv4-jax --help)", getattr(error, "exit_code", 2)
+        path = getattr(getattr(error, "ctx", None), "command_path", "dsv4-jax")
+        return f"{one_line(error.format_message()).rstrip('.')} (see {path} --help)", getattr(error, "exit_code", 2)
     if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)):
         return one_line(error), 2
     if isinstance(error, MemoryError):

@@ -11,15 +11,18 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
+import dsv4_jax
+
 from .errors import InputError
-from .options import CacheDtype, Dtype, IndexerDtype, default_indexer, packaged_checkpoint
+from .loading import load_model
+from .options import CacheDtype, Dtype, HcaTail, IndexerDtype, default_indexer, packaged_checkpoint
 from .outcome import CompileClock, Outcome, summary
 from .prompts import ByteCodec, check_prompts, make_codec, parse_tokens, read_prompt_file
-from .terminal import TextOutput, in_background, make_bytes_progress, make_console, make_progress
+from .terminal import TextOutput, in_background, make_console, make_progress
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue.")] = None,
     tokens: Annotated[
         list[str] | None, typer.Option(metavar="1,2,3", help="A prompt as token ids; may be repeated.")
     ] = None,
@@ -33,7 +36,10 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
     samples: Annotated[
-        int, typer.Option(min=1, help="Continuations of each prompt, which is read once; the j-th draws with seed + j.")
+        int,
+        typer.Option(
+            min=1, max=4096, help="Continuations of each prompt, which is read once; the j-th draws with seed + j."
+        ),
     ] = 1,
     draft: Annotated[
         int, typer.Option(min=0, help="Tokens looked up in the text so far and verified in one step: same tokens.")
@@ -42,6 +48,9 @@ def generate(
     indexer: Annotated[
         IndexerDtype | None, typer.Option(help="Storage of indexer keys; default: what goes with the records.")
     ] = None,
+    hca_tail: Annotated[
+        HcaTail, typer.Option(help="Of an HCA layer's open window keep its tokens (full) or running sums (smaller).")
+    ] = HcaTail.full,
     dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.float32,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt before its continuation.")] = False,
@@ -52,6 +61,8 @@ def generate(
 
     Text is bytes where the checkpoint has no tokenizer.json and a vocabulary of 256. Progress and the summary go to
     stderr.
+
+    Example: dsv4-jax generate 'def main():' -n 64 --temperature 0.7
     """
     console = make_console(quiet)
     prompts = prompts or []
@@ -63,16 +74,9 @@ def generate(
     progress = make_progress(console, "tokens")
     start = time.perf_counter()
     folder = pathlib.Path(checkpoint) if checkpoint is not None else packaged_checkpoint()
-    with make_bytes_progress(console) as bar:
-        task = bar.add_task("loading", total=None)
-        import dsv4_jax
-
-        model = dsv4_jax.from_pretrained(
-            folder, dtype=dtype.value, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
-    vocab_size = model.config.vocab_size
-    codec = make_codec(folder, vocab_size)
-    ids = check_prompts([*(codec.encode(text) for text in texts), *ids], vocab_size)
+    model = load_model(folder, console, dtype.value)
+    codec = make_codec(folder, model.config.vocab_size)
+    ids = check_prompts([*(codec.encode(text) for text in texts), *ids], model.config, max_new_tokens)
     rows = [prompt for prompt in ids for _ in range(samples)]
     outcome = Outcome(prompts=ids, tokens=[[] for _ in rows])
     outcome.seconds["load"] = time.perf_counter() - start
@@ -81,7 +85,8 @@ def generate(
     def chunks() -> Iterator[Any]:
         return dsv4_jax.stream(
             model, ids, max_new_tokens, cache_dtype=cache.value, indexer_dtype=indexer and indexer.value,
-            temperature=temperature, seed=seed, stop_tokens=stops, num_samples=samples, draft_tokens=draft,
+            hca_tail=hca_tail.value, temperature=temperature, seed=seed, stop_tokens=stops, num_samples=samples,
+            draft_tokens=draft,
         )  # fmt: skip
 
     decoders = [codec.decoder(prompt) for prompt in rows]

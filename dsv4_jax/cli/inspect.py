@@ -12,9 +12,10 @@ from rich.console import Console
 from .errors import InputError
 from .files import written_whole
 from .inspect_report import show_checkpoint, show_snapshot, snapshot_report
+from .loading import load_model
 from .options import CacheDtype
 from .prompts import check_prompts, make_codec, parse_tokens
-from .terminal import in_background, make_bytes_progress, make_console, status
+from .terminal import in_background, make_console, status
 
 
 def inspect(
@@ -92,20 +93,15 @@ def _run(
     if picture is not None and not picture.endswith(".svg"):
         raise InputError(f"--picture {picture}: expected the name of an .svg file")
     ids = [parse_tokens(text) for text in tokens]
-    with make_bytes_progress(console) as bar:
-        task = bar.add_task("loading", total=None)
-        import dsv4_jax
-
-        model = dsv4_jax.from_pretrained(
-            folder, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    model = load_model(folder, console)
     codec = make_codec(folder, model.config.vocab_size)
-    prompts = check_prompts([*(codec.encode(os.fsencode(text)) for text in texts), *ids], model.config.vocab_size)
+    prompts = check_prompts([*(codec.encode(os.fsencode(text)) for text in texts), *ids], model.config)
     states = []
-    with status(console, "running"):
+    with status(console, "running") as spinner:
         for title, state in in_background(lambda: small_run(model, prompts, steps, cache)):
             states.append((title, state))
             if not as_json:
+                spinner.stop()
                 print("\n".join([title, *lines(state), ""]), flush=True)
     if picture is not None:
         with written_whole(picture) as temporary:

@@ -23,6 +23,13 @@ class IndexerDtype(StrEnum):
     fp32 = "fp32"
 
 
+class HcaTail(StrEnum):
+    """What HCA layers keep of an open window."""
+
+    full = "full"
+    running = "running"
+
+
 class Dtype(StrEnum):
     """What the model computes in."""
 

@@ -9,7 +9,7 @@ import typer
 
 from .errors import InputError
 from .files import written_whole
-from .options import CacheDtype, IndexerDtype, default_indexer
+from .options import CacheDtype, HcaTail, IndexerDtype, default_indexer
 from .sizes import parse_bytes
 from .terminal import make_console, status
 
@@ -36,6 +36,9 @@ def plan(
     indexer: Annotated[
         IndexerDtype | None, typer.Option(help="Storage of indexer keys; default: what goes with the records.")
     ] = None,
+    hca_tail: Annotated[
+        HcaTail, typer.Option(help="Of an HCA layer's open window keep its tokens (full) or running sums (smaller).")
+    ] = HcaTail.full,
     max_rollback: Annotated[int, typer.Option(min=0, help="Tokens a request can be rolled back, for drafts.")] = 0,
     plot: Annotated[
         str | None,
@@ -54,6 +57,8 @@ def plan(
     """
     console = make_console(quiet)
     total, reserved = parse_bytes(memory, "--memory"), parse_bytes(reserve, "--reserve")
+    if not total:
+        raise InputError(f"--memory {memory}: expected at least one byte")
     if reserved >= total:
         raise InputError(f"--reserve {reserve} leaves nothing of --memory {memory}")
     if plot is not None:
@@ -65,7 +70,8 @@ def plan(
             raise InputError(f"--context is {context}: the model has {limit} positions")
         report = make_report(
             model, total - reserved, min(DEFAULT_CONTEXT, limit) if context is None else context, concurrency,
-            cache.value, indexer.value if indexer else default_indexer(cache.value), max_rollback,
+            cache.value, indexer.value if indexer else default_indexer(cache.value), max_rollback=max_rollback,
+            hca_tail=hca_tail.value,
         )  # fmt: skip
         report = {"config": config, "device_bytes": total, "reserved_bytes": reserved, **report}
         if plot is not None:
@@ -83,13 +89,16 @@ def plan(
 
 
 def make_report(
-    config: Any, memory: int, context: int, requests: int, cache_dtype: str, indexer_dtype: str, max_rollback: int
+    config: Any, memory: int, context: int, requests: int, cache_dtype: str, indexer_dtype: str, **options: Any
 ) -> dict[str, Any]:
-    """All that the command says, as the object of --json; `memory`: bytes for the cache."""
+    """All that the command says, as the object of --json.
+
+    memory: bytes for the cache. options: max_rollback, hca_tail.
+    """
     from ..cache.records import key_bytes, record_format
 
     limit = config.max_position_embeddings
-    costs = _costs(config, cache_dtype, indexer_dtype, max_rollback)
+    costs = _costs(config, cache_dtype, indexer_dtype, **options)
     cost = costs[cache_dtype, indexer_dtype]
     size = cost.size(requests, context)
     formats = []
@@ -124,7 +133,7 @@ def make_report(
     return {
         "records": cache_dtype,
         "indexer": indexer_dtype,
-        "max_rollback": max_rollback,
+        **options,
         "context": context,
         "concurrency": requests,
         "context_limit": limit,
@@ -150,22 +159,22 @@ def make_lines(config: Any, report: dict[str, Any]) -> dict[str, list[tuple[int,
     limit = report["context_limit"]
     contexts = sorted({min(round(2 ** (step / 4)), limit) for step in range(40, 4 * limit.bit_length() + 1)} | {limit})
     chosen = report["records"], report["indexer"]
+    options = {name: report[name] for name in ("max_rollback", "hca_tail")}
     return {
         f"{records} + {keys}": [(n, cost.size(report["concurrency"], n).total_bytes) for n in contexts]
-        for (records, keys), cost in _costs(config, *chosen, report["max_rollback"]).items()
+        for (records, keys), cost in _costs(config, *chosen, **options).items()
         if (records, keys) == chosen or keys == default_indexer(records)
     }
 
 
-def _costs(config: Any, cache_dtype: str, indexer_dtype: str, max_rollback: int) -> dict[tuple[str, str], Any]:
+def _costs(config: Any, cache_dtype: str, indexer_dtype: str, **options: Any) -> dict[tuple[str, str], Any]:
     """The pairs of formats worth comparing: every record format with keys of its own kind, and what was asked for."""
     from ..cache.memory_plan import cache_cost
     from ..cache.records import RECORD_FORMATS
     from ..ops.fp4 import GROUP_SIZE
 
     def cost(records: str, keys: str) -> Any:
-        options = {"cache_dtype": records, "indexer_dtype": keys, "max_rollback": max_rollback}
-        return cache_cost(config, config.schedule, **options)
+        return cache_cost(config, config.schedule, cache_dtype=records, indexer_dtype=keys, **options)
 
     chosen = cost(cache_dtype, indexer_dtype)  # a ValueError is the user's to see
     costs = {}

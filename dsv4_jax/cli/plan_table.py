@@ -16,7 +16,8 @@ def show(report: dict[str, Any]) -> None:
     formats = f"{report['records']} records, {report['indexer']} indexer keys"
     rollback = f", rollback of {report['max_rollback']} tokens" * bool(report["max_rollback"])
     console.print(f"{report['config']}: {sum(k['layers'] for k in report['kinds'])} layers ({layers})")
-    console.print(f"{formats}{rollback}\n")
+    tails = ", running sums in HCA tails" * (report["hca_tail"] == "running")
+    console.print(f"{formats}{tails}{rollback}\n")
     console.print("What one request holds, and what its tokens add (all layers of a kind together)")
     console.print(_kinds(report))
     console.print(f"\n{_load(report)}")
@@ -64,7 +65,8 @@ def _total(report: dict[str, Any]) -> Table:
             row(f"{kind['kind'].upper()} blocks", kind["pool_bytes"], f"{kind['blocks']:,} in each layer")
     row("block tables", report["table_bytes"])
     row("cache", report["total_bytes"])
-    note = f"{show_bytes(report['reserved_bytes'])} more reserved" if report["reserved_bytes"] else ""
+    reserved = report["reserved_bytes"]
+    note = f"{show_bytes(reserved)} more reserved" if reserved else "nothing reserved for weights"
     row("memory for it", report["memory_bytes"], note)
     return table
 

@@ -4,6 +4,7 @@ import codecs
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from .errors import InputError, one_line
 
@@ -98,15 +99,14 @@ def parse_tokens(text: str) -> list[int]:
         raise InputError(f"--tokens {text[:60]!r}: expected token ids such as 1,2,3") from None
 
 
-def check_prompts(prompts: list[list[int]], vocab_size: int) -> list[list[int]]:
-    """The prompts; InputError for one that is empty or has tokens outside the vocabulary."""
-    for i, prompt in enumerate(prompts):
+def check_prompts(prompts: list[list[int]], config: Any, max_new_tokens: int = 0) -> list[list[int]]:
+    """The prompts; ValueError for one that is empty, has tokens outside the vocabulary, or is too long with its end."""
+    from ..decode.request import check_prompt
+
+    for i, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise InputError(f"prompt {i + 1} is empty: expected at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise InputError(
-                f"prompt {i + 1} has token ids from {min(prompt)} to {max(prompt)}: expected 0 to {vocab_size - 1}"
-            )
+            raise InputError(f"prompt {i} is empty: expected at least one token")
+        check_prompt(config, prompt, max_new_tokens, f"prompt {i}")
     return prompts
 
 

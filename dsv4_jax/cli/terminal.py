@@ -13,6 +13,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -67,27 +68,37 @@ def make_console(quiet: bool) -> Console:
 
 def make_progress(console: Console, unit: str) -> Progress:
     """A progress bar that counts in `unit`, on a terminal only; it goes away when it is done."""
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn(f"{{task.completed:.0f}} {unit}"),
-        TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+    return _progress(
+        console, SpinnerColumn(), TextColumn("{task.description}"), BarColumn(),
+        TextColumn(f"{{task.completed:.0f}} {unit}"), TimeElapsedColumn(),
     )  # fmt: skip
 
 
 def make_bytes_progress(console: Console) -> Progress:
     """A progress bar of bytes and their rate, on a terminal only; it goes away when it is done."""
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
-        TransferSpeedColumn(), TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+    return _progress(
+        console, SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+        TransferSpeedColumn(), TimeElapsedColumn(),
     )  # fmt: skip
 
 
-def status(console: Console, what: str) -> contextlib.AbstractContextManager:
-    """A spinner beside `what` while something of unknown length runs, on a terminal only."""
-    return console.status(what) if console.is_terminal else contextlib.nullcontext()
+def status(console: Console, what: str) -> Progress:
+    """A spinner beside `what` while something of unknown length runs, on a terminal only; stop it before any output."""
+    progress = _progress(console, SpinnerColumn(), TextColumn("{task.description}"))
+    progress.add_task(what, total=None)
+    return progress
+
+
+def _progress(console: Console, *columns: ProgressColumn) -> Progress:
+    # stdout stays what it is: it may be a file while stderr is a terminal.
+    return Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal)
 
 
 def in_background(items: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """The items of an iterator that another thread walks, so that Ctrl-C is heard in the middle of a compilation."""
+    """The items of an iterator that another thread walks, so that Ctrl-C is heard in the middle of a compilation.
+
+    And heard at all: where JAX works in the main thread, one that comes inside its garbage collection hook is lost.
+    """
     box: queue.Queue = queue.Queue()
 
     def work() -> None:
