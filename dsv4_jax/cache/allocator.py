@@ -2,15 +2,10 @@
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-
-def _count(name: str, n: Any) -> int:
-    if isinstance(n, bool | np.bool_) or not isinstance(n, int | np.integer) or n < 0:
-        raise ValueError(f"{name} is {n!r}: expected an integer, 0 or more")
-    return int(n)
+from .counts import count
 
 
 class BlockAllocator:
@@ -22,7 +17,7 @@ class BlockAllocator:
 
     def __init__(self, num_total_blocks: int):
         """Raises ValueError for a negative number."""
-        self.num_total_blocks = _count("num_total_blocks", num_total_blocks)
+        self.num_total_blocks = count("num_total_blocks", num_total_blocks)
         self._free = deque(range(self.num_total_blocks))
         self._held: set[int] = set()
         self._kept = np.zeros(self.num_total_blocks, bool)
@@ -45,7 +40,7 @@ class BlockAllocator:
 
     def acquire(self, n: int) -> np.ndarray:
         """n distinct ids, int32 (n,). Raises RuntimeError (OOM) when fewer are free, ValueError when n is negative."""
-        n = _count("the number of blocks", n)
+        n = count("the number of blocks", n)
         if n > len(self._free):
             raise RuntimeError(
                 f"OOM: asked for {n} blocks, {len(self._free)} of {self.num_total_blocks} are free: release requests "
@@ -107,13 +102,16 @@ class BlockAllocator:
         return int(self._owners[block])
 
     def _owned(self, ids: Sequence[int] | np.ndarray, what: str) -> list[int]:
-        ids = np.asarray(ids)
+        try:
+            ids = np.asarray(ids)
+        except ValueError:  # lists of different lengths
+            raise ValueError(f"{what} {ids!r}: expected a list of integer block ids") from None
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
             raise ValueError(f"{what} {ids.tolist()!r}: expected a list of integer block ids")
         seen: set[int] = set()
         for i in ids.tolist():
             if not 0 <= i < self.num_total_blocks:
-                raise ValueError(f"{what} block {i}: this pool has blocks 0 to {self.num_total_blocks - 1}")
+                raise ValueError(f"{what} block {i}: this pool has {self.num_total_blocks} blocks, counted from 0")
             if i in seen:
                 raise ValueError(f"{what} block {i} twice in one call")
             if not self._owners[i]:

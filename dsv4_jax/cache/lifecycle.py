@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from .counts import count
 from .holder import CacheHolder
 from .ledger import rows_array
 from .prefix import AdmittedPrompt
@@ -95,9 +96,10 @@ class RequestLifecycle(CacheHolder):
         max_rollback tokens from the newest that it ever had.
         """
         self._requests.require(slot)
+        n = count("the number of tokens", n)
         length = self._requests.length(slot)
         most = max(length - self._requests.settled(slot), 0)
-        if not 0 <= n <= most:
+        if n > most:
             raise ValueError(
                 f"slot {slot}: cannot roll back {n} tokens: it has {length} and max_rollback is {self.max_rollback}, "
                 f"counted from the newest token it ever had: expected 0 to {most}"
@@ -132,9 +134,10 @@ class RequestLifecycle(CacheHolder):
         request has.
         """
         self._requests.require_written(slot)
+        rollback = count("rollback", rollback)
         length = self._requests.length(slot)
         most = length - self._requests.settled(slot)
-        if not 0 <= rollback <= most:
+        if rollback > most:
             raise ValueError(f"rollback is {rollback}: slot {slot} can go back by 0 to {most} tokens")
         return take_snapshot(
             self._live_cache(), slot, length, self._ledger.blocks(slot), rollback=rollback, fingerprint=self.fingerprint
@@ -171,9 +174,12 @@ class RequestLifecycle(CacheHolder):
         """
         self._requests.require(slot)
         length = self._requests.length(slot)
-        end = length + n
-        if n < 0 or end > self.max_context_len:
-            raise ValueError(f"slot {slot}: {n} tokens more than {length}: expected 0 to max_context_len")
+        end = length + count("the number of tokens", n)
+        if end > self.max_context_len:
+            raise ValueError(
+                f"slot {slot}: {n} tokens more than {length}: a request has at most {self.max_context_len} "
+                "(max_context_len)"
+            )
         for kind in self._ledger.kinds:
             if self._requests.missing(kind, slot, end):
                 raise ValueError(f"slot {slot}: {end} tokens need {kind.upper()} blocks that no plan gave out")

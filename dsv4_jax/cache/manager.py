@@ -1,11 +1,13 @@
 """The host's side of the cache: slots, blocks and lengths between jitted steps. Never inside jit."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import planning
+from .counts import count
 from .fingerprint import model_fingerprint
 from .handle import LayerCacheHandle
 from .kv_cache import KVCache
@@ -16,6 +18,9 @@ from .prefix import PrefixIndex, PrefixPolicy, recomputation_reach
 from .requests import RequestTable
 from .schema import build_schema
 from .slot_io import enter_cells
+
+MAX_CONTEXT_LEN = (1 << 31) - 1
+"""Most tokens of a request: positions, and the length after the last of them, are int32."""
 
 
 class KVCacheManager(RequestLifecycle):
@@ -48,15 +53,14 @@ class KVCacheManager(RequestLifecycle):
         """Allocates the cache of all layers of `schedule` (build_schedule(config)).
 
         num_blocks_per_*_layer: physical blocks (`compute_block_budget` says how many a load needs). max_context_len:
-        tokens of one request at most, by default as many as the pools hold blocks for; a step's readers look at that
-        many. cache_dtype, indexer_dtype, max_rollback, hca_tail: see `build_schema`. debug_nan: free blocks and slots
-        are filled with NaN, so that reading one shows, and `check` finds who wrote to one; slow. fingerprint: any text
-        that tells the weights from others of the same configuration (see `model_fingerprint`). prefix: what is kept of
-        prompts for others that begin alike (`keep_prefix`); by default nothing. Raises ValueError for what does not
-        fit.
+        tokens of one request at most, by default as many as the pools hold blocks for, or one block where they hold
+        none; a step's readers look at that many. cache_dtype, indexer_dtype, max_rollback, hca_tail: see
+        `build_schema`. debug_nan: free blocks and slots are filled with NaN, so that reading one shows, and `check`
+        finds who wrote to one; slow. fingerprint: any text that tells the weights from others of the same
+        configuration (see `model_fingerprint`). prefix: what is kept of prompts for others that begin alike
+        (`keep_prefix`); by default nothing. Raises ValueError for what does not fit.
         """
-        if max_concurrent_requests < 1:
-            raise ValueError(f"max_concurrent_requests is {max_concurrent_requests}: expected at least 1")
+        max_concurrent_requests = count("max_concurrent_requests", max_concurrent_requests, least=1)
         schemas = tuple(
             build_schema(
                 config, spec, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype, max_rollback=max_rollback,
@@ -64,12 +68,18 @@ class KVCacheManager(RequestLifecycle):
             )
             for spec in schedule
         )  # fmt: skip
-        num_blocks = {"csa": num_blocks_per_csa_layer, "hca": num_blocks_per_hca_layer}
+        num_blocks = {
+            "csa": count("num_blocks_per_csa_layer", num_blocks_per_csa_layer),
+            "hca": count("num_blocks_per_hca_layer", num_blocks_per_hca_layer),
+        }
+        if not schemas:
+            raise ValueError("schedule has no layers: expected build_schedule(config)")
         kinds = {s.kind: s for s in schemas if s.entries_per_block}
         if max_context_len is None:
-            max_context_len = max((num_blocks[k] for k in kinds), default=1) * config.block_size
-        elif max_context_len < 1:
-            raise ValueError(f"max_context_len is {max_context_len}: expected at least 1 token")
+            most = max((num_blocks[k] for k in kinds), default=MAX_CONTEXT_LEN)
+            max_context_len = min(max(most, 1) * config.block_size, MAX_CONTEXT_LEN)
+        else:
+            max_context_len = count("max_context_len", max_context_len, least=1, most=MAX_CONTEXT_LEN)
         self.config = config
         cache = KVCache.allocate(
             schemas,
@@ -88,6 +98,8 @@ class KVCacheManager(RequestLifecycle):
         identity = model_fingerprint(config, fingerprint)
         index = None
         if prefix is not None:
+            if not isinstance(prefix, PrefixPolicy):
+                raise ValueError(f"prefix is {prefix!r}: expected a PrefixPolicy, such as PrefixPolicy('full')")
             index = PrefixIndex(prefix, identity, config.block_size, recomputation_reach(schemas))
         super().__init__(cache, requests, fingerprint=identity, prefix=index, debug_nan=debug_nan)
 
@@ -134,9 +146,9 @@ class KVCacheManager(RequestLifecycle):
         kind = self._layer_kind(layer_idx)
         if kind not in self._ledger.kinds:
             raise ValueError(f"layer {layer_idx} is SWA: it has no blocks")
-        self._check_room(request_slot, kind, len(self._ledger.blocks(request_slot)[kind]) + 1)
         self._live_cache()
-        self._settle()
+        if self.num_free_blocks(kind):  # where the pool is empty, that is the reason to give
+            self._check_room(request_slot, kind, len(self._ledger.blocks(request_slot)[kind]) + 1)
         rows = self._ledger.extend({kind: {request_slot: 1}})
         self._cache = enter_cells(self._cache, rows)
         return rows[kind][0][2]
@@ -195,8 +207,8 @@ class KVCacheManager(RequestLifecycle):
     # Checks.
 
     def _layer_kind(self, layer_idx: int) -> str:
-        if not 0 <= layer_idx < len(self.cache.schemas):
-            raise ValueError(f"layer {layer_idx}: the model has layers 0 to {len(self.cache.schemas) - 1}")
+        if not isinstance(layer_idx, numbers.Integral) or not 0 <= layer_idx < len(self.cache.schemas):
+            raise ValueError(f"layer {layer_idx!r}: the model has layers 0 to {len(self.cache.schemas) - 1}")
         return self.cache.schemas[layer_idx].kind
 
     def _check_room(self, slot: int, kind: str, blocks: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from .counts import count
 from .kv_cache import KVCache
 from .schema import KINDS, CacheSchema, build_schema
 
@@ -79,8 +80,7 @@ class CacheCost:
     def size(self, requests: int, max_context_len: int) -> CacheSize:
         """The cache in which every request can have `max_context_len` tokens at once. ValueError for less than one."""
         for name, value in (("max_concurrent_requests", requests), ("max_context_len", max_context_len)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: expected at least 1")
+            count(name, value, least=1)
         blocks = {kind: requests * n for kind, n in self.blocks_for(max_context_len).items()}
         return CacheSize(requests, max_context_len, blocks, self.total_bytes(requests, max_context_len, blocks))
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from ..ops.compress import IndexerKeys
 from ..ops.fp4 import GROUP_SIZE
 from ..ops.record import Record
+from .counts import count
 from .records import allocate_keys, record_format
 from .schema import CacheSchema
 
@@ -27,8 +28,7 @@ class PagedKVPool:
         """
         if not schema.entries_per_block:
             raise ValueError(f"a {schema.kind.upper()} layer has no entries: a paged pool is for CSA and HCA layers")
-        if num_blocks < 0:
-            raise ValueError(f"num_blocks is {num_blocks}: expected 0 or more")
+        num_blocks = count("num_blocks", num_blocks)
         lead = () if num_layers is None else (num_layers,)
         shape = (*lead, num_blocks, schema.entries_per_block)
         self.schema = schema

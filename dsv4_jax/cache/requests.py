@@ -1,6 +1,7 @@
 """The running requests as the host knows them: their slots, lengths and blocks."""
 
 import heapq
+import numbers
 
 import numpy as np
 
@@ -57,6 +58,8 @@ class RequestTable:
 
     def require(self, slot: int) -> None:
         """ValueError unless `slot` holds a request and, if it is a Slot, that very request."""
+        if not isinstance(slot, numbers.Integral) or isinstance(slot, bool):
+            raise ValueError(f"slot is {slot!r}: expected an integer, as admission returns it")
         if isinstance(slot, Slot) and 0 <= slot < self.num_slots and slot.generation != self._generations[slot]:
             raise ValueError(
                 f"slot {slot} was released and has been given out again: this handle's request has ended, use the one "

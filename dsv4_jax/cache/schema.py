@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ops.running_tail import running_rows
+from .counts import count
 from .records import DEFAULT_INDEXER_FORMAT, check_dimensions, check_indexer_format, record_format
 
 BLOCK_SIZE_ORIGINAL_TOKENS = 128
@@ -120,13 +121,12 @@ def build_schema(
     kind = spec.attn.name.lower()
     if kind not in KINDS:
         raise ValueError(f"layer {spec.layer_idx}: attention {spec.attn!r} has no cache: expected one of SWA, CSA, HCA")
-    ratio = int(config.compress_ratios[spec.layer_idx])
+    ratio = {"swa": 0, "csa": config.csa_ratio, "hca": config.hca_ratio}[kind]
     if ratio and config.block_size % ratio:
         raise ValueError(
             f"layer {spec.layer_idx}: compress ratio {ratio} does not divide a block of {config.block_size}"
         )
-    if max_rollback < 0:
-        raise ValueError(f"max_rollback is {max_rollback}: expected a number of tokens, 0 or more")
+    max_rollback = count("max_rollback", max_rollback)
     if hca_tail not in HCA_TAILS:
         raise ValueError(f"hca_tail {hca_tail!r} is not known: expected one of {', '.join(HCA_TAILS)}")
     cache_dtype = record_format(cache_dtype).name
@@ -156,11 +156,8 @@ def compute_block_budget(
 
     A block is needed as soon as its first entry exists. Raises ValueError for a negative context or no request.
     """
-    if max_context_len < 0 or max_concurrent_requests < 1:
-        raise ValueError(
-            f"max_context_len is {max_context_len} and max_concurrent_requests is {max_concurrent_requests}: expected "
-            "at least 0 tokens and 1 request"
-        )
+    max_context_len = count("max_context_len", max_context_len)
+    max_concurrent_requests = count("max_concurrent_requests", max_concurrent_requests, least=1)
     budget = {"csa": 0, "hca": 0}
     for spec in schedule:
         schema = build_schema(config, spec)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from ..ops.append_swa import SWARing
 from ..ops.compressor_tail import CompressorTail
 from ..ops.running_tail import RunningTail
+from .counts import count
 from .records import record_format
 from .schema import CacheSchema
 
@@ -22,8 +23,7 @@ class StateCachePool:
 
     def __init__(self, schema: CacheSchema, max_requests: int, num_layers: int | None = None):
         """Empty state of `max_requests` slots, stacked over `num_layers` if given; ValueError for no slot."""
-        if max_requests < 1:
-            raise ValueError(f"max_requests is {max_requests}: expected at least 1")
+        max_requests = count("max_requests", max_requests, least=1)
         lead = (max_requests,) if num_layers is None else (num_layers, max_requests)
         record = record_format(schema.cache_dtype).allocate((*lead, schema.ring_rows), schema.nope_dim, schema.rope_dim)
         self.schema = schema

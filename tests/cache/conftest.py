@@ -22,13 +22,15 @@ def make():
 
     def make(**options):
         options = {
+            "config": CONFIG,
+            "schedule": build_schedule(CONFIG),
             "max_concurrent_requests": 2,
             "num_blocks_per_csa_layer": 4,
             "num_blocks_per_hca_layer": 4,
             "max_context_len": 256,
             **options,
         }
-        return KVCacheManager(CONFIG, build_schedule(CONFIG), **options)
+        return KVCacheManager(**options)
 
     return make
 

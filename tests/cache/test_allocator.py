@@ -57,7 +57,7 @@ def test_bad_release_changes_nothing(ids, message):
     assert allocator.num_free == 4
 
 
-@pytest.mark.parametrize("ids", [[0.5], ["0"], [True], 0.0])
+@pytest.mark.parametrize("ids", [[0.5], ["0"], [True], 0.0, [[0], [1, 2]]])
 def test_ids_must_be_integers(ids):
     allocator = BlockAllocator(4)
     allocator.acquire(4)

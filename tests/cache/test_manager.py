@@ -105,6 +105,39 @@ def test_exhausted_pool_changes_nothing(make):
         manager.allocate_block(CSA, b)
 
 
+def test_what_is_no_integer_changes_nothing(make):
+    manager = make(max_rollback=3)
+    slot = manager.admit_request()
+    plan = manager.plan_step([slot] * 5, np.arange(5))
+    manager.cache = manager.cache.with_blocks(plan.new_blocks)
+    before = book(manager)
+    for other in (0.0, False, "0", None, [0]):
+        for call in (manager.release_request, manager.fork, manager.length, lambda s: manager.allocate_block(CSA, s)):
+            with pytest.raises(ValueError, match=r"slot is .*: expected an integer"):
+                call(other)
+    for n in (1.5, 1.0, True, "1", None, -1):
+        calls = (manager.rollback, manager.advance, lambda slot, n: manager.snapshot(slot, rollback=n))
+        for call in calls:
+            with pytest.raises(ValueError, match=f"is {n!r}: expected an integer, 0 or more"):
+                call(slot, n)
+    assert book(manager) == before
+    manager.rollback(np.int64(slot), np.int32(1))
+    assert manager.length(slot) == 4
+    manager.check()
+
+
+def test_the_context_that_pools_allow(make, config):
+    assert make(max_context_len=None, num_blocks_per_csa_layer=3, num_blocks_per_hca_layer=1).max_context_len == 384
+    none = make(max_context_len=None, num_blocks_per_csa_layer=0, num_blocks_per_hca_layer=0)
+    none.plan_step([none.admit_request()] * 3, np.arange(3))  # three tokens need no block
+    with pytest.raises(RuntimeError, match="OOM: 1 more CSA blocks"):
+        none.plan_step([0], [3])
+    windows = config.replace(num_hidden_layers=3, compress_ratios=(0, 0, 0))  # no blocks, and so no limit
+    manager = make(config=windows, schedule=windows.schedule, max_context_len=None)
+    manager.plan_step([manager.admit_request()], [0])
+    assert manager.max_context_len == (1 << 31) - 1
+
+
 @pytest.mark.parametrize(
     ("slots", "positions", "message"),
     [
@@ -197,8 +230,12 @@ def test_request_ids(make):
     [
         ({"max_concurrent_requests": 0}, "max_concurrent_requests is 0"),
         ({"max_context_len": 0}, "max_context_len is 0"),
-        ({"num_blocks_per_csa_layer": -1}, "num_blocks is -1"),
+        ({"num_blocks_per_csa_layer": -1}, "num_blocks_per_csa_layer is -1"),
         ({"cache_dtype": "int8"}, "cache_dtype 'int8'"),
+        ({"max_concurrent_requests": 2.0}, "max_concurrent_requests is 2.0: expected an integer, 1 or more"),
+        ({"max_context_len": 1 << 31}, "max_context_len is 2147483648: expected an integer, from 1 to 2147483647"),
+        ({"schedule": ()}, "schedule has no layers"),
+        ({"prefix": "full"}, "prefix is 'full': expected a PrefixPolicy"),
     ],
 )
 def test_bad_managers(make, options, message):

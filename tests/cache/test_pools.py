@@ -100,3 +100,5 @@ def test_pools_are_pytrees():
 def test_bad_sizes(make, message):
     with pytest.raises(ValueError, match=message):
         make(build_schema(FLASH, CSA), -1)
+    with pytest.raises(ValueError, match=r"is 2\.0: expected an integer"):
+        make(build_schema(FLASH, CSA), 2.0)

@@ -72,6 +72,13 @@ def test_dimensions_that_a_form_cannot_store(changes, options, message):
         build_schema(config, build_schedule(config)[1], **options)
 
 
+def test_a_spec_may_stand_alone():
+    """What an attention is, its spec says; the configuration has the ratios."""
+    for spec in SCHEDULE[:4]:
+        moved = dataclasses.replace(spec, layer_idx=(spec.layer_idx + 1) % 4)
+        assert build_schema(FLASH, moved) == build_schema(FLASH, spec)
+
+
 @pytest.mark.parametrize("config", [DSV4Config.flash(), DSV4Config.pro()], ids=["flash", "pro"])
 def test_budget_of_a_million_tokens(config):
     assert compute_block_budget(config, build_schedule(config), 1_000_000, 16) == {"csa": 125_008, "hca": 124_992}
@@ -82,6 +89,12 @@ def test_budget_of_a_million_tokens(config):
 )
 def test_a_block_is_needed_with_its_first_entry(tokens, csa, hca):
     assert compute_block_budget(FLASH, SCHEDULE, tokens, 1) == {"csa": csa, "hca": hca}
+
+
+@pytest.mark.parametrize(("tokens", "requests"), [(-1, 1), (1, 0), (128, 2.5), (128.0, 2), ("128", 1), (True, 1)])
+def test_a_budget_is_of_whole_tokens_and_requests(tokens, requests):
+    with pytest.raises(ValueError, match=r"max_\w+ is .*: expected an integer, [01] or more"):
+        compute_block_budget(FLASH, SCHEDULE, tokens, requests)
 
 
 def test_rollback_makes_room():
@@ -95,6 +108,7 @@ def test_rollback_makes_room():
         ({"cache_dtype": "fp16"}, "cache_dtype 'fp16' is not known"),
         ({"indexer_dtype": "int4"}, "indexer_dtype 'int4' is not known"),
         ({"max_rollback": -1}, "max_rollback is -1"),
+        ({"max_rollback": 1.5}, "max_rollback is 1.5: expected an integer, 0 or more"),
         ({"hca_tail": "short"}, "hca_tail 'short' is not known: expected one of full, running"),
     ],
 )
@@ -121,11 +135,6 @@ def test_what_a_request_holds_besides_its_entries():
     assert fixed["running"] * 3 == bytes_of_state
     assert 4.9e6 < fixed["running"] < 5.1e6
     assert fixed["full"] > 15e6
-
-
-def test_budget_of_nothing():
-    with pytest.raises(ValueError, match="at least 0 tokens and 1 request"):
-        compute_block_budget(FLASH, SCHEDULE, 100, 0)
 
 
 def test_schema_is_hashable():
