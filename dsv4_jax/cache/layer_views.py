@@ -1,5 +1,6 @@
 """Items per layer, made when asked for."""
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +17,11 @@ class LayerViews:
     def __iter__(self) -> Iterator[Any]:
         return (self[layer_idx] for layer_idx in range(self._length))
 
-    def __getitem__(self, layer_idx: int) -> Any:
-        """The layer's view; negative indices count from the end."""
+    def __getitem__(self, layer_idx: int | slice) -> Any:
+        """The layer's view, or the list of those in a slice; negative indices count from the end."""
+        if isinstance(layer_idx, slice):
+            return [self[i] for i in range(*layer_idx.indices(self._length))]
+        layer_idx = operator.index(layer_idx)
         if not -self._length <= layer_idx < self._length:
             raise IndexError(f"layer {layer_idx}: the model has layers 0 to {self._length - 1}")
         return self._view(layer_idx % self._length)

@@ -103,14 +103,18 @@ class StateCachePool:
         newest = jnp.expand_dims((self.ring.head - 1) % self.schema.ring_rows, -1)
         return (jnp.take_along_axis(self.ring.pos, newest, axis=-1)[..., 0] + 1) % self.schema.compress_ratio
 
-    def reset_slot(self, slot: int) -> "StateCachePool":
-        """The state with `slot` marked as never written (positions -1, head 0); its vectors stay, out of sight."""
-        if not 0 <= slot < self.max_requests:
-            raise ValueError(f"slot is {slot}: this pool has slots 0 to {self.max_requests - 1}")
+    def reset_slot(self, slot: int | Array) -> "StateCachePool":
+        """The state with `slot` marked as never written (positions -1, head 0); its vectors stay, out of sight.
+
+        Raises ValueError for a number out of range; an array () int32, as inside jit, then changes nothing.
+        """
+        if isinstance(slot, Array):
+            slot = jnp.where(slot >= 0, slot, self.max_requests)
+        else:
+            slot = count("slot", slot, most=self.max_requests - 1)
         ring = self.ring
-        return self.replace(
-            ring=ring._replace(pos=ring.pos.at[..., slot, :].set(-1), head=ring.head.at[..., slot].set(0))
-        )
+        pos = ring.pos.at[..., slot, :].set(-1, mode="drop")
+        return self.replace(ring=ring._replace(pos=pos, head=ring.head.at[..., slot].set(0, mode="drop")))
 
     def replace(
         self,

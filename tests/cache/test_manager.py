@@ -33,6 +33,7 @@ def test_views_by_layer(make, config):
     pools = sum(p.memory_bytes() for p in [*manager.paged_pools, *manager.state_pools] if p)
     tables = sum(t.nbytes for t in manager.cache.block_table.values())
     assert manager.memory_bytes() == pools + tables
+    assert [s.schema.kind for s in manager.state_pools[:3]] == ["swa", "csa", "hca"]
     with pytest.raises(IndexError, match="layer 5"):
         manager.paged_pools[5]
 
