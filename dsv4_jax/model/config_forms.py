@@ -33,6 +33,12 @@ _YARN = {
     "beta_fast": "rope_beta_fast",
     "beta_slow": "rope_beta_slow",
 }
+# What stands for a field without being a key of its own.
+_ELSEWHERE = {
+    "compress_ratios": ("layer_types",),
+    "num_hash_layers": ("mlp_layer_types",),
+    **{field: (f"rope_scaling.{key}", f"rope_parameters.compress.{key}") for key, field in _YARN.items()},
+}
 
 
 class _Found:
@@ -61,7 +67,7 @@ class _Found:
         declared = self._fields[field]
         if declared.default is not dataclasses.MISSING:
             return declared.default
-        names = " or ".join((*declared.metadata["names"], field))
+        names = " or ".join((*_ELSEWHERE.get(field, ()), *declared.metadata["names"], field))
         raise ValueError(f"{field} is missing: expected the key {names}")
 
 

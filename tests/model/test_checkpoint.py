@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dsv4_jax import from_pretrained
 from dsv4_jax.files.safetensors_file import open_checkpoint
 from dsv4_jax.model.checkpoint import load_tensors
 from dsv4_jax.model.config import DSV4Config
@@ -231,6 +232,9 @@ def test_missing_files(sharp, tmp_path):
     shutil.copy(sharp / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="found neither"):
         load_tensors(tmp_path)
+    for path in (sharp / "config.json", sharp / "model.safetensors", None):
+        with pytest.raises(ValueError, match="expected the folder of a checkpoint"):
+            from_pretrained(path)
 
 
 def test_a_config_of_another_size_is_noticed_before_anything_is_listed(sharp):
