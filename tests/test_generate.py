@@ -34,7 +34,7 @@ def test_shapes(model):
     assert [x.shape for x in logits] == [(5, CONFIG.vocab_size)] * 3
     assert all(x.dtype == np.float32 for x in logits)
     assert [[int(i) for i in x.argmax(-1)] for x in logits] == tokens
-    assert dsv4_jax.generate(model, PROMPTS, 5) == tokens
+    assert dsv4_jax.generate(model, iter(PROMPTS), np.int64(5)) == tokens
 
 
 def test_nothing_to_do(model):
@@ -58,7 +58,9 @@ def test_sampling_follows_from_the_seed(model):
     a = dsv4_jax.generate(model, PROMPTS, 12, temperature=1.0, seed=3)
     assert a == dsv4_jax.generate(model, PROMPTS, 12, temperature=1.0, seed=3)
     assert a != dsv4_jax.generate(model, PROMPTS, 12, temperature=1.0, seed=4)
-    assert dsv4_jax.generate(model, PROMPTS, 12, temperature=1e-4, seed=3) == dsv4_jax.generate(model, PROMPTS, 12)
+    best = dsv4_jax.generate(model, PROMPTS, 12)
+    for cold in (1e-4, 2e-38):  # a logit divided by the second is beyond float32
+        assert dsv4_jax.generate(model, PROMPTS, 12, temperature=cold, seed=3) == best
 
 
 def test_compiled_once(model, monkeypatch):
@@ -85,7 +87,12 @@ def test_bfloat16_model(model):
         ([["a"]], {}, "prompt 0"),
         ([[1, 192]], {}, "token ids from 1 to 192: expected 0 to 191"),
         ([[-1]], {}, "token ids from -1 to -1"),
+        (None, {}, "prompts is 'None': expected a list of prompts"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens is 1.5: expected an integer"),
+        ([[1]], {"temperature": "1"}, "temperature is '1'"),
+        ([[1]], {"num_samples": 1.5}, "num_samples is 1.5: expected an integer"),
+        ([[1]], {"draft_tokens": 1.5}, "draft_tokens is 1.5: expected an integer"),
         ([[1]], {"max_new_tokens": 9000}, "the model has 8192 positions"),
         ([[1]], {"temperature": -0.5}, "temperature is -0.5"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
@@ -94,6 +101,7 @@ def test_bfloat16_model(model):
         ([[1]], {"prefill_chunk": 0}, "prefill_chunk is 0"),
         ([[1]], {"seed": -1}, "seed is -1"),
         ([[1]], {"stop_tokens": [192]}, r"stop_tokens are \[192\]"),
+        ([[1]], {"stop_tokens": None}, "stop_tokens are None: expected a list"),
     ],
 )
 def test_bad_input(model, prompts, options, message):

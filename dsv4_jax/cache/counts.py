@@ -10,5 +10,5 @@ def count(name: str, value: Any, *, least: int = 0, most: int | None = None) -> 
         number = int(value)
         if number >= least and (most is None or number <= most):
             return number
-    span = f"{least} or more" if most is None else f"from {least} to {most}"
-    raise ValueError(f"{name} is {value!r}: expected an integer, {span}")
+    span = f", {least} or more" if most is None else f" from {least} to {most}"
+    raise ValueError(f"{name} is {value!r}: expected an integer{span}")

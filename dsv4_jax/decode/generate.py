@@ -1,18 +1,19 @@
 """`generate` and `stream`: a batch of prompts through a loop made for it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ..cache.counts import count
 from ..cache.manager import KVCacheManager
 from ..cache.schema import compute_block_budget
 from ..model.layer_schedule import build_schedule
 from ..model.transformer import DSV4Model
 from .context import round_up_blocks
 from .loop import DECODE_STEPS, PREFILL_CHUNK, DecodeLoop
-from .request import Stats, check_prompt, check_sampling
+from .request import Stats, check_prompt, check_prompts, check_sampling
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def stream(
     hca_tail: str = "full",
     temperature: float = 0.0,
     seed: int = 0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Iterable[int] = (),
     num_samples: int = 1,
     draft_tokens: int = 0,
     return_logits: bool = False,
@@ -67,14 +68,15 @@ def stream(
     decode_chunk: int = DECODE_STEPS,
 ) -> Iterator[Chunk]:
     """As `generate`, but yields what every jitted call brings, one `Chunk` each. Errors come at once."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 0 or more")
+    max_new_tokens = count("max_new_tokens", max_new_tokens)
+    prompts = check_prompts(prompts)
     ids = [check_prompt(model.config, p, max_new_tokens, f"prompt {i}") for i, p in enumerate(prompts)]
-    check_sampling(model.config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples)
-    if prefill_chunk < 1 or decode_chunk < 1:
-        raise ValueError(f"prefill_chunk is {prefill_chunk}, decode_chunk is {decode_chunk}: expected 1 or more")
-    if draft_tokens < 0:
-        raise ValueError(f"draft_tokens is {draft_tokens}: expected 0 or more")
+    stops = check_sampling(
+        model.config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples
+    )
+    prefill_chunk = count("prefill_chunk", prefill_chunk, least=1)
+    decode_chunk = count("decode_chunk", decode_chunk, least=1)
+    draft_tokens = count("draft_tokens", draft_tokens)
     if not ids or not max_new_tokens:
         return iter(())
     # More could never be verified.
@@ -95,7 +97,7 @@ def stream(
     )  # fmt: skip
     for i, prompt in enumerate(ids):
         loop.submit(
-            prompt, max_new_tokens, temperature=temperature, seed=seed, index=i, stop_tokens=stop_tokens,
+            prompt, max_new_tokens, temperature=temperature, seed=seed, index=i, stop_tokens=stops,
             num_samples=num_samples,
         )  # fmt: skip
     return _chunks(loop, slots, num_samples)
@@ -138,6 +140,7 @@ def generate(
     return_logits also a list of the float32 logits (new tokens, vocabulary) that each token was chosen from; with
     return_stats also `Stats`. Raises ValueError for prompts or options that make no sense.
     """
+    prompts = check_prompts(prompts)
     chunks = stream(model, prompts, max_new_tokens, return_logits=return_logits, **options)
     num = len(prompts) * options.get("num_samples", 1)
     tokens: list[list[int]] = [[] for _ in range(num)]

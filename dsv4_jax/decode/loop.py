@@ -1,11 +1,12 @@
 """Continuous batching: requests join and leave between jitted calls, whose shapes never change."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from ..cache.counts import count
 from ..cache.manager import KVCacheManager
 from ..cache.plan import StepPlan
 from ..model.transformer import DSV4Model
@@ -49,14 +50,14 @@ class DecodeLoop:
 
         Raises ValueError for sizes that make no sense.
         """
-        if prefill_chunk < 1 or decode_chunk < 1:
-            raise ValueError(f"prefill_chunk is {prefill_chunk}, decode_chunk is {decode_chunk}: expected 1 or more")
-        if not 0 <= draft_tokens <= manager.max_rollback:
+        prefill_chunk = count("prefill_chunk", prefill_chunk, least=1)
+        decode_chunk = count("decode_chunk", decode_chunk, least=1)
+        if count("draft_tokens", draft_tokens) > manager.max_rollback:
             raise ValueError(f"draft_tokens is {draft_tokens}: expected 0 to max_rollback = {manager.max_rollback}")
         slots, verified = manager.max_concurrent_requests, draft_tokens + 1
         if step_tokens is None:
             step_tokens = prefill_chunk + (slots - 1) * verified
-        if step_tokens < slots:
+        if count("step_tokens", step_tokens) < slots:
             raise ValueError(f"step_tokens is {step_tokens}: expected one for each of {slots} slots or more")
         self.model, self.manager, self.stats = model, manager, Stats()
         self.prefill_chunk, self.decode_chunk, self.draft_tokens = prefill_chunk, decode_chunk, draft_tokens
@@ -80,7 +81,7 @@ class DecodeLoop:
         temperature: float = 0.0,
         seed: int = 0,
         index: int = 0,
-        stop_tokens: Sequence[int] = (),
+        stop_tokens: Iterable[int] = (),
         num_samples: int = 1,
         salt: bytes = b"",
     ) -> int:
@@ -90,11 +91,12 @@ class DecodeLoop:
         Raises ValueError, in one sentence, for what makes no sense and for what this cache could never hold.
         """
         config = self.model.config
+        max_new_tokens = count("max_new_tokens", max_new_tokens, least=1)
         ids = check_prompt(config, prompt, max_new_tokens)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 1 or more")
-        check_sampling(config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples)
-        request = Request(ids, max_new_tokens, temperature, seed, index, frozenset(stop_tokens), num_samples, salt)
+        stops = check_sampling(
+            config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples
+        )
+        request = Request(ids, max_new_tokens, temperature, seed, index, stops, num_samples, salt)
         self._schedule.check_fits(request)
         self._schedule.wait(self._sample(self._submitted, 0, request, num_samples - 1))
         self._submitted += 1

@@ -1,11 +1,14 @@
 """What a decode loop is asked for, and what it answers."""
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ..cache.counts import count
 from ..cache.snapshot import Snapshot
 from ..model.config import DSV4Config
 from .draft import PromptLookup
@@ -114,7 +117,10 @@ class Stats:
 
 def check_prompt(config: DSV4Config, prompt: Any, max_new_tokens: int, name: str = "the prompt") -> tuple[int, ...]:
     """The prompt's token ids; ValueError for what is no list of them, or too long for the model."""
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of different lengths
+        ids = np.asarray(None)
     if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"{name} is {str(prompt)[:60]!r}: expected a list of one or more token ids")
     if ids.min() < 0 or ids.max() >= config.vocab_size:
@@ -127,15 +133,30 @@ def check_prompt(config: DSV4Config, prompt: Any, max_new_tokens: int, name: str
     return tuple(ids.tolist())
 
 
+def check_prompts(prompts: Any) -> list[Any]:
+    """Prompts of any iterable; ValueError for what is none."""
+    try:
+        return list(prompts)
+    except TypeError:
+        raise ValueError(f"prompts is {str(prompts)[:60]!r}: expected a list of prompts, lists of token ids") from None
+
+
 def check_sampling(
-    config: DSV4Config, *, temperature: float, seed: int, stop_tokens: Sequence[int], num_samples: int
-) -> None:
-    """ValueError for options that make no sense."""
-    if temperature < 0 or not np.isfinite(temperature):
-        raise ValueError(f"temperature is {temperature}: expected 0 (greedy) or a positive number")
-    if not 0 <= seed < 1 << 32:
-        raise ValueError(f"seed is {seed}: expected 0 to {(1 << 32) - 1}")
-    if any(not 0 <= t < config.vocab_size for t in stop_tokens):
-        raise ValueError(f"stop_tokens are {list(stop_tokens)}: expected 0 to {config.vocab_size - 1}")
-    if not 1 <= num_samples <= MAX_SAMPLES:
-        raise ValueError(f"num_samples is {num_samples}: expected 1 to {MAX_SAMPLES}")
+    config: DSV4Config, *, temperature: float, seed: int, stop_tokens: Iterable[int], num_samples: int
+) -> frozenset[int]:
+    """The stop tokens; ValueError for options that make no sense."""
+    try:
+        drawable = 0 <= temperature < math.inf  # NaN is not
+    except TypeError:
+        drawable = False
+    if not drawable:
+        raise ValueError(f"temperature is {temperature!r}: expected 0 (greedy) or a positive number")
+    count("seed", seed, most=(1 << 32) - 1)
+    count("num_samples", num_samples, least=1, most=MAX_SAMPLES)
+    try:
+        stops = frozenset(operator.index(token) for token in stop_tokens)
+    except TypeError:
+        raise ValueError(f"stop_tokens are {stop_tokens!r}: expected a list of token ids") from None
+    if any(not 0 <= token < config.vocab_size for token in stops):
+        raise ValueError(f"stop_tokens are {sorted(stops)}: expected 0 to {config.vocab_size - 1}")
+    return stops

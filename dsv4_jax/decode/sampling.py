@@ -26,7 +26,8 @@ def choose_tokens(logits: Array, positions: Array, draws: Draws) -> Array:
 
     def draw(row: Array, position: Array, temperature: Array, seed: Array, prompt: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), position)
-        return jax.random.categorical(key, row / jnp.where(temperature > 0, temperature, 1.0))
+        # The best logit is 0, so that no temperature, however small, makes an infinity of it.
+        return jax.random.categorical(key, (row - jnp.max(row)) / jnp.where(temperature > 0, temperature, 1.0))
 
     drawn = jax.vmap(draw)(logits, positions, *map(jnp.asarray, draws))
     return jnp.where(jnp.asarray(draws.temperature) > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)

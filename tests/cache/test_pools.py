@@ -81,7 +81,7 @@ def test_reset_slot():
     assert reset.swa_head.tolist() == [10, 0, 10]
     assert reset.tail_len.tolist() == [2, 0, 2]
     assert (reset.swa_pos[0] == 9).all()
-    with pytest.raises(ValueError, match="slot is 3: expected an integer, from 0 to 2"):
+    with pytest.raises(ValueError, match="slot is 3: expected an integer from 0 to 2"):
         state.reset_slot(3)
     inside = jax.jit(StateCachePool.reset_slot)
     for slot, expected in ((1, reset), (3, used), (-1, used)):

@@ -100,13 +100,14 @@ def test_one_block_too_few_is_refused(model):
     [
         (([], 4), {}, "the prompt is"),
         (([64], 4), {}, "token ids from 64 to 64: expected 0 to 63"),
-        (([1], 0), {}, "max_new_tokens is 0: expected 1 or more"),
+        (([1], 0), {}, "max_new_tokens is 0: expected an integer, 1 or more"),
         (([1] * 90, 7), {}, "has at most 96"),
         (([1], 4), {"num_samples": 4}, "num_samples is 4: this cache has 3 slots"),
         (([1], 4), {"num_samples": 0}, "num_samples is 0"),
-        (([1], 4), {"num_samples": 10**12}, "num_samples is 1000000000000: expected 1 to 4096"),
+        (([1], 4), {"num_samples": 10**12}, "num_samples is 1000000000000: expected an integer from 1 to 4096"),
         (([1], 4), {"temperature": -1.0}, "temperature is -1"),
         (([1], 4), {"seed": -1}, "seed is -1"),
+        (([[1], [2, 3]], 4), {}, "expected a list of one or more token ids"),
         (([1], 4), {"stop_tokens": [64]}, "stop_tokens are"),
     ],
 )
