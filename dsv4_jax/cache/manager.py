@@ -1,13 +1,12 @@
 """The host's side of the cache: slots, blocks and lengths between jitted steps. Never inside jit."""
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import planning
-from .counts import count
+from .counts import count, is_integer
 from .fingerprint import model_fingerprint
 from .handle import LayerCacheHandle
 from .kv_cache import KVCache
@@ -207,7 +206,7 @@ class KVCacheManager(RequestLifecycle):
     # Checks.
 
     def _layer_kind(self, layer_idx: int) -> str:
-        if not isinstance(layer_idx, numbers.Integral) or not 0 <= layer_idx < len(self.cache.schemas):
+        if not is_integer(layer_idx) or not 0 <= layer_idx < len(self.cache.schemas):
             raise ValueError(f"layer {layer_idx!r}: the model has layers 0 to {len(self.cache.schemas) - 1}")
         return self.cache.schemas[layer_idx].kind
 

@@ -1,10 +1,10 @@
 """The running requests as the host knows them: their slots, lengths and blocks."""
 
 import heapq
-import numbers
 
 import numpy as np
 
+from .counts import is_integer
 from .ledger import BlockLedger
 from .pending import PendingSteps, Released
 from .plan import StepPlan
@@ -58,7 +58,7 @@ class RequestTable:
 
     def require(self, slot: int) -> None:
         """ValueError unless `slot` holds a request and, if it is a Slot, that very request."""
-        if not isinstance(slot, numbers.Integral) or isinstance(slot, bool):
+        if not is_integer(slot):
             raise ValueError(f"slot is {slot!r}: expected an integer, as admission returns it")
         if isinstance(slot, Slot) and 0 <= slot < self.num_slots and slot.generation != self._generations[slot]:
             raise ValueError(

@@ -24,8 +24,9 @@ def from_pretrained(
     index_topk=512. Raises FileNotFoundError for a missing file, ValueError for one that is not what the configuration
     says, or an unknown field.
     """
-    if not isinstance(path, (str, os.PathLike)) or os.path.isfile(path):
-        raise ValueError(f"from_pretrained got {path!r}: expected the folder of a checkpoint")
+    given: Any = path
+    if not isinstance(given, (str, os.PathLike)) or os.path.isfile(given):
+        raise ValueError(f"from_pretrained got {given!r}: expected the folder of a checkpoint")
     config = DSV4Config.from_hf(path)
     if overrides:
         config = config.replace(**overrides)
