@@ -15,10 +15,11 @@ def salted(request, salt):
     return dataclasses.replace(request, options=(*request.options, ("salt", salt)))
 
 
-# "zero" computes (window - 1) * layers + ... tokens before the end of the hit again, from the edge of a block on.
-@pytest.mark.parametrize(("policy", "again"), [("full", 0), ("zero", 24)])
+# "periodic" computes again what follows the last multiple of its period, "zero" (window - 1) * layers + … tokens before
+# the end of the hit, from the edge of a block on.
+@pytest.mark.parametrize(("policy", "again"), [("full", 0), ("periodic", 12), ("zero", 24)])
 def test_a_prompt_goes_on_from_the_blocks_of_another(model, alone, policy, again):
-    loop = make_loop(model, prefix=PrefixPolicy(policy, period=36))
+    loop = make_loop(model, prefix=PrefixPolicy(policy, period=24))
     assert run(loop, FIRST)[0] == {(0, 0): alone(FIRST)}
     assert (loop.stats.hit_tokens, loop.stats.prefilled_tokens) == (0, 45)
     assert run(loop, SECOND)[0] == {(1, 0): alone(SECOND)}
