@@ -13,6 +13,7 @@ from dsv4_jax.ops import native
 from dsv4_jax.ops.attention import KeyGroup, attend
 from dsv4_jax.ops.compress import CompressorWeights
 from dsv4_jax.ops.select_entries import index_scores, select_top_k
+from dsv4_jax.ops.write_layer import Projections, RawWindow
 
 # A batch unlike the heads and the layers of a kind, so that a shape tells whose array it is.
 BATCH, CONTEXT, HEADS, TOP_K = 3, 512, 2, 32
@@ -24,21 +25,32 @@ def weights(ratio, dim, lanes):
     return CompressorWeights(jnp.zeros((ratio, lanes * dim)), jnp.ones(dim), jnp.ones(32))
 
 
+def write(handle, kind, x):
+    """At once, as the model does it, or part by part: in every other pair of layers."""
+    indexer = (x[:, :256], x[:, 256:512], weights(4, 128, 2)) if kind == "CSA" else None
+    compressor = {
+        "CSA": (x, x, weights(4, 512, 2)),
+        "HCA": (x[:, :512], x[:, 512:], weights(128, 512, 1)),
+    }.get(kind)
+    window = RawWindow(x[:, :512], jnp.ones(512), jnp.ones((BATCH, 32)), jnp.zeros((BATCH, 32)))
+    if handle.layer_idx // 2 % 2:
+        return handle.write_layer(window, compressor and Projections(*compressor), indexer and Projections(*indexer))
+    handle = handle if indexer is None else handle.write_indexer(*indexer)
+    handle = handle if compressor is None else handle.write_compressed(*compressor)
+    return handle.write_swa(x[:, :512])
+
+
 def layer(handle, kind, x):
     """What a layer does with its cache; x (T, 1024) stands for all that a model would project."""
-    groups = ()
+    handle, groups = write(handle, kind, x), ()
     if kind == "CSA":
-        handle = handle.write_indexer(x[:, :256], x[:, 256:512], weights(4, 128, 2))
-        handle = handle.write_compressed(x, x, weights(4, 512, 2))
         keys = handle.read_indexer_view()
         scores = index_scores(x[:, :256].reshape(-1, 2, 128), x[:, :2], keys.keys, keys.valid, handle.plan.segments)
         view = handle.read_classical_view(select_top_k(scores, handle.visible_entries(), TOP_K))
         groups = (KeyGroup(view.kv, view.valid, per_token=True),)
     if kind == "HCA":
-        handle = handle.write_compressed(x[:, :512], x[:, 512:], weights(128, 512, 1))
         view = handle.read_classical_view()
         groups = (KeyGroup(view.kv, view.valid),)
-    handle = handle.write_swa(x[:, :512])
     window = handle.read_swa_view()
     q = jnp.stack([x[:, :512], x[:, 512:]], axis=1)
     out = attend(q, (KeyGroup(window.kv, window.valid), *groups), jnp.zeros(HEADS), handle.plan.segments, scale=0.04)

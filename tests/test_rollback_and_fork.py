@@ -97,12 +97,14 @@ def test_rollbacks_add_up(model):
     assert (manager.length(0), manager.length(child)) == (21, 21)
 
 
-def test_writing_over_tokens_takes_a_rollback(model):
-    """Tokens before the end would cut the request short unseen, further back than ring and tails reach."""
+def test_a_step_goes_on_where_the_request_ends(model):
+    """Tokens before the end would cut the request short unseen, tokens beyond it leave some out."""
     manager = fresh(model).manager
     manager.plan_step([0] * 5, np.arange(5))
-    for start in (0, 4):
-        with pytest.raises(ValueError, match=f"brings position {start} and has 5 tokens: expected .* from 5 on"):
+    for start, what_to_do in ((0, "roll back"), (4, "roll back"), (6, "advance")):
+        with pytest.raises(
+            ValueError, match=f"brings position {start} and has 5 tokens: expected .* from 5 on; .*{what_to_do}"
+        ):
             manager.plan_step([0] * 3, start + np.arange(3))
     assert manager.length(0) == 5
 

@@ -19,7 +19,7 @@ from ..ops.record import Record, decode_record, encode_record
 from ..ops.rms_norm import rms_norm
 from ..ops.rope import apply_rope
 from ..ops.segments import per_token, to_segments
-from ..ops.write_layer import ONE_LAUNCH, Projections, RawWindow
+from ..ops.write_layer import Projections, RawWindow
 from .kv_cache import KVCache
 from .layer_writes import write_at_once
 from .paged_cache import PagedKVPool
@@ -218,13 +218,12 @@ class LayerCacheHandle:
         indexer: Projections | None = None,
         *,
         eps: float = 1e-6,
-        one_launch: bool = ONE_LAUNCH,
     ) -> "LayerCacheHandle":
-        """All that a layer writes in a decode step: `write_swa_fused`, `write_compressed`, `write_indexer`.
+        """All that a layer writes in a decode step, in one launch.
 
-        compressor: CSA and HCA layers; indexer: CSA layers. one_launch: whether one operation writes it all, with the
-        same bits. Raises as they do, and ValueError for a part too many or too few
-        and for a plan that is not a decode step's.
+        The bits of `write_swa_fused`, `write_compressed` and `write_indexer`. compressor: CSA and HCA layers; indexer:
+        CSA layers. Raises as they do, and ValueError for a part too many or too few and for a plan that is not a decode
+        step's.
         """
         kind = self.schema.kind
         for name, part, kinds in (("compressor", compressor, ("csa", "hca")), ("indexer", indexer, ("csa",))):
@@ -236,10 +235,6 @@ class LayerCacheHandle:
                 f"layer {self.layer_idx}: write_layer got several tokens of a slot, expected a decode step; "
                 "another reads first, then uses write_swa"
             )
-        if not one_launch:
-            handle = self if indexer is None else self.write_indexer(*indexer, eps=eps)
-            handle = handle if compressor is None else handle.write_compressed(*compressor, eps=eps)
-            return handle.write_swa_fused(*window, eps=eps)
         self._check("kv", window.kv, self.schema.head_dim)
         if compressor is not None:
             self._check_compressor(compressor.kv, compressor.gate)

@@ -160,16 +160,19 @@ class KVCacheManager(RequestLifecycle):
         positions: Any,
         *,
         lookahead: int = 0,
+        limits: Any = None,
         num_segments: int | None = None,
         width: int | None = None,
         max_blocks: int | None = None,
     ) -> StepPlan:
         """Plans a step of T tokens and gives out the blocks it needs, all of them or none.
 
-        request_slots, positions: (T,) integers in any order, slot -1 for padding. lookahead: tokens more per request
-        that the blocks must suffice for, so that a loop can go on without the host. num_segments, width: sizes to pad
-        the grouping to, where tokens of one slot come together (see `group_tokens`). Raises ValueError for slots
-        without a request or bad positions, RuntimeError (OOM) when the blocks do not suffice; then nothing changed.
+        request_slots, positions: (T,) integers in any order, slot -1 for padding; a request's tokens follow those it
+        has. lookahead: tokens more per request that the blocks must suffice for, so that a loop can go on without the
+        host, which afterwards calls `advance`; limits (T,): but no more than the token's request will ever have.
+        num_segments, width: sizes to pad the grouping to, where tokens of one slot come together (see `group_tokens`).
+        Raises ValueError for slots without a request or bad positions, RuntimeError (OOM) when the blocks do not
+        suffice; then nothing changed.
 
         The step is outstanding until its result is assigned to `cache`, or the plan is dropped: blocks and slots given
         up until then are not given to others, and the requests in it cannot be copied.
@@ -180,6 +183,7 @@ class KVCacheManager(RequestLifecycle):
             request_slots,
             positions,
             lookahead=lookahead,
+            limits=limits,
             num_segments=num_segments,
             width=width,
             max_blocks=max_blocks,

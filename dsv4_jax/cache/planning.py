@@ -17,6 +17,7 @@ def plan_step(
     positions: Any,
     *,
     lookahead: int = 0,
+    limits: Any = None,
     num_segments: int | None = None,
     width: int | None = None,
     max_blocks: int | None = None,
@@ -26,14 +27,15 @@ def plan_step(
     grouped = group_tokens(slots, positions, num_segments, width)
     ends = ends_by_slot(slots, positions)
     _check_starts(requests, slots, positions)
-    for slot, end in ends.items():
-        needed = max(requests.blocks_for(end + lookahead).values(), default=0)
+    reach = _reach(slots, ends, lookahead, limits)
+    for slot, end in reach.items():
+        needed = max(requests.blocks_for(end).values(), default=0)
         if max_blocks is not None and needed > max_blocks:
             raise ValueError(f"max_blocks is {max_blocks}: slot {slot} needs {needed} blocks that readers look at")
     ledger = requests.ledger
     new = ledger.extend(
         {
-            kind: {slot: requests.missing(kind, slot, end + lookahead) for slot, end in ends.items()}
+            kind: {slot: requests.missing(kind, slot, end) for slot, end in reach.items()}
             for kind in ledger.kinds
         }
     )
@@ -46,14 +48,26 @@ def plan_step(
     return plan
 
 
+def _reach(slots: np.ndarray, ends: dict[int, int], lookahead: int, limits: Any) -> dict[int, int]:
+    """For each slot how many tokens its blocks must suffice for."""
+    reach = {slot: end + lookahead for slot, end in ends.items()}
+    if limits is None:
+        return reach
+    limits = np.asarray(limits)
+    if limits.shape != slots.shape or not np.issubdtype(limits.dtype, np.integer):
+        raise ValueError(f"limits is {limits.dtype}{limits.shape}: expected integers {slots.shape}, one for each token")
+    return {slot: max(ends[slot], min(end, int(limits[slots == slot].max()))) for slot, end in reach.items()}
+
+
 def _check_starts(requests: RequestTable, slots: np.ndarray, positions: np.ndarray) -> None:
-    """ValueError for tokens before the end of their request: what follows them would be forgotten unseen."""
+    """ValueError unless the tokens of each request follow the ones it has: nothing is forgotten or left out unseen."""
     for slot in np.unique(slots[slots >= 0]).tolist():
         start, length = int(positions[slots == slot].min()), requests.length(slot)
-        if start < length:
+        if start != length:
+            what_to_do = "roll back first" if start < length else "tell what a loop wrote beyond its plan with advance"
             raise ValueError(
                 f"slot {slot} brings position {start} and has {length} tokens: expected positions from {length} on; "
-                "roll back first"
+                f"{what_to_do}"
             )
 
 

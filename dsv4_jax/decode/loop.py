@@ -158,13 +158,16 @@ class DecodeLoop:
         """Many steps for everybody in one call, for which the host waits once."""
         num_slots, running = self.manager.max_concurrent_requests, self._schedule.running
         while True:
-            # What the call will have written counts as tokens of its plan.
             parts = [Part(s, [s.ids[-1]] * min(self.decode_chunk, s.remaining)) for s in running]
-            slots, last = np.full(num_slots, -1, np.int32), np.zeros(num_slots, np.int32)
+            slots, starts, ends = np.full(num_slots, -1, np.int32), *np.zeros((2, num_slots), np.int32)
             for part in parts:
-                slots[part.sample.slot], last[part.sample.slot] = part.sample.slot, part.end - 1
-            if (plan := self._plan(parts, slots, last)) is not None:
+                s = part.sample
+                slots[s.slot], starts[s.slot], ends[s.slot] = s.slot, s.computed, part.end
+            plan = self._plan(parts, slots, starts, lookahead=self.decode_chunk - 1, limits=ends)
+            if plan is not None:
                 break
+        for part in parts:
+            self.manager.advance(part.sample.slot, len(part.tokens) - 1)
         loop, draws = self._on_device or jax.device_put(slot_arrays(running, num_slots))
         tokens, logits, loop, self.manager.cache = decode_steps(
             self._structure, self._weights, self.manager.cache, loop, plan.new_blocks, draws,

@@ -16,9 +16,6 @@ from dsv4_jax.ops.compressor_tail import CompressorTail
 from dsv4_jax.ops.record import Record
 from dsv4_jax.ops.segments import Segments
 
-ONE_LAUNCH = False
-"""Whether a layer's handle writes with this operation, or with the three that it is made of, unless told."""
-
 
 class LayerState(NamedTuple):
     """The arrays that a layer of some kind writes to, stacked over layers; None where it has none."""

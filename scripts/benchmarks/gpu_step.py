@@ -66,9 +66,15 @@ def write_all(cache: KVCache, positions: Array, inputs: dict, one_launch: bool) 
     parts = {name: Projections(*inputs["projections"][name], weights) for name, weights in inputs["weights"].items()}
     for spec in SCHEDULE:
         kind = spec.attn.name.lower()
-        of_layer = parts.get(kind), parts["indexer"] if kind == "csa" else None
+        compressor, indexer = parts.get(kind), parts["indexer"] if kind == "csa" else None
         handle = LayerCacheHandle(cache, plan, spec.layer_idx)
-        cache = handle.write_layer(window, *of_layer, one_launch=one_launch).cache
+        if one_launch:
+            handle = handle.write_layer(window, compressor, indexer)
+        else:
+            handle = handle if indexer is None else handle.write_indexer(*indexer)
+            handle = handle if compressor is None else handle.write_compressed(*compressor)
+            handle = handle.write_swa_fused(*window)
+        cache = handle.cache
     return cache
 
 

@@ -17,13 +17,19 @@ from dsv4_jax.ops.write_layer import Projections, RawWindow
 
 SWA, CSA, HCA = 0, 1, 2
 
-
 write_swa = jax.jit(LayerCacheHandle.write_swa)
 write_fused = jax.jit(LayerCacheHandle.write_swa_fused)
-write_layer = jax.jit(LayerCacheHandle.write_layer, static_argnames="one_launch")
+write_layer = jax.jit(LayerCacheHandle.write_layer)
 write_compressed = jax.jit(LayerCacheHandle.write_compressed)
 read_window = jax.jit(LayerCacheHandle.read_swa_view)
 read_entries = jax.jit(LayerCacheHandle.read_classical_view)
+
+
+@jax.jit
+def write_parts(handle, window, compressor=None, indexer=None):
+    handle = handle if indexer is None else handle.write_indexer(*indexer)
+    handle = handle if compressor is None else handle.write_compressed(*compressor)
+    return handle.write_swa_fused(*window)
 
 
 def random(rng, *shape):
@@ -124,7 +130,7 @@ def test_a_layer_writes_at_once_what_its_parts_write(make, rng, weights, layer, 
         positions = [start, start + 1]
         inputs, _ = layer_inputs(rng, weights, layer, positions)
         handle = manager.acquire(layer, [*slots], positions)
-        at_once, parts = (write_layer(handle, *inputs, one_launch=x) for x in (True, False))
+        at_once, parts = write_layer(handle, *inputs), write_parts(handle, *inputs)
         assert same(at_once.cache, parts.cache)
         assert not same(at_once.cache, manager.cache)
         manager.cache = at_once.cache
@@ -139,13 +145,10 @@ def test_a_layer_takes_what_belongs_to_it(make, rng, weights):
         manager.acquire(CSA, [slot], [0]).write_layer(window, compressor)
     with pytest.raises(ValueError, match="layer 0 is SWA: got projections for compressor, expected None"):
         manager.acquire(SWA, [slot], [0]).write_layer(window, compressor)
-    for one_launch in (True, False):
-        with pytest.raises(ValueError, match=r"layer 1: gate has shape \(1, 1024\), expected \(1, 256\)"):
-            manager.acquire(CSA, [slot], [0]).write_layer(
-                window, compressor, compressor._replace(kv=indexer.kv), one_launch=one_launch
-            )
-        with pytest.raises(ValueError, match="several tokens of a slot, expected a decode step"):
-            manager.acquire(CSA, [slot] * 2, [0, 1]).write_layer(window, compressor, indexer, one_launch=one_launch)
+    with pytest.raises(ValueError, match=r"layer 1: gate has shape \(1, 1024\), expected \(1, 256\)"):
+        manager.acquire(CSA, [slot], [0]).write_layer(window, compressor, compressor._replace(kv=indexer.kv))
+    with pytest.raises(ValueError, match="several tokens of a slot, expected a decode step"):
+        manager.acquire(CSA, [slot] * 2, [0, 1]).write_layer(window, compressor, indexer)
 
 
 def reference_entries(kv, gate, weights, ratio, overlap, eps=1e-6):

@@ -190,6 +190,12 @@ def test_lookahead_gives_out_what_a_loop_will_need(make):
     assert {k: len(v) for k, v in manager.blocks(slot).items()} == {"csa": 1, "hca": 1}
     assert sorted(row[2] for rows in plan.new_blocks.values() for row in rows.tolist() if row[0] >= 0) == [0, 0]
     assert manager.length(slot) == 1
+    with pytest.raises(ValueError, match=r"limits is int64\(2,\): expected integers \(1,\), one for each token"):
+        manager.plan_step([slot], [1], lookahead=300, limits=np.array([128, 128]))
+    manager.plan_step([slot], [1], lookahead=300, limits=[128])
+    assert {k: len(v) for k, v in manager.blocks(slot).items()} == {"csa": 1, "hca": 1}
+    manager.plan_step([slot], [2], lookahead=200, limits=[300])
+    assert {k: len(v) for k, v in manager.blocks(slot).items()} == {"csa": 2, "hca": 1}
 
 
 def test_acquire_allocates_nothing(make):

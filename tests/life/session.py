@@ -300,6 +300,7 @@ class Session:
                 lambda: manager.plan_step([slot, slot], [n, n]),
                 lambda: manager.plan_step([slot, slot], [n, n + 2]),
                 lambda: manager.plan_step([slot], [n - 1]),
+                lambda: manager.plan_step([slot], [n + 1]),
                 lambda: manager.rollback(slot, -1),
                 lambda: manager.rollback(slot, n + 1),
             ]
