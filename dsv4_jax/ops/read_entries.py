@@ -119,7 +119,9 @@ def _gather(
     max_blocks: int | None,
 ) -> tuple[Stored, Array]:
     """Arrays (L, N, E, ...) -> (S, K, ...) as stored, and which of them are entries: (S, K) bool."""
-    per_block = jax.tree.leaves(stored)[0].shape[2]
+    _, num_blocks, per_block = jax.tree.leaves(stored)[0].shape[:3]
+    if not num_blocks:  # XLA gathers nothing from an empty array: one block, which no table names
+        stored = jax.tree.map(lambda x: jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype), stored)
     live = ((slots >= 0) & (slots < table.shape[0]))[:, None]
     of_slot = table.at[jnp.maximum(slots, 0)].get(mode="clip")
     if selected is None:
@@ -128,7 +130,7 @@ def _gather(
 
         def gather(x: Array) -> Array:
             got = x.at[layer, jnp.maximum(blocks, 0)].get(mode="clip")
-            return got.reshape(got.shape[0], -1, *got.shape[3:])
+            return got.reshape(got.shape[0], columns * per_block, *got.shape[3:])
 
         entry = jnp.arange(columns * per_block, dtype=jnp.int32)[None]
         valid = live & (entry < counts[:, None]) & jnp.repeat(blocks >= 0, per_block, axis=1)

@@ -42,6 +42,8 @@ def to_segments(x: Array, segments: Segments) -> Array:
     """Token-major x (T, ...) -> (S, C, ...); rows without a token are zero."""
     if segments.tokens.shape[1] == 1:
         return x[:, None]
+    if not x.shape[0]:  # XLA gathers nothing from an empty array, not even what is filled in
+        return jnp.zeros((*segments.tokens.shape, *x.shape[1:]), x.dtype)
     return x.at[segments.tokens].get(mode="fill", fill_value=0)
 
 

@@ -42,7 +42,7 @@ def quantise_ue8m0(x: Array) -> tuple[Array, Array]:
     and codes 0x7f, and reads back as NaN. Raises ValueError when n is not a multiple of 64.
     """
     padded = scale_bytes(x.shape[-1])
-    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, GROUP)
+    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
     # On the bits, non-negative floats order like integers, NaNs last: a maximum of floats may lose a NaN on the CPU.
     amax = jnp.max(jax.lax.bitcast_convert_type(groups, jnp.int32) & 0x7FFFFFFF, axis=-1)
     finite = amax < _F32_INF
@@ -57,6 +57,6 @@ def quantise_ue8m0(x: Array) -> tuple[Array, Array]:
 
 def dequantise_ue8m0(codes: Array, scales: Array, dtype: DTypeLike = jnp.float32) -> Array:
     """codes (..., n), scales (..., scale_bytes(n)) uint8 -> (..., n): float32(E4M3 code) * scale, cast to `dtype`."""
-    groups = decode_e4m3(codes).reshape(*codes.shape[:-1], -1, GROUP)
+    groups = decode_e4m3(codes).reshape(*codes.shape[:-1], codes.shape[-1] // GROUP, GROUP)
     value = groups * _power_of_two(scales[..., : groups.shape[-2]])[..., None]
     return value.reshape(codes.shape).astype(dtype)
