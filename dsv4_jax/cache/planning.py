@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .counts import count
 from .ledger import rows_array
 from .plan import StepPlan, group_tokens
 from .requests import RequestTable
@@ -23,6 +24,10 @@ def plan_step(
     max_blocks: int | None = None,
 ) -> StepPlan:
     """See `KVCacheManager.plan_step`."""
+    lookahead = min(count("lookahead", lookahead), requests.max_context_len)
+    for name, size, least in (("num_segments", num_segments, 0), ("width", width, 1), ("max_blocks", max_blocks, 0)):
+        if size is not None:
+            count(name, size, least=least)
     slots, positions = check_tokens(requests, request_slots, positions)
     grouped = group_tokens(slots, positions, num_segments, width)
     ends = ends_by_slot(slots, positions)
@@ -34,10 +39,7 @@ def plan_step(
             raise ValueError(f"max_blocks is {max_blocks}: slot {slot} needs {needed} blocks that readers look at")
     ledger = requests.ledger
     new = ledger.extend(
-        {
-            kind: {slot: requests.missing(kind, slot, end) for slot, end in reach.items()}
-            for kind in ledger.kinds
-        }
+        {kind: {slot: requests.missing(kind, slot, end) for slot, end in reach.items()} for kind in ledger.kinds}
     )
     # A fixed number of rows for a step's shape, so that steps of one shape compile once.
     segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
@@ -91,9 +93,9 @@ def check_tokens(requests: RequestTable, request_slots: Any, positions: Any) -> 
         raise ValueError(f"request_slots has shape {slots.shape} and positions {positions.shape}: expected both (T,)")
     if slots.size and not (np.issubdtype(slots.dtype, np.integer) and np.issubdtype(positions.dtype, np.integer)):
         raise ValueError(f"request_slots is {slots.dtype} and positions {positions.dtype}: expected integers")
+    for slot in np.unique(slots[slots != -1]).tolist():  # before a number too large becomes another
+        requests.require(slot)
     slots = slots.astype(np.int32)
-    for slot in np.unique(slots[slots != -1]):
-        requests.require(int(slot))
     live = positions[slots >= 0]
     if live.size and (live.min() < 0 or live.max() >= requests.max_context_len):
         raise ValueError(

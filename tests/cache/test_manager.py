@@ -149,6 +149,9 @@ def test_the_context_that_pools_allow(make, config):
         ([1], [0], "slot 1 holds no request"),
         ([-2], [0], "slot -2 holds no request"),
         ([7], [0], "slot 7 holds no request"),
+        ([1 << 32], [0], "slot 4294967296 holds no request"),  # in 32 bits it is slot 0
+        ([(1 << 32) - 1], [0], "slot 4294967295 holds no request"),
+        ([0], [1 << 32], "positions reach from 4294967296"),
         ([0], [-1], "positions reach from -1 to -1"),
         ([0], [256], "positions reach from 256 to 256: expected 0 to 255"),
         ([0, 0], [0, 2], "expected consecutive positions"),
@@ -170,7 +173,13 @@ def test_steps_that_do_not_fit_their_shape(make):
     slot = manager.admit_request()
     with pytest.raises(ValueError, match="1 slots with up to 5 tokens: expected at most 1 slots with 4"):
         manager.plan_step([slot] * 5, np.arange(5), num_segments=1, width=4)
+    sizes = {"lookahead": -1, "num_segments": -1, "width": 0, "max_blocks": 1.5}
+    for name, size in sizes.items():
+        with pytest.raises(ValueError, match=f"{name} is {size}: expected an integer"):
+            manager.plan_step([slot] * 5, np.arange(5), **{name: size})
     assert manager.length(slot) == 0
+    far = manager.plan_step([slot] * 5, np.arange(5), lookahead=1 << 40)  # no more than a request can have
+    assert len(far.new_blocks["csa"]) == 1 * (256 // 128 + 2)
 
 
 def test_a_bound_that_would_hide_entries(make):
