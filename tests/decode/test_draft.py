@@ -1,10 +1,13 @@
 """Draft and verify: the same tokens as without, in fewer calls where the text repeats itself."""
 
+import dataclasses
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from loops import TIGHT, ask, make_loop, run
+from loops import TIGHT, Ask, ask, make_loop, run
 
+from dsv4_jax import PrefixPolicy
 from dsv4_jax.decode.draft import LONGEST_NGRAM, PromptLookup
 
 DRAFT = 3
@@ -51,3 +54,59 @@ def test_a_text_that_repeats_itself_takes_fewer_steps(model):
     # The logits belong to the tokens.
     assert [int(row.argmax()) for event in events for row in event.logits] == [t for e in events for t in e.tokens]
     assert all(np.isfinite(event.logits).all() for event in events)
+
+
+TEXTS = [ask(45, 72, start=start).prompt for start in (1, 5, 9)]
+
+
+def draw(rng):
+    """A request that begins like others, or ends in the middle of their blocks."""
+    own = rng.integers(0, 64, rng.integers(0, 12)).tolist()
+    prompt = (*TEXTS[rng.integers(3)][: rng.choice([1, 11, 12, 13, 24, 36, 37])], *own)
+    options = {
+        "temperature": rng.choice([0.0, 0.0, 0.3, 1.0]),
+        "seed": int(rng.integers(3)),
+        "num_samples": int(rng.choice([1, 1, 1, 2, 3])),
+        "stop_tokens": tuple(rng.integers(0, 64, rng.integers(0, 3)).tolist()),
+        "salt": rng.choice([b"", b"", b"x"]),
+    }
+    return Ask(prompt, int(rng.choice([50, 60, 72])) - len(prompt), tuple(options.items()))
+
+
+def test_drafts_samples_prefixes_aborts_and_preemptions_together(model, alone):
+    """Random traffic: whatever meets whatever in a pool for one, every sample ends, with the tokens it gets alone."""
+    rng = np.random.default_rng(4)
+    loop = make_loop(model, TIGHT, max_rollback=DRAFT, draft_tokens=DRAFT, prefix=PrefixPolicy("full"))
+    waiting, running, tokens, ends, aborted = [draw(rng) for _ in range(14)], {}, {}, {}, set()
+
+    def take(events):
+        loop.manager.check()
+        for event in events:
+            key = event.request, event.sample
+            assert key not in ends, f"{key} had ended"
+            tokens.setdefault(key, []).extend(event.tokens)
+            if event.finished:
+                ends[key] = event.finished
+
+    while waiting or loop.unfinished:
+        if waiting and (rng.random() < 0.3 or not loop.unfinished):
+            request = waiting.pop()
+            running[request.submit(loop)] = request
+        take(loop.step())
+        if loop.stats.calls % 60 == 59 and loop.unfinished:
+            schedule = loop._schedule
+            victim = rng.choice([s.number for s in (*schedule.waiting, *schedule.running)])
+            loop.abort(victim)
+            aborted.add(victim)
+            take(loop.step())
+    assert loop.manager.active_slots == []
+    for number, request in running.items():
+        options = dict(request.options)
+        for j in range(options.pop("num_samples")):
+            options["seed"] = dict(request.options)["seed"] + j
+            expected = alone(dataclasses.replace(request, options=tuple(options.items())))
+            got = tokens[number, j]
+            assert got == (expected[: len(got)] if number in aborted else expected)
+            assert (ends[number, j] == "aborted") == (number in aborted) or got == expected
+    stats = loop.stats
+    assert min(len(aborted), stats.preemptions, stats.hit_tokens, stats.accepted_tokens) > 0
