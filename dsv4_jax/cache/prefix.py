@@ -32,7 +32,11 @@ State = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class PrefixPolicy:
-    """What is kept beside blocks so that a request can go on from them."""
+    """What is kept beside blocks so that a request can go on from them.
+
+    "full" spares all computing and keeps a request's ring and tails for every block, "zero" keeps nothing but blocks and
+    computes some window * layers tokens again, "periodic" lies between. The manager that gets one checks it.
+    """
 
     name: str  # "full" | "periodic" | "zero"
     period: int = 1024  # tokens, for "periodic": a multiple of the block size
