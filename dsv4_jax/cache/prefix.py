@@ -34,8 +34,8 @@ State = dict[str, np.ndarray]
 class PrefixPolicy:
     """What is kept beside blocks so that a request can go on from them.
 
-    "full" spares all computing and keeps a request's ring and tails for every block, "zero" keeps nothing but blocks and
-    computes some window * layers tokens again, "periodic" lies between. The manager that gets one checks it.
+    "full" spares all computing and keeps ring and tails for every block; "zero" keeps nothing but blocks and computes
+    some window * layers tokens again; "periodic" lies between. The manager that gets one checks it.
     """
 
     name: str  # "full" | "periodic" | "zero"
