@@ -134,7 +134,8 @@ def generate(
     request ends after max_new_tokens or after one of stop_tokens, which is kept. num_samples: continuations of each
     prompt, which is prefilled once; sample j draws with seed + j. draft_tokens: drafts looked up in the text so far,
     verified that many at once: the same tokens, in fewer calls where a text repeats itself. prefill_chunk,
-    decode_chunk: tokens of a prompt in one step, decode steps in one call.
+    decode_chunk: tokens of a prompt in one step, decode steps in one call. The prompts are read side by side, so none
+    goes on from another's blocks: where many begin alike, use a `DecodeLoop` whose manager has a prefix policy.
 
     Returns a list of new tokens per prompt (num_samples > 1: per sample, those of a prompt side by side); with
     return_logits also a list of the float32 logits (new tokens, vocabulary) that each token was chosen from; with
