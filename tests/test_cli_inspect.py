@@ -121,7 +121,7 @@ def snapshot(tmp_path_factory):
     """A request of 29 tokens in a file."""
     manager = KVCacheManager(
         SMALL, SMALL.schedule, max_concurrent_requests=1, num_blocks_per_csa_layer=4, num_blocks_per_hca_layer=4,
-        max_context_len=48, max_rollback=5,
+        max_context_len=48, max_rollback=5, hca_tail="running",
     )  # fmt: skip
     slot = manager.admit_request()
     plan = manager.plan_step([slot] * 29, np.arange(29))
@@ -138,6 +138,7 @@ def test_a_snapshot(run, snapshot):
     assert (status, err) == (0, "")
     assert "a snapshot of a request, as it was written" in out
     assert "29 tokens, 3 of them can be rolled back" in out
+    assert "fp8 records, nvfp4 indexer keys, running sums in HCA tails" in out
     assert f"fingerprint of the model: {taken.fingerprint}\n" in out
     status, out, _ = run("inspect", path, "--json")
     report = json.loads(out)

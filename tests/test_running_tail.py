@@ -90,5 +90,5 @@ def test_fork_and_snapshot(stepper, ids, whole, at):
 def test_a_snapshot_of_another_tail_is_refused(model, stepper, ids):
     other = Stepper(model, 1, context=48, max_rollback=ROLLBACK).manager
     slot = stepper.manager.admit_request()
-    with pytest.raises(ValueError, match="hca_tail"):
+    with pytest.raises(ValueError, match="HCA layers have hca_tail 'running', this cache's 'full'"):
         other.restore(stepper.manager.snapshot(slot))

@@ -73,6 +73,7 @@ def snapshot_report(path: str, snapshot: Any) -> dict[str, Any]:
         "layers": dict(Counter(snapshot.layers)),
         "records": schema and schema.cache_dtype,
         "indexer": schema and schema.indexer_dtype,
+        "hca_tail": schema and schema.hca_tail,
         "fingerprint": snapshot.fingerprint,
         "parts": dict(sorted(parts.items(), key=lambda item: -item[1])),
         "state_bytes": snapshot.state_nbytes,
@@ -87,7 +88,8 @@ def show_snapshot(report: Mapping[str, Any]) -> None:
     rollback = f", {report['rollback']} of them can be rolled back" if report["rollback"] else ""
     console.print(f"{report['path']}: a snapshot of a request, as it was written", soft_wrap=True)
     console.print(f"{report['length']:,} tokens{rollback}; {sum(report['layers'].values())} layers ({layers})")
-    console.print(f"{report['records']} records, {report['indexer']} indexer keys")
+    tails = ", running sums in HCA tails" * (report["hca_tail"] == "running")
+    console.print(f"{report['records']} records, {report['indexer']} indexer keys{tails}")
     console.print(f"fingerprint of the model: {report['fingerprint']}\n", soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, name in enumerate(("part", "bytes")):
