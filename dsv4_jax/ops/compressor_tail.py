@@ -46,7 +46,8 @@ def closing_positions(segments: Segments, ratio: int) -> tuple[Array, Array]:
     most = (segments.tokens.shape[1] - 1) // ratio + 1
     starts = segments.starts[:, None]
     last = (starts // ratio + 1 + jnp.arange(most, dtype=jnp.int32)[None]) * ratio - 1
-    return last, (last < starts + segments.counts[:, None]) & (segments.slots >= 0)[:, None]
+    # A difference, because the end of a segment may be one more than int32 holds.
+    return last, (last - starts < segments.counts[:, None]) & (segments.slots >= 0)[:, None]
 
 
 def closed_windows(pooled: Array, last: Array, closes: Array, segments: Segments, ratio: int) -> ClosedWindows:

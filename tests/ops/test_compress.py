@@ -28,6 +28,7 @@ from ops.compress_cases import (
 
 from dsv4_jax.ops import native
 from dsv4_jax.ops.compress import compress, compress_indexer
+from dsv4_jax.ops.compressor_tail import closing_positions
 from dsv4_jax.ops.fp4 import dequantise_fp4
 from dsv4_jax.ops.record import Record, decode_record
 from dsv4_jax.ops.running_tail import RunningTail
@@ -245,6 +246,15 @@ def test_padding_and_what_is_out_of_range_write_nothing(implementation, rng, g):
         assert np.isfinite(got.tail.ka[0, 1:4]).any(axis=(1, 2)).all()
     none = step([], [])
     assert_same_bits((none.stored, none.tail), (state.stored, state.tail))
+
+
+def test_the_last_window_that_int32_holds_closes():
+    newest = 2**31 - 1
+    for ratio in (4, 128):
+        for position, closing in ((newest, True), (newest - 1, False), (newest - ratio, True)):
+            segments = one_token_segments(jnp.zeros(1, jnp.int32), jnp.array([position], jnp.int32))
+            last, closes = closing_positions(segments, ratio)
+            assert (int(last[0, 0]), bool(closes[0, 0])) == (newest - ratio * (position == newest - ratio), closing)
 
 
 NO_STEP = new_step(np.random.default_rng(0), NVFP4, np.zeros(1, np.int64), np.array([0]), np.float32)
