@@ -21,6 +21,7 @@ from ..ops.rope import apply_rope
 from ..ops.segments import per_token, to_segments
 from ..ops.write_layer import Projections, RawWindow
 from .kv_cache import KVCache
+from .layer_inputs import check_array, check_floating, check_rows, check_weights
 from .layer_writes import write_at_once
 from .paged_cache import PagedKVPool
 from .plan import StepPlan
@@ -73,14 +74,7 @@ class LayerCacheHandle:
         return self.cache.layers[self.layer_idx]
 
     def _check(self, name: str, x: Array, width: int) -> None:
-        expected = (self.plan.slots.shape[0], width)
-        if x.shape != expected:
-            raise ValueError(
-                f"layer {self.layer_idx}: {name} has shape {x.shape}, expected {expected} (a row for each token of the "
-                "plan)"
-            )
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            raise ValueError(f"layer {self.layer_idx}: {name} has dtype {x.dtype}, expected float32 or bfloat16")
+        check_rows(self.layer_idx, name, x, self.plan.slots.shape[0], width)
 
     def _need(self, kind: tuple[str, ...], what: str) -> None:
         if self.schema.kind not in kind:
@@ -142,6 +136,7 @@ class LayerCacheHandle:
 
         fresh: kv (T, head_dim) of the step, where it is not written yet; its rows follow the ring's (N = W + C).
         """
+        check_floating(self.layer_idx, dtype)
         if fresh is None and self.pending is not None:
             return self.pending._replace(kv=self.pending.kv.astype(dtype))
         segments = self.plan.segments
@@ -173,10 +168,10 @@ class LayerCacheHandle:
     ) -> "LayerCacheHandle":
         """Takes the compressor's raw projections (T, lanes * head_dim) and stores the entries of windows that close.
 
-        Raises ValueError for another shape or dtype or an SWA layer, RuntimeError when the plan was made without the
-        blocks that these entries need.
+        Raises ValueError for another shape or dtype, of the weights too, or an SWA layer, RuntimeError when the plan
+        was made without the blocks that these entries need.
         """
-        self._check_compressor(kv, gate)
+        self._check_compressor(kv, gate, weights)
         kind = self.schema.kind
         old = self.cache.state[kind].tail
         assert old is not None  # of these kinds of layers
@@ -190,7 +185,7 @@ class LayerCacheHandle:
         self, kv: Array, gate: Array, weights: CompressorWeights, *, eps: float = 1e-6
     ) -> "LayerCacheHandle":
         """As `write_compressed`, for the indexer's keys: kv, gate (T, 2 * index_head_dim); CSA layers only."""
-        self._check_indexer(kv, gate)
+        self._check_indexer(kv, gate, weights)
         kind, schema = self.schema.kind, self.schema
         keys, tail = compress_indexer(
             _given(self.cache.paged[kind].indexer), _given(self.cache.state[kind].indexer_tail), kv, gate, weights,
@@ -198,18 +193,19 @@ class LayerCacheHandle:
         )  # fmt: skip
         return replace(self, cache=self.cache.with_paged(kind, indexer=keys).with_state(kind, indexer_tail=tail))
 
-    def _check_compressor(self, kv: Array, gate: Array) -> None:
+    def _check_compressor(self, kv: Array, gate: Array, weights: CompressorWeights) -> None:
         self._need(("csa", "hca"), "compressed entries")
-        self._writable()
-        width = (2 if self.schema.overlap else 1) * self.schema.head_dim
-        self._check("kv", kv, width)
-        self._check("gate", gate, width)
+        self._check_projections(kv, gate, weights, 2 if self.schema.overlap else 1, self.schema.head_dim)
 
-    def _check_indexer(self, kv: Array, gate: Array) -> None:
+    def _check_indexer(self, kv: Array, gate: Array, weights: CompressorWeights) -> None:
         self._need(("csa",), "indexer keys")
+        self._check_projections(kv, gate, weights, 2, self.schema.index_head_dim)
+
+    def _check_projections(self, kv: Array, gate: Array, weights: CompressorWeights, lanes: int, dim: int) -> None:
         self._writable()
-        self._check("kv", kv, 2 * self.schema.index_head_dim)
-        self._check("gate", gate, 2 * self.schema.index_head_dim)
+        self._check("kv", kv, lanes * dim)
+        self._check("gate", gate, lanes * dim)
+        check_weights(self.layer_idx, weights, self.schema.compress_ratio, lanes, dim, self.schema.rope_dim)
 
     def write_layer(
         self,
@@ -237,9 +233,9 @@ class LayerCacheHandle:
             )
         self._check("kv", window.kv, self.schema.head_dim)
         if compressor is not None:
-            self._check_compressor(compressor.kv, compressor.gate)
+            self._check_compressor(*compressor)
         if indexer is not None:
-            self._check_indexer(indexer.kv, indexer.gate)
+            self._check_indexer(*indexer)
         cache = write_at_once(self.cache, self.layer_idx, window, compressor, indexer, *self._where(), eps=eps)
         return replace(self, cache=cache)
 
@@ -275,8 +271,12 @@ class LayerCacheHandle:
         return closed, positions, entry < self.visible_entries()[:, None]
 
     def read_classical_view(self, selected: Array | None = None, dtype: DTypeLike = jnp.float32) -> ClassicalView:
-        """Entries of every segment, or of each token those `selected` (T, K) int32: index in the request, -1 none."""
+        """Entries of every segment, or of each token those `selected` (T, K) int32: index in the request, -1 none.
+
+        Raises ValueError for an SWA layer, another shape or dtype of `selected`, or a dtype that is not floating.
+        """
         self._need(("csa", "hca"), "compressed entries")
+        check_floating(self.layer_idx, dtype)
         pool = self.cache.paged[self.schema.kind].entries
         if selected is None:
             closed, positions, valid = self._dense()
@@ -285,6 +285,8 @@ class LayerCacheHandle:
                 dtype=dtype,
             )  # fmt: skip
             return ClassicalView(kv, positions, valid)
+        selected = jnp.asarray(selected)
+        check_array(self.layer_idx, "selected", selected, (self.plan.slots.shape[0], "K"), (jnp.int32,))
         visible = self.visible_entries()
         valid = (selected >= 0) & (selected < visible[:, None])
         kv = read_entries(

@@ -264,7 +264,7 @@ def test_errors_name_layer_and_shape(make, rng, weights):
     manager = make()
     manager.admit_request()
     swa, csa, hca = (manager.acquire(layer, [0], [0]) for layer in (SWA, CSA, HCA))
-    good, w = jnp.ones((1, 512)), weights(4, 512, 2)
+    good, wide, w = jnp.ones((1, 512)), jnp.ones((1, 1024)), weights(4, 512, 2)
     for call, message in [
         (lambda: swa.write_swa(jnp.ones((2, 512))), r"layer 0: kv has shape \(2, 512\), expected \(1, 512\)"),
         (lambda: swa.write_swa(jnp.ones((1, 511))), r"shape \(1, 511\)"),
@@ -275,6 +275,21 @@ def test_errors_name_layer_and_shape(make, rng, weights):
         (lambda: hca.read_indexer_view(), "layer 2 is HCA"),
         (lambda: csa.write_compressed(good, good, w), r"layer 1: kv has shape \(1, 512\), expected \(1, 1024\)"),
         (lambda: csa.write_indexer(good, good, w), r"expected \(1, 256\)"),
+        (lambda: csa.write_compressed(wide, wide, None), "weights is a NoneType, expected CompressorWeights"),
+        # Each of these would broadcast, and compress something else.
+        (
+            lambda: csa.write_compressed(wide, wide, w._replace(ape=w.ape[:1])),
+            r"weights.ape has shape \(1, 1024\)",
+        ),
+        (
+            lambda: csa.write_compressed(wide, wide, w._replace(norm=w.norm[:1])),
+            r"norm has shape \(1,\), expected",
+        ),
+        (lambda: csa.write_compressed(wide, wide, w._replace(inv_freq=w.inv_freq[:9])), r"\(9,\), expected \(32,\)"),
+        (lambda: swa.write_swa([[0.0] * 512]), r"kv is a list, expected an array \(1, 512\)"),
+        (lambda: csa.read_classical_view(jnp.zeros(4, jnp.int32)), r"selected has shape \(4,\), expected \(1, K\)"),
+        (lambda: csa.read_classical_view(jnp.zeros((1, 4))), "selected has dtype float32, expected int32"),
+        (lambda: swa.read_swa_view(dtype=jnp.int32), "dtype is int32, expected a floating one"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -1,0 +1,41 @@
+"""What a layer is given to write or to read, checked before anything is traced."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from ..ops.compress import CompressorWeights
+
+FLOATS = (jnp.float32, jnp.bfloat16)
+
+
+def check_array(layer: int, name: str, x: Any, shape: tuple[Any, ...], dtypes: tuple[Any, ...], why: str = "") -> None:
+    """ValueError unless x is an array of this shape, in which a letter stands for any number, and of these dtypes."""
+    got, expected = getattr(x, "shape", None), str(shape).replace("'", "")
+    if got is None or not hasattr(x, "dtype"):
+        raise ValueError(f"layer {layer}: {name} is a {type(x).__name__}, expected an array {expected}{why}")
+    if len(got) != len(shape) or any(n != m and not isinstance(n, str) for n, m in zip(shape, got, strict=True)):
+        raise ValueError(f"layer {layer}: {name} has shape {got}, expected {expected}{why}")
+    if x.dtype not in dtypes:
+        names = " or ".join(jnp.dtype(d).name for d in dtypes)
+        raise ValueError(f"layer {layer}: {name} has dtype {x.dtype}, expected {names}")
+
+
+def check_rows(layer: int, name: str, x: Any, tokens: int, width: int) -> None:
+    """ValueError unless x is (tokens, width) float32 | bfloat16."""
+    check_array(layer, name, x, (tokens, width), FLOATS, " (a row for each token of the plan)")
+
+
+def check_weights(layer: int, weights: Any, ratio: int, lanes: int, dim: int, rope_dim: int) -> None:
+    """ValueError unless these are a compressor's weights; a wrong one would broadcast, and compress something else."""
+    if not isinstance(weights, CompressorWeights):
+        raise ValueError(f"layer {layer}: weights is a {type(weights).__name__}, expected CompressorWeights")
+    shapes = ((ratio, lanes * dim), (dim,), (rope_dim // 2,))
+    for name, x, shape in zip(CompressorWeights._fields, weights, shapes, strict=True):
+        check_array(layer, f"weights.{name}", x, shape, (jnp.float32,))
+
+
+def check_floating(layer: int, dtype: Any) -> None:
+    """ValueError unless dtype is one that values can be read as."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"layer {layer}: dtype is {jnp.dtype(dtype).name}, expected a floating one such as bfloat16")
