@@ -1,6 +1,7 @@
 """The cache and the host's bookkeeping of it, kept together."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -49,6 +50,10 @@ class CacheHolder:
 
     @cache.setter
     def cache(self, cache: KVCache) -> None:
+        given: Any = cache
+        if not isinstance(given, KVCache) or _size(given) != _size(self._cache):
+            what = "a cache of another size or form" if isinstance(given, KVCache) else f"a {type(given).__name__}"
+            raise ValueError(f"manager.cache got {what}: expected the cache that its step returned")
         self._cache = cache
         self._requests.pending.dispatched()
         self._settle()
@@ -58,8 +63,9 @@ class CacheHolder:
         """Per layer its PagedKVPool, None for SWA."""
 
         def view(layer_idx: int) -> PagedKVPool | None:
-            kind = self.cache.schemas[layer_idx].kind
-            return self.cache.paged[kind].layer(self.cache.layers[layer_idx]) if kind in self.cache.paged else None
+            cache = self._live_cache()
+            kind = cache.schemas[layer_idx].kind
+            return cache.paged[kind].layer(cache.layers[layer_idx]) if kind in cache.paged else None
 
         return LayerViews(len(self.cache.schemas), view)
 
@@ -68,7 +74,8 @@ class CacheHolder:
         """Per layer its StateCachePool."""
 
         def view(layer_idx: int) -> StateCachePool:
-            return self.cache.state[self.cache.schemas[layer_idx].kind].layer(self.cache.layers[layer_idx])
+            cache = self._live_cache()
+            return cache.state[cache.schemas[layer_idx].kind].layer(cache.layers[layer_idx])
 
         return LayerViews(len(self.cache.schemas), view)
 
@@ -173,3 +180,9 @@ class CacheHolder:
         self._cache = fill_blocks(self._cache, blocks)
         for slot in slots:
             self._cache = fill_slot(self._cache, slot)
+
+
+def _size(cache: KVCache) -> tuple[Any, ...]:
+    """What the shapes of all arrays follow from; asked for in every step, so without looking at each."""
+    tables = [table.shape for table in cache.block_table.values()]
+    return cache.schemas, cache.max_requests, tables, [pool.num_blocks for pool in cache.paged.values()]

@@ -190,4 +190,6 @@ def _token_array(token_ids: Any) -> np.ndarray:
     ids = np.asarray(token_ids)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(f"token_ids are {ids.dtype}{ids.shape}: expected integers (n,)")
+    if ids.size and (ids.min() < 0 or ids.max() >= 1 << 31):  # in 32 bits they would be the text of another
+        raise ValueError(f"token_ids reach from {ids.min()} to {ids.max()}: expected 0 to {(1 << 31) - 1}")
     return ids.astype(np.int32)

@@ -1,5 +1,6 @@
 """The host's side of the cache: slots, blocks and lengths between jitted steps. Never inside jit."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,7 +107,7 @@ class KVCacheManager(RequestLifecycle):
     def from_memory(
         cls,
         config: Any,
-        memory_bytes: int,
+        memory_bytes: float,
         *,
         max_concurrent_requests: int,
         max_context_len: int | None = None,
@@ -119,6 +120,10 @@ class KVCacheManager(RequestLifecycle):
         the others of KVCacheManager. Raises ValueError when the memory is too small; it says what is missing and what
         would fit.
         """
+        given: Any = memory_bytes
+        memory_bytes = count(
+            "memory_bytes", math.floor(given) if isinstance(given, float) and math.isfinite(given) else given
+        )
         sizing = {"cache_dtype", "indexer_dtype", "max_rollback", "hca_tail"} & options.keys()
         cost = cache_cost(config, config.schedule, **{name: options[name] for name in sizing})
         if max_context_len is None:
@@ -205,7 +210,7 @@ class KVCacheManager(RequestLifecycle):
         slots, positions = planning.check_tokens(self._requests, slots, positions)
         plan = StepPlan(slots, positions, group_tokens(slots, positions), kept_blocks=self._requests.kept_blocks())
         reason = planning.why_unallocated(self._requests, layer_idx, kind, slots, positions)
-        return LayerCacheHandle(self.cache, plan, layer_idx, unallocated=reason)
+        return LayerCacheHandle(self._live_cache(), plan, layer_idx, unallocated=reason)
 
     # Checks.
 

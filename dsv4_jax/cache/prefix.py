@@ -17,10 +17,11 @@ import dataclasses
 import hashlib
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .counts import count
 from .schema import CacheSchema
 from .slot import Slot
 
@@ -48,10 +49,17 @@ class PrefixPolicy:
             raise ValueError(f"prefix policy {self.name!r} is not known: expected one of {', '.join(POLICIES)}")
         if self.name == "periodic" and (self.period < 1 or self.period % block_size):
             raise ValueError(f"period is {self.period}: expected a multiple of the block's {block_size} tokens")
+        count("max_state_bytes", self.max_state_bytes)
 
     def keeps_state(self, length: int) -> bool:
         """Whether state is kept at this multiple of the block size."""
         return self.name == "full" or (self.name == "periodic" and length % self.period == 0)
+
+
+def check_salt(salt: Any) -> None:
+    """ValueError for what is no salt."""
+    if not isinstance(salt, bytes):
+        raise ValueError(f"salt is {salt!r}: expected bytes")
 
 
 class AdmittedPrompt(NamedTuple):
@@ -109,6 +117,7 @@ class PrefixIndex:
 
     def keys(self, token_ids: np.ndarray, salt: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
         """The key of every full block of token_ids (n,) int32; those of the first blocks may be known."""
+        check_salt(salt)
         salted = hashlib.blake2b(salt, key=self._root, digest_size=32).digest()
         keys = list(known)
         for end in range((len(keys) + 1) * self._block_size, len(token_ids) + 1, self._block_size):

@@ -75,6 +75,9 @@ def write_entries(cache: KVCache, snapshot: Snapshot, blocks: dict[str, list[int
 
 def require_fit(snapshot: Snapshot, cache: KVCache, fingerprint: str, max_context_len: int) -> None:
     """ValueError, with the reason, unless the snapshot's request can go on in this cache."""
+    given: Any = snapshot
+    if not isinstance(given, Snapshot):
+        raise ValueError(f"restore got a {type(given).__name__}: expected a Snapshot")
     if snapshot.fingerprint != fingerprint:
         raise ValueError(
             f"the snapshot is of another model: its fingerprint is {shorten(snapshot.fingerprint[:12])}…, this "

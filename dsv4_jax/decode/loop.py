@@ -9,6 +9,7 @@ import numpy as np
 from ..cache.counts import count
 from ..cache.manager import KVCacheManager
 from ..cache.plan import StepPlan
+from ..cache.prefix import check_salt
 from ..model.transformer import DSV4Model
 from .context import blocks_to_read
 from .draft import PromptLookup
@@ -96,6 +97,7 @@ class DecodeLoop:
         stops = check_sampling(
             config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples
         )
+        check_salt(salt)
         request = Request(ids, max_new_tokens, temperature, seed, index, stops, num_samples, salt)
         self._schedule.check_fits(request)
         self._schedule.wait(self._sample(self._submitted, 0, request, num_samples - 1))

@@ -147,6 +147,16 @@ def test_the_cache_is_with_a_step(make):
     with pytest.raises(RuntimeError, match="the cache was donated to a step"):
         manager.allocate_block(CSA, other)
     assert manager.blocks(other)["csa"] == []
+    for read in (lambda: manager.acquire(CSA, [other], [0]), lambda: manager.state_pools[CSA]):
+        with pytest.raises(RuntimeError, match="the cache was donated to a step"):
+            read()
+    for wrong, what in [
+        (None, "a NoneType"),
+        ((1, result), "a tuple"),
+        (make(max_concurrent_requests=1).cache, "a ca"),
+    ]:
+        with pytest.raises(ValueError, match=f"manager.cache got {what}.*: expected the cache that its step returned"):
+            manager.cache = wrong
     manager.cache = result
     assert manager.num_free_blocks("csa") == 4
     manager.check()

@@ -110,6 +110,9 @@ def test_without_a_context_every_request_gets_the_longest():
     assert {kind: pool.num_blocks for kind, pool in manager.cache.paged.items()} == {"csa": 16, "hca": 14}
     with pytest.raises(ValueError, match="too few for a cache of 2 concurrent requests"):
         KVCacheManager.from_memory(config, 1000, max_concurrent_requests=2)
+    for memory in ("80GiB", -5, float("inf"), None):
+        with pytest.raises(ValueError, match=f"memory_bytes is {memory!r}: expected an integer, 0 or more"):
+            KVCacheManager.from_memory(config, memory, max_concurrent_requests=2)
 
 
 def test_too_little_memory_says_what_is_missing_and_what_fits():

@@ -223,6 +223,7 @@ def test_the_index_stays_small():
     ("policy", "message"),
     [
         (PrefixPolicy("most"), "prefix policy 'most' is not known: expected one of full, periodic, zero"),
+        (PrefixPolicy("full", max_state_bytes=-1), "max_state_bytes is -1: expected an integer, 0 or more"),
         (PrefixPolicy("periodic", period=18), "period is 18: expected a multiple of the block's 12 tokens"),
     ],
 )
@@ -238,9 +239,12 @@ def test_bad_prompts_change_nothing():
         (np.zeros(97, int), "the prompt has 97 tokens"),
         ([0.5], "token_ids are float64"),
         ([[1]], "expected integers"),
+        ([1 << 32], "token_ids reach from 4294967296 to 4294967296: expected 0 to 2147483647"),
     ]:
         with pytest.raises(ValueError, match=message):
             manager.admit_prompt(ids)
+    with pytest.raises(ValueError, match="salt is 'a': expected bytes"):
+        manager.admit_prompt([1], salt="a")
     assert manager.active_slots == []
     manager.admit_prompt([1])
     manager.admit_prompt([1])

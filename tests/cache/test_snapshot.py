@@ -120,6 +120,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(snapshot):
         before = book(manager)
         with pytest.raises(error, match=message):
             manager.restore(snapshot)
+        with pytest.raises(ValueError, match="restore got a NoneType: expected a Snapshot"):
+            manager.restore(None)
         assert book(manager) == before
         manager.check()
     full = make(max_concurrent_requests=1)
