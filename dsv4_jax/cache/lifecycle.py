@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .counts import count
+from .counts import count, is_integer
 from .holder import CacheHolder
 from .ledger import rows_array
 from .prefix import AdmittedPrompt
@@ -96,15 +96,16 @@ class RequestLifecycle(CacheHolder):
         max_rollback tokens from the newest that it ever had.
         """
         self._requests.require(slot)
-        n = count("the number of tokens", n)
+        if not is_integer(n):
+            raise ValueError(f"the number of tokens is {n!r}: expected an integer, 0 or more")
         length = self._requests.length(slot)
         most = max(length - self._requests.settled(slot), 0)
-        if n > most:
+        if not 0 <= n <= most:
             raise ValueError(
                 f"slot {slot}: cannot roll back {n} tokens: it has {length} and max_rollback is {self.max_rollback}, "
                 f"counted from the newest token it ever had: expected 0 to {most}"
             )
-        self._requests.shrink(slot, length - n)
+        self._requests.shrink(slot, length - int(n))
         self._settle()
 
     def fork(self, slot: int) -> Slot:
