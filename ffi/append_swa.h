@@ -7,6 +7,7 @@
 
 #include "float_bits.h"
 #include "operands.h"
+#include "record_rows.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace dsv4 {
@@ -18,14 +19,10 @@ constexpr int32_t kWritesRowAndHead = 2;
 // One layer's rings, R slots of W rows, and the T tokens of a call.
 struct AppendSwa {
   int64_t tokens, slots, rows, nope_width, rope_width;
-  uint8_t* nope;     // (R, W, nope_width) E4M3
-  BFloat16* rope;    // (R, W, rope_width)
-  float* inv_scale;  // (R, W), or null where there is a scale for every 64 values
-  uint8_t* scales;   // (R, W, scale_width) E8M0, or null
-  int64_t scale_width;
-  int32_t* pos;      // (R, W)
-  int32_t* head;     // (R)
-  const void* kv;    // (T, nope_width + rope_width), float or BFloat16
+  RecordRows record;  // (R, W) rows
+  int32_t* pos;       // (R, W)
+  int32_t* head;      // (R)
+  const void* kv;     // (T, nope_width + rope_width), float or BFloat16
   bool kv_is_float;
   const int32_t* slot_of;
   const int32_t* position_of;
@@ -40,6 +37,11 @@ struct AppendSwa {
   DSV4_HOST_DEVICE int64_t row_of(int32_t role, int32_t slot, int32_t position) const {
     if (role < kWritesRow || slot < 0 || slot >= slots || position < 0) return -1;
     return static_cast<int64_t>(slot) * rows + modulo_rows(static_cast<uint32_t>(position));
+  }
+  // Says what a row holds, and where the slot's next token goes.
+  DSV4_HOST_DEVICE void enter(int32_t role, int32_t slot, int32_t position, int64_t row) const {
+    pos[row] = position;
+    if (role == kWritesRowAndHead) head[slot] = next_row(position);
   }
   DSV4_HOST_DEVICE int32_t next_row(int32_t position) const {
     return static_cast<int32_t>(modulo_rows(static_cast<uint32_t>(position) + 1u));
@@ -108,9 +110,11 @@ inline void take_append_swa(Operands& operands, int64_t layer, bool fused, float
 
   const int64_t first_slot = stacked ? layer * num_slots : 0;
   const int64_t first_row = first_slot * rows;
-  *call = {tokens, num_slots, rows, nope_width, rope_width, nope + first_row * nope_width, rope + first_row * rope_width,
-           grouped ? nullptr : inv_scale + first_row, grouped ? scales + first_row * scale_width : nullptr, scale_width,
-           pos + first_row, head + first_slot, kv, kv_is_float, slots, positions, roles, norm, cos, sin, eps};
+  const RecordRows record = {nope + first_row * nope_width, rope + first_row * rope_width,
+                             grouped ? nullptr : inv_scale + first_row,
+                             grouped ? scales + first_row * scale_width : nullptr, scale_width};
+  *call = {tokens, num_slots, rows, nope_width, rope_width, record, pos + first_row, head + first_slot,
+           kv, kv_is_float, slots, positions, roles, norm, cos, sin, eps};
 }
 
 inline ffi::Error bind_append_swa(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, bool fused,

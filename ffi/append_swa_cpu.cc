@@ -15,13 +15,13 @@ constexpr int64_t kTokensPerChunk = 32;
 
 template <typename T>
 void write_row(const AppendSwa& call, const T* kv, int64_t row) {
-  uint8_t* nope = call.nope + row * call.nope_width;
-  if (call.scales) {
-    quantise_row_by_groups(kv, call.nope_width, nope, call.scales + row * call.scale_width, call.scale_width);
+  uint8_t* nope = call.record.nope + row * call.nope_width;
+  if (call.record.scales) {
+    quantise_row_by_groups(kv, call.nope_width, nope, call.record.scales + row * call.record.scale_width, call.record.scale_width);
   } else {
-    call.inv_scale[row] = quantise_row(kv, call.nope_width, nope);
+    call.record.inv_scale[row] = quantise_row(kv, call.nope_width, nope);
   }
-  BFloat16* rope = call.rope + row * call.rope_width;
+  BFloat16* rope = call.record.rope + row * call.rope_width;
   for (int64_t i = 0; i < call.rope_width; ++i) rope[i] = to_bf16(to_float(kv[call.nope_width + i]));
 }
 

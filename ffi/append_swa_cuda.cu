@@ -14,15 +14,12 @@ __global__ void __launch_bounds__(kThreads) append_swa_kernel(const AppendSwa ca
                                     threadIdx.x % 32);
 }
 
-template <bool kFused, bool kGrouped>
+// The grid depends on shapes alone: a CUDA graph may replay it.
+template <typename T, bool kFused>
 void launch(cudaStream_t stream, const AppendSwa& call) {
-  // The grid depends on shapes alone: a CUDA graph may replay it.
   const auto blocks = static_cast<unsigned>((call.tokens + kTokensPerBlock - 1) / kTokensPerBlock);
-  if (call.kv_is_float) {
-    append_swa_kernel<float, kFused, kGrouped><<<blocks, kThreads, 0, stream>>>(call);
-  } else {
-    append_swa_kernel<BFloat16, kFused, kGrouped><<<blocks, kThreads, 0, stream>>>(call);
-  }
+  const auto kernel = call.record.scales ? append_swa_kernel<T, kFused, true> : append_swa_kernel<T, kFused, false>;
+  kernel<<<blocks, kThreads, 0, stream>>>(call);
 }
 
 template <bool kFused>
@@ -32,7 +29,7 @@ ffi::Error append(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRe
   if (error.failure()) return error;
   if (const ffi::Error limit = supported_window("append_swa", call); limit.failure()) return limit;
   if (call.tokens == 0) return ffi::Error::Success();
-  call.scales ? launch<kFused, true>(stream, call) : launch<kFused, false>(stream, call);
+  call.kv_is_float ? launch<float, kFused>(stream, call) : launch<BFloat16, kFused>(stream, call);
   return launched("append_swa", cudaGetLastError());
 }
 

@@ -1,4 +1,4 @@
-// append_swa on the device: one warp a token, records of 448 + 64 values.
+// append_swa on the device where the tokens are many: a warp a token, records of 448 + 64 values.
 #ifndef DSV4_APPEND_SWA_DEVICE_CUH_
 #define DSV4_APPEND_SWA_DEVICE_CUH_
 
@@ -103,7 +103,7 @@ struct LaneNormaliser {
     sin = __ldg(reinterpret_cast<const float4*>(call.sin + pair));
   }
 
-  // Squares are added over quads, then neighbouring pairs of sums, as on the CPU.
+  // Squares are added in neighbouring pairs, as on the CPU.
   __device__ __forceinline__ void operator()(float (&first)[8], float (&second)[8], float eps, int lane) const {
     float a = squares(first), b = squares(second);
 #pragma unroll
@@ -146,34 +146,31 @@ __device__ __forceinline__ void write_row(const AppendSwa& call, int64_t row, in
                                           int lane, const Eight<T>& first, const Eight<T>& second) {
   const bool is_rope = lane >= kFirstRopeLane;
   const uint32_t first_amax = first.max_magnitude(), second_amax = is_rope ? 0u : second.max_magnitude();
-  uint8_t* nope = call.nope + row * kNopeWidth + lane * 8;
+  uint8_t* nope = call.record.nope + row * kNopeWidth + lane * 8;
   uint2 first_codes, second_codes;
   if constexpr (kGrouped) {
     const GroupEncoder<8> first_encoder(first_amax), second_encoder(second_amax);
     first_codes = encode_eight(first_encoder, first);
     second_codes = encode_eight(second_encoder, second);
     if (lane % 8 == 0) {
-      uint8_t* scales = call.scales + row * kScaleWidth + lane / 8;
+      uint8_t* scales = call.record.scales + row * kScaleWidth + lane / 8;
       scales[0] = first_encoder.scale();
       scales[kScaleWidth / 2] = is_rope ? 0 : second_encoder.scale();  // the last is padding
     }
   } else {
-    const RowEncoder encoder(max(first_amax, second_amax));
+    const RowEncoder encoder(__reduce_max_sync(0xFFFFFFFFu, max(first_amax, second_amax)));
     first_codes = encode_eight(encoder, first);
     second_codes = encode_eight(encoder, second);
-    if (lane == 0) call.inv_scale[row] = encoder.inv_scale();
+    if (lane == 0) call.record.inv_scale[row] = encoder.inv_scale();
   }
   *reinterpret_cast<uint2*>(nope) = first_codes;
   if (is_rope) {
-    BFloat16* rope = call.rope + row * kRopeWidth + (lane - kFirstRopeLane) * 8;
+    BFloat16* rope = call.record.rope + row * kRopeWidth + (lane - kFirstRopeLane) * 8;
     *reinterpret_cast<uint4*>(rope) = second.to_bf16x8();
   } else {
     *reinterpret_cast<uint2*>(nope + kHalf) = second_codes;
   }
-  if (lane == 0) {
-    call.pos[row] = position;
-    if (role == kWritesRowAndHead) call.head[slot] = call.next_row(position);
-  }
+  if (lane == 0) call.enter(role, slot, position, row);
 }
 
 // What one warp does: the token is loaded before it is known whether it is written; that saves a trip to memory.
@@ -208,8 +205,8 @@ inline ffi::Error supported_window(const char* op, const AppendSwa& call) {
     return ffi::Error::InvalidArgument(got + "records of " + std::to_string(call.nope_width) + " + " +
                                        std::to_string(call.rope_width) + " values; expected 448 + 64 on CUDA.");
   }
-  if (call.scales && call.scale_width != kScaleWidth) {
-    return ffi::Error::InvalidArgument(got + std::to_string(call.scale_width) + " scales a row; expected 8 on CUDA.");
+  if (call.record.scales && call.record.scale_width != kScaleWidth) {
+    return ffi::Error::InvalidArgument(got + std::to_string(call.record.scale_width) + " scales a row; expected 8 on CUDA.");
   }
   return ffi::Error::Success();
 }

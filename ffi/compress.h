@@ -14,6 +14,7 @@
 #include "float_bits.h"
 #include "modulo.h"
 #include "operands.h"
+#include "record_rows.h"
 #include "running_sums.h"
 
 namespace dsv4 {
@@ -30,23 +31,31 @@ struct EntryPlace {
 };
 
 struct Compress {
-  int64_t tokens, slots, segments, width, windows, blocks, per_block, columns;  // T, R, S, C, windows a segment, N, E
-  int64_t ratio, lanes, dim, rope_dim, rows_a, rows_b;  // rows_a: those of a running tail too
-  float eps;
-  Modulo modulo_a, modulo_b, modulo_block;  // rows_a, rows_b, per_block
-  const void* kv;            // (T, lanes, dim) float or BFloat16
-  const void* gate;          // as kv
-  float *ka, *za, *kb, *zb;  // (R, rows, dim) of this layer; kb and zb null with one lane, all with a running tail
-  float* sums;               // (R, rows, kRunningSums, dim) of this layer; null with a full tail
-  const float* ape;          // (ratio, lanes, dim)
-  const float* norm;         // (dim)
-  const float* cos;          // (S, windows, rope_dim / 2) at the first position of each window that may close
-  const float* sin;
+  // What the token of a decode step needs comes first and in that order: a kernel fetches its parameters as it reads them,
+  // some 64 bytes at a time.
   const int32_t* slot_of;   // (S)
   const int32_t* start_of;  // (S)
   const int32_t* count_of;  // (S)
-  const int32_t* token_of;  // (S, C)
-  const int32_t* table;     // (R, columns)
+  const void* kv;           // (T, lanes, dim) float or BFloat16
+  const void* gate;         // as kv
+  const float* norm;        // (dim)
+  const float* cos;         // (S, windows, rope_dim / 2) at the first position of each window that may close
+  const float* sin;
+  const float* ape;             // (ratio, lanes, dim)
+  int64_t slots;                // R
+  int64_t rows_a, rows_b;       // of the tail; rows_a: those of a running tail too
+  Modulo modulo_a, modulo_b;    // rows_a, rows_b
+  float *ka, *za, *kb, *zb;     // (R, rows, dim) of this layer; kb and zb null with one lane, all with a running tail
+  float* sums;                  // (R, rows, kRunningSums, dim) of this layer; null with a full tail
+  const int32_t* table;         // (R, columns)
+  int64_t columns, per_block;   // per_block: entries a block holds
+  Modulo modulo_block;          // per_block
+  int64_t blocks;               // N
+  float eps;
+  const int32_t* token_of;      // (S, C)
+  int64_t tokens, segments, width, windows;  // T, S, C, windows a segment
+  int64_t ratio, lanes, dim, rope_dim;
+  Modulo modulo_ratio;  // ratio
 
   DSV4_HOST_DEVICE Segment segment(int64_t s) const {
     Segment segment = {slot_of[s], start_of[s], count_of[s]};
@@ -57,7 +66,7 @@ struct Compress {
   // The row of kv and gate of a segment's c-th token.
   DSV4_HOST_DEVICE int64_t token(int64_t s, int64_t c) const { return width == 1 ? s : token_of[s * width + c]; }
   DSV4_HOST_DEVICE int64_t first_entry(const Segment& segment) const {
-    return static_cast<uint32_t>(segment.start) / static_cast<uint32_t>(ratio);
+    return modulo_ratio.quotient(static_cast<uint32_t>(segment.start));
   }
   DSV4_HOST_DEVICE bool closes(const Segment& segment, int64_t entry) const {
     return (entry + 1) * ratio <= segment.end();
@@ -73,18 +82,13 @@ struct Compress {
     return place.block < 0 || place.block >= blocks ? -1 : place.block * per_block + place.offset;
   }
   DSV4_HOST_DEVICE int64_t entry_row(int64_t slot, int64_t entry) const { return row_of(look_up(slot, entry)); }
-  DSV4_HOST_DEVICE int64_t tail_offset(int64_t slot, int64_t position, int64_t rows) const {
-    return (slot * rows + static_cast<uint32_t>(position) % static_cast<uint32_t>(rows)) * dim;
+  // The row of a full tail's lane that a token lies in, and where it begins.
+  DSV4_HOST_DEVICE uint32_t tail_row(int64_t position, int64_t lane) const {
+    return lane == 0 ? modulo_a(static_cast<uint32_t>(position)) : modulo_b(static_cast<uint32_t>(position));
   }
-};
-
-// Where the records of a layer lie: entry_row counts in them.
-struct RecordRows {
-  uint8_t* nope;     // (N * E, dim - rope_dim) E4M3
-  BFloat16* rope;    // (N * E, rope_dim)
-  float* inv_scale;  // (N * E), or null where there is a scale for every 64 values
-  uint8_t* scales;   // (N * E, scale_width) E8M0, or null
-  int64_t scale_width;
+  DSV4_HOST_DEVICE int64_t tail_offset(int64_t slot, int64_t position, int64_t lane) const {
+    return (slot * (lane == 0 ? rows_a : rows_b) + tail_row(position, lane)) * dim;
+  }
 };
 
 struct KeyRows {
@@ -160,6 +164,7 @@ inline void take_compress(Operands& operands, int64_t layer, int64_t layers, flo
   call->modulo_a = Modulo(static_cast<uint32_t>(std::max<int64_t>(call->rows_a, 1)));
   call->modulo_b = Modulo(static_cast<uint32_t>(std::max<int64_t>(call->rows_b, 1)));
   call->modulo_block = Modulo(static_cast<uint32_t>(std::max<int64_t>(call->per_block, 1)));
+  call->modulo_ratio = Modulo(static_cast<uint32_t>(std::max<int64_t>(call->ratio, 1)));
   if (running && call->rows_a < 2) return operands.fail("a running tail of " + std::to_string(call->rows_a) + " rows", "2 at least");
   if (call->ratio < 1 || (!running && call->rows_a < call->lanes * call->ratio - 1) ||
       (call->lanes == 2 && call->rows_b < call->ratio - 1)) {

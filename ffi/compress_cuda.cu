@@ -47,7 +47,7 @@ __device__ __forceinline__ void overlapped_windows(const Compress& call, const P
     for (int c = 0; c < kChannels; ++c) pooled.x[c] = divide(sums.x[c], weights.x[c]);
     normalise<Geometry::kDim, Geometry::kRopeDim>(call, constants, thread, &pooled, shared);
     if (row >= 0) write_entry(pool, row, thread, pooled, shared);
-    if (last - first > 1) sync_first<kThreads>();  // the scratch is free again
+    if (last - first > 1) sync_group<kThreads>(0);  // the scratch is free again
   }
 }
 
@@ -107,12 +107,12 @@ ffi::Error compress(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remaining
   if (error.failure()) return error;
   if (const ffi::Error limit = supported_entries("compress", call, record); limit.failure()) return limit;
   if (call.segments == 0) return ffi::Error::Success();
+  const FinishRecord finish = {record};
   if (call.sums) {
-    return launched("compress", kv_is_float ? launch_running<float>(call, record, stream)
-                                            : launch_running<BFloat16>(call, record, stream));
+    return launched("compress", kv_is_float ? launch_running<float>(call, finish, stream)
+                                            : launch_running<BFloat16>(call, finish, stream));
   }
   if (is<Csa>(call) && call.width == 1) {
-    const FinishRecord finish = {record};
     return launched("compress", kv_is_float ? launch_overlapped_decode<float, Csa>(call, finish, stream)
                                             : launch_overlapped_decode<BFloat16, Csa>(call, finish, stream));
   }

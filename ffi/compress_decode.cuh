@@ -1,6 +1,6 @@
-// compress on the GPU where every segment is one token, with overlapped windows: a block a token, a thread one or two
-// neighbouring channels. What is known without the segment is on its way while the segment is looked up, and all of the
-// tail before any of it is used; a token that closes nothing writes its rows and is done.
+// compress on the GPU where every segment is one token, with overlapped windows: a thread two neighbouring channels.
+// What is known without the segment is on its way while the segment is looked up, and all of the tail before any of it is
+// used; a token that closes nothing writes its rows and is done.
 #ifndef DSV4_COMPRESS_DECODE_CUH_
 #define DSV4_COMPRESS_DECODE_CUH_
 
@@ -9,88 +9,28 @@
 #include <cstdint>
 
 #include "compress_device.cuh"
-#include "entry_of_pairs.cuh"
+#include "entry_in_block.cuh"
 
 namespace dsv4 {
 
-// kWidth neighbouring channels.
-template <int kWidth>
-struct Few {
-  float x[kWidth];
-
-  __device__ __forceinline__ void load(const float* from) {
-    if constexpr (kWidth == 2) {
-      const float2 v = *reinterpret_cast<const float2*>(from);
-      x[0] = v.x, x[1] = v.y;
-    } else {
-      x[0] = *from;
-    }
-  }
-  __device__ __forceinline__ void load_constant(const float* from) {
-    if constexpr (kWidth == 2) {
-      const float2 v = __ldg(reinterpret_cast<const float2*>(from));
-      x[0] = v.x, x[1] = v.y;
-    } else {
-      x[0] = __ldg(from);
-    }
-  }
-  __device__ __forceinline__ void load_token(const float* from) {
-    if constexpr (kWidth == 2) {
-      const float2 v = __ldcs(reinterpret_cast<const float2*>(from));
-      x[0] = v.x, x[1] = v.y;
-    } else {
-      x[0] = __ldcs(from);
-    }
-  }
-  __device__ __forceinline__ void load_token(const BFloat16* from) {
-    if constexpr (kWidth == 2) {
-      const uint32_t v = __ldcs(reinterpret_cast<const uint32_t*>(from));
-      x[0] = float_of(v << 16), x[1] = float_of(v & 0xFFFF0000u);
-    } else {
-      x[0] = float_of(static_cast<uint32_t>(__ldcs(reinterpret_cast<const uint16_t*>(from))) << 16);
-    }
-  }
-  __device__ __forceinline__ void store(float* to) const {
-    if constexpr (kWidth == 2) {
-      *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
-    } else {
-      *to = x[0];
-    }
-  }
-};
-
-// Finishes an entry whose values lie in the registers of all threads of a block.
-struct FinishRecord {
-  RecordRows record;
-  using Scratch = EntryScratch;
-  using Constants = PairConstants;
-  static constexpr int kWidth = 2;
-
-  static __device__ __forceinline__ void load(const Compress& call, int64_t s, int thread, Constants* constants) {
-    constants->load(call, s, thread);
-  }
-  __device__ __forceinline__ void operator()(const Compress& call, const Constants& constants, int64_t row, int thread,
-                                             const Few<2>& v, Scratch* scratch) const {
-    finish_entry(call, record, constants, row, thread, make_float2(v.x[0], v.x[1]), scratch);
-  }
-};
-
-// A key is finished by the first warp, with four channels a lane.
+// Finishes a key whose channels lie in the registers of 64 threads, one of the groups of a block: the first warp of them
+// does, with four channels a lane.
 struct FinishKey {
-  KeyRows keys;
+  static constexpr int kThreads = 64;
   struct Scratch {
     float4 values[32];
   };
   using Constants = EntryConstants;
-  static constexpr int kWidth = 1;
+
+  KeyRows keys;
 
   static __device__ __forceinline__ void load(const Compress& call, int64_t s, int thread, Constants* constants) {
     if (thread < 32) constants->template load<128, 64>(call, s, thread);
   }
   __device__ __forceinline__ void operator()(const Compress& call, const Constants& constants, int64_t row, int thread,
-                                             const Few<1>& v, Scratch* scratch) const {
-    reinterpret_cast<float*>(scratch->values)[thread] = v.x[0];
-    __syncthreads();
+                                             float (&v)[2], Scratch* scratch) const {
+    store_pair(reinterpret_cast<float*>(scratch->values) + thread * 2, v);
+    sync_group<kThreads>(threadIdx.x / kThreads);
     if (thread >= 32) return;
     Four values = four(scratch->values[thread]);
     normalise<128, 64>(call, constants, thread, &values, nullptr);
@@ -98,39 +38,38 @@ struct FinishKey {
   }
 };
 
-// What the first kDim / kWidth threads of a block do with the token of segment s; the others have returned.
+// What the threads that finish together do with the token of segment s.
 template <typename T, typename Geometry, typename Finish>
-__device__ __forceinline__ void take_token(const Compress& call, const Finish& finish, int64_t s,
+__device__ __forceinline__ void take_token(const Compress& call, const Finish& finish, int64_t s, int thread,
                                            typename Finish::Scratch* scratch) {
-  constexpr int kRatio = Geometry::kRatio, kDim = Geometry::kDim, kWidth = Finish::kWidth;
-  using Values = Few<kWidth>;
-  const int thread = threadIdx.x, channel = thread * kWidth;
-  const Segment segment = call.segment(s);
-  Values own_k[2], own_z[2];
+  constexpr int kRatio = Geometry::kRatio, kDim = Geometry::kDim;
+  static_assert(kDim == 2 * Finish::kThreads, "every channel has a thread");
+  const int channel = thread * 2;
+  const int32_t slot = call.slot_of[s], start = call.start_of[s], count = call.count_of[s];
+  Ahead<T, 2> own_k[2], own_gate[2];
 #pragma unroll
   for (int lane = 0; lane < 2; ++lane) {
     const int64_t offset = (s * 2 + lane) * kDim + channel;
-    own_k[lane].load_token(static_cast<const T*>(call.kv) + offset);
-    own_z[lane].load_token(static_cast<const T*>(call.gate) + offset);
+    own_k[lane].load(static_cast<const T*>(call.kv) + offset);
+    own_gate[lane].load(static_cast<const T*>(call.gate) + offset);
   }
   typename Finish::Constants constants;
   Finish::load(call, s, thread, &constants);
-  if (segment.count == 0) return;
-  const auto position = static_cast<uint32_t>(segment.start);
+  if (slot < 0 || slot >= call.slots || start < 0 || count <= 0) return;
+  const auto position = static_cast<uint32_t>(start);
   const bool closes = position % kRatio == kRatio - 1, has_before = position >= kRatio;
   const uint32_t own_row_a = call.modulo_a(position), own_row_b = call.modulo_b(position);
-  const auto slot = static_cast<uint32_t>(segment.slot);
   const auto rows_a = static_cast<uint32_t>(call.rows_a), rows_b = static_cast<uint32_t>(call.rows_b);
-  const auto row_at = [](float* rows, uint32_t row) { return rows + row * static_cast<uint32_t>(kDim); };
+  const auto row_at = [](float* rows, uint32_t row) { return rows + uint64_t{row} * kDim; };
   // This thread's channels of the slot's rows.
-  const uint64_t first_a = static_cast<uint64_t>(slot) * rows_a * kDim + channel;
-  const uint64_t first_b = static_cast<uint64_t>(slot) * rows_b * kDim + channel;
+  const uint64_t first_a = uint64_t{static_cast<uint32_t>(slot)} * rows_a * kDim + channel;
+  const uint64_t first_b = uint64_t{static_cast<uint32_t>(slot)} * rows_b * kDim + channel;
   float *ka = call.ka + first_a, *za = call.za + first_a, *kb = call.kb + first_b, *zb = call.zb + first_b;
 
-  Values ape[2];
+  Ahead<float, 2> ape[2];
 #pragma unroll
-  for (int lane = 0; lane < 2; ++lane) ape[lane].load_constant(call.ape + (position % kRatio * 2 + lane) * kDim + channel);
-  Values k[2 * kRatio], z[2 * kRatio];
+  for (int lane = 0; lane < 2; ++lane) ape[lane].load(call.ape + (position % kRatio * 2 + lane) * kDim + channel);
+  Ahead<float, 2> k[2 * kRatio - 1], z[2 * kRatio - 1];
   EntryPlace place;
   if (closes) {
     place = call.look_up(slot, position / kRatio);
@@ -147,59 +86,59 @@ __device__ __forceinline__ void take_token(const Compress& call, const Finish& f
 #pragma unroll
     for (int i = 0; i < kRatio - 1; ++i) load(kRatio + i, kRatio - 1 - i, own_row_b, rows_b, kb, zb);
   }
+  float fresh_k[2][2], fresh_z[2][2];
 #pragma unroll
   for (int lane = 0; lane < 2; ++lane) {
 #pragma unroll
-    for (int c = 0; c < kWidth; ++c) own_z[lane].x[c] += ape[lane].x[c];
-  }
-  // Over a row that was read above, by the same thread.
-  own_k[0].store(row_at(ka, own_row_a));
-  own_z[0].store(row_at(za, own_row_a));
-  own_k[1].store(row_at(kb, own_row_b));
-  own_z[1].store(row_at(zb, own_row_b));
-  if (!closes) return;
-  k[2 * kRatio - 1] = own_k[1], z[2 * kRatio - 1] = own_z[1];
-  Values top = own_z[1], weights = {}, sums = {};
-  const auto raise = [&](const Values& z) {
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) top.x[c] = larger(top.x[c], z.x[c]);
-  };
-  const auto weigh = [&](const Values& k, const Values& z) {
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) {
-      const float e = exp_of_negative(z.x[c] - top.x[c]);
-      weights.x[c] += e;
-      sums.x[c] = fused(e, k.x[c], sums.x[c]);
+    for (int c = 0; c < 2; ++c) {
+      fresh_k[lane][c] = own_k[lane][c];
+      fresh_z[lane][c] = own_gate[lane][c] + ape[lane][c];
     }
-  };
-#pragma unroll
-  for (int i = kRatio; i < 2 * kRatio - 1; ++i) raise(z[i]);
-  if (has_before) {
-#pragma unroll
-    for (int i = 0; i < kRatio; ++i) raise(z[i]);
-#pragma unroll
-    for (int i = 0; i < kRatio; ++i) weigh(k[i], z[i]);
   }
+  // Over rows that were read above, by the same thread.
+  store_pair(row_at(ka, own_row_a), fresh_k[0]);
+  store_pair(row_at(za, own_row_a), fresh_z[0]);
+  store_pair(row_at(kb, own_row_b), fresh_k[1]);
+  store_pair(row_at(zb, own_row_b), fresh_z[1]);
+  if (!closes) return;
+  float pooled[2];
 #pragma unroll
-  for (int i = kRatio; i < 2 * kRatio; ++i) weigh(k[i], z[i]);
-  Values pooled;
+  for (int c = 0; c < 2; ++c) {
+    const float own_z = fresh_z[1][c];
+    float top = own_z, weights = 0.0f, sums = 0.0f;
+    const auto weigh = [&](float k, float z) {
+      const float e = exp_of_negative(z - top);
+      weights += e;
+      sums = fused(e, k, sums);
+    };
 #pragma unroll
-  for (int c = 0; c < kWidth; ++c) pooled.x[c] = divide(sums.x[c], weights.x[c]);
+    for (int i = kRatio; i < 2 * kRatio - 1; ++i) top = larger(top, z[i][c]);
+    if (has_before) {
+#pragma unroll
+      for (int i = 0; i < kRatio; ++i) top = larger(top, z[i][c]);
+#pragma unroll
+      for (int i = 0; i < kRatio; ++i) weigh(k[i][c], z[i][c]);
+    }
+#pragma unroll
+    for (int i = kRatio; i < 2 * kRatio - 1; ++i) weigh(k[i][c], z[i][c]);
+    weigh(fresh_k[1][c], own_z);
+    pooled[c] = divide(sums, weights);
+  }
   const int64_t row = call.row_of(place);
   if (row >= 0) finish(call, constants, row, thread, pooled, scratch);
 }
 
 template <typename T, typename Geometry, typename Finish>
-__global__ void __launch_bounds__(Geometry::kDim / Finish::kWidth)
+__global__ void __launch_bounds__(Finish::kThreads)
     overlapped_decode_kernel(const __grid_constant__ Compress call, const __grid_constant__ Finish finish) {
   __shared__ typename Finish::Scratch scratch;
-  take_token<T, Geometry>(call, finish, blockIdx.x, &scratch);
+  take_token<T, Geometry>(call, finish, blockIdx.x, threadIdx.x, &scratch);
 }
 
 template <typename T, typename Geometry, typename Finish>
 cudaError_t launch_overlapped_decode(const Compress& call, const Finish& finish, cudaStream_t stream) {
   overlapped_decode_kernel<T, Geometry, Finish>
-      <<<static_cast<unsigned>(call.segments), Geometry::kDim / Finish::kWidth, 0, stream>>>(call, finish);
+      <<<static_cast<unsigned>(call.segments), Finish::kThreads, 0, stream>>>(call, finish);
   return cudaGetLastError();
 }
 

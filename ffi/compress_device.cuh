@@ -92,7 +92,11 @@ __device__ __forceinline__ Four ape_of(const Compress& call, int64_t position, i
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
+  if constexpr (kBytes == 16) {  // past the L1
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
+  }
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -139,7 +143,7 @@ struct EightRows {
       const int64_t tail_rows = lane == 0 ? call.rows_a : call.rows_b;
       // One division a lane: the positions follow each other.
       if (i % (Geometry::kLanes == 2 ? Geometry::kRatio : kRows) == 0) {
-        tail_row = static_cast<uint32_t>(position_of(entry, first, i)) % static_cast<uint32_t>(tail_rows);
+        tail_row = call.tail_row(position_of(entry, first, i), lane);
       } else if (++tail_row == tail_rows) {
         tail_row = 0;
       }
@@ -213,13 +217,13 @@ __device__ __forceinline__ void weigh(const Rows& rows, const Four& top, Four* w
   }
 }
 
-// A barrier of the first kThreads threads of a block (one warp needs none: it is converged).
+// A barrier of a block's group-th kThreads threads (one warp needs none: it is converged).
 template <int kThreads>
-__device__ __forceinline__ void sync_first() {
+__device__ __forceinline__ void sync_group(int group) {
   if (kThreads == 32) {
     __syncwarp();
   } else {
-    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kThreads) : "memory");
   }
 }
 
@@ -257,7 +261,7 @@ __device__ __forceinline__ void normalise(const Compress& call, const EntryConst
   for (int step = 1; step < 32; step *= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, step);
   if (kWarps > 1) {
     if (thread % 32 == 0) scratch->squares[thread / 32] = squares;
-    sync_first<kThreads>();
+    sync_group<kThreads>(0);
     static_assert(kWarps == 1 || kWarps == 4, "the tree over warps");
     squares = (scratch->squares[0] + scratch->squares[1 % kWarps]) +
               (scratch->squares[2 % kWarps] + scratch->squares[3 % kWarps]);
@@ -295,7 +299,7 @@ __device__ __forceinline__ void write_record(const RecordRows& record, int64_t r
   } else {
     const uint32_t in_warp = __reduce_max_sync(0xFFFFFFFFu, amax);
     if (thread % 32 == 0) scratch->amax[thread / 32] = in_warp;
-    sync_first<128>();
+    sync_group<128>(0);
     const RowEncoder encoder(
         max(max(scratch->amax[0], scratch->amax[1]), max(scratch->amax[2], scratch->amax[3])));
     codes = encoder.encode(v.x[0], v.x[1], v.x[2], v.x[3]);
@@ -322,27 +326,28 @@ __device__ __forceinline__ void rotate_warp(Four* v, int lane) {
       v->x[i] = lane & step ? other - v->x[i] : v->x[i] + other;
     }
   }
-  const float scale = divide(1.0f, __fsqrt_rn(128.0f));
+  constexpr float kScale = 0x1.6a09e6p-4f;  // 1 / sqrt(128)
 #pragma unroll
-  for (int i = 0; i < kChannels; ++i) v->x[i] *= scale;
+  for (int i = 0; i < kChannels; ++i) v->x[i] *= kScale;
 }
 
 // Writes an indexer key in FP4: 128 channels in a warp.
 __device__ __forceinline__ void write_key(const KeyRows& keys, int64_t row, int lane, Four v) {
   constexpr int kDim = 128;
   if (keys.rotate) rotate_warp(&v, lane);
-  const int lanes_a_group = static_cast<int>(keys.group) / kChannels;  // 4 or 8
+  const bool is_nvfp4 = keys.group == 16;
+  const int lanes_a_group = is_nvfp4 ? 4 : 8;
   uint32_t amax = largest_magnitude(v);
   amax = max(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 1));
   amax = max(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 2));
   const uint32_t wider = max(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 4));
-  if (lanes_a_group == 8) amax = wider;
-  const GroupScale scale(amax, lanes_a_group == 4);
+  if (!is_nvfp4) amax = wider;
+  const GroupScale scale(amax, is_nvfp4);
   uint32_t codes = 0;
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) codes |= scale.encode(v.x[i]) << (4 * i);
   *reinterpret_cast<uint16_t*>(keys.keys + row * (kDim / 2) + lane * 2) = static_cast<uint16_t>(codes);
-  if (lane % lanes_a_group == 0) keys.scale[row * (kDim / keys.group) + lane / lanes_a_group] = scale.byte;
+  if (lane % lanes_a_group == 0) keys.scale[row * (32 / lanes_a_group) + lane / lanes_a_group] = scale.byte;
 }
 
 // Writes the newest tokens of a segment into one lane of the tail, tokens `first`, `first` + `stride` … of the last
@@ -358,7 +363,7 @@ __device__ __forceinline__ void store_tail_lane(const Compress& call, int64_t s,
     const int64_t position = segment.start + c;
     FreshLane<T> token;
     token.load(call, call.token(s, c), Geometry::kLanes, lane, Geometry::kDim, channel);
-    const int64_t offset = call.tail_offset(segment.slot, position, rows) + channel;
+    const int64_t offset = call.tail_offset(segment.slot, position, lane) + channel;
     store_four(k + offset, token.k());
     store_four(z + offset, token.z(ape_of<Geometry>(call, position, lane, channel)));
   }

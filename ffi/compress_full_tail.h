@@ -61,7 +61,7 @@ class FullTailWorker : CompressWorker<T> {
       if (position >= segment.start) {
         rows_[i] = fresh_row(s, segment, position, lane);
       } else if (position >= 0) {
-        const int64_t offset = call_.tail_offset(segment.slot, position, is_a ? call_.rows_a : call_.rows_b);
+        const int64_t offset = call_.tail_offset(segment.slot, position, lane);
         rows_[i] = {nullptr, nullptr, (is_a ? call_.ka : call_.kb) + offset, (is_a ? call_.za : call_.zb) + offset};
       } else {
         rows_[i] = {nullptr, nullptr, nullptr, nullptr};  // no such token: weight 0
@@ -101,7 +101,7 @@ class FullTailWorker : CompressWorker<T> {
       for (int64_t c = std::max<int64_t>(0, segment.count - rows); c < segment.count; ++c) {
         const int64_t position = segment.start + c;
         const WindowRow<T> row = fresh_row(s, segment, position, lane);
-        const int64_t offset = call_.tail_offset(segment.slot, position, rows);
+        const int64_t offset = call_.tail_offset(segment.slot, position, lane);
         row.load_k(0, call_.dim, k + offset);
         row.load_z(0, call_.dim, z + offset);
       }

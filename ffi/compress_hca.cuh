@@ -78,7 +78,7 @@ __device__ __forceinline__ void store_slice(const Compress& call, int64_t s, con
   const int group = threadIdx.x / kQuads;
   if (!kOneToken) return store_tail_lane<T, Hca>(call, s, segment, 0, channel, group, kHcaThreads / kQuads);
   if (group != kHcaThreads / kQuads - 1) return;  // those that hold the token
-  const int64_t offset = call.tail_offset(segment.slot, segment.start, call.rows_a) + channel;
+  const int64_t offset = call.tail_offset(segment.slot, segment.start, 0) + channel;
   store_four(call.ka + offset, own_k);
   store_four(call.za + offset, own_z);
 }
@@ -90,7 +90,7 @@ __device__ __forceinline__ void take_slices(const Compress& call, const RecordRo
                                             HcaScratch* scratch) {
   const uint32_t worker = kCluster ? blockIdx.x / kSlices : blockIdx.x;
   const int first_slice = kCluster ? blockIdx.x % kSlices : 0, last_slice = kCluster ? first_slice + 1 : kSlices;
-  const int64_t s = worker / shares;
+  const int64_t s = kOneToken ? worker : worker / shares;
   const int window = static_cast<int>(worker - static_cast<uint32_t>(s) * shares);  // the first also has the tail
   const bool holds_own = kOneToken && threadIdx.x >= kHcaThreads - kQuads;
   FreshLane<T> own;

@@ -1,5 +1,5 @@
-// compress with a running tail on the GPU: a block of 256 threads, each with two neighbouring channels, takes a segment's
-// tokens of a window in order.
+// compress with a running tail on the GPU: a block takes a segment's tokens of a window in order, a thread two
+// neighbouring channels.
 #ifndef DSV4_COMPRESS_RUNNING_CUH_
 #define DSV4_COMPRESS_RUNNING_CUH_
 
@@ -7,73 +7,68 @@
 
 #include <cstdint>
 
-#include "compress.h"
-#include "entry_of_pairs.cuh"
+#include "entry_in_block.cuh"
 #include "running_sums.h"
 
 namespace dsv4 {
 
-constexpr int kRunningRatio = 128, kRunningThreads = 256;  // two channels each
+constexpr int kRunningRatio = 128;
 
-// Two channels of a token: kv, and gate with ape added.
+// A thread's channels of a token: kv, and gate to which ape is still to be added.
 template <typename T>
-struct PairOfToken {
-  Pair<T> kv, gate;
-  float2 ape;
+struct TokenChannels {
+  Ahead<T, 2> k, gate;
+  Ahead<float, 2> ape;
 
   __device__ __forceinline__ void load(const Compress& call, int64_t token, int channel) {
-    kv.load(call.kv, token * kEntryDim + channel);
-    gate.load(call.gate, token * kEntryDim + channel);
+    k.load(static_cast<const T*>(call.kv) + token * kRecordDim + channel);
+    gate.load(static_cast<const T*>(call.gate) + token * kRecordDim + channel);
   }
   __device__ __forceinline__ void load_ape(const Compress& call, uint32_t offset, int channel) {  // within the window
-    ape = __ldg(reinterpret_cast<const float2*>(call.ape + offset * kEntryDim + channel));
-  }
-  __device__ __forceinline__ float2 k() const { return kv.values(); }
-  __device__ __forceinline__ float2 z() const {
-    const float2 raw = gate.values();
-    return make_float2(raw.x + ape.x, raw.y + ape.y);
+    ape.load(call.ape + offset * kRecordDim + channel);
   }
 };
 
-// The sums of two channels.
-struct PairOfSums {
-  RunningSums first, second;
+// The sums of a thread's channels.
+struct SumsOfChannels {
+  RunningSums of[2];
 
   static __device__ __forceinline__ float* at(const Compress& call, int64_t slot, int64_t position, int channel) {
     const uint32_t row = call.modulo_a(static_cast<uint32_t>(position));
-    return call.sums + (slot * call.rows_a + row) * kRunningSums * kEntryDim + channel;
+    return call.sums + (slot * call.rows_a + row) * kRunningSums * kRecordDim + channel;
   }
   __device__ __forceinline__ void load(const float* from) {
-    float2 v[kRunningSums];
+    Ahead<float, 2> v[kRunningSums];
 #pragma unroll
-    for (int i = 0; i < kRunningSums; ++i) v[i] = *reinterpret_cast<const float2*>(from + i * kEntryDim);
-    first = {v[0].x, v[1].x, v[2].x, v[3].x, v[4].x};
-    second = {v[0].y, v[1].y, v[2].y, v[3].y, v[4].y};
+    for (int i = 0; i < kRunningSums; ++i) v[i].load(from + i * kRecordDim);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) of[c] = {v[0][c], v[1][c], v[2][c], v[3][c], v[4][c]};
   }
   __device__ __forceinline__ void store(float* to) const {
-    const float2 v[kRunningSums] = {make_float2(first.top, second.top), make_float2(first.sum, second.sum),
-                                    make_float2(first.weighted, second.weighted),
-                                    make_float2(first.sum_lost, second.sum_lost),
-                                    make_float2(first.weighted_lost, second.weighted_lost)};
+    float v[kRunningSums][2];
 #pragma unroll
-    for (int i = 0; i < kRunningSums; ++i) *reinterpret_cast<float2*>(to + i * kEntryDim) = v[i];
+    for (int c = 0; c < 2; ++c) {
+      v[0][c] = of[c].top, v[1][c] = of[c].sum, v[2][c] = of[c].weighted;
+      v[3][c] = of[c].sum_lost, v[4][c] = of[c].weighted_lost;
+    }
+#pragma unroll
+    for (int i = 0; i < kRunningSums; ++i) store_pair(to + i * kRecordDim, v[i]);
   }
-  __device__ __forceinline__ void start(float2 k, float2 z) {
-    first = RunningSums::of_token(k.x, z.x);
-    second = RunningSums::of_token(k.y, z.y);
+  template <typename T>
+  __device__ __forceinline__ void enter(const TokenChannels<T>& token, bool is_first) {  // of its window
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float z = token.gate[c] + token.ape[c];
+      of[c] = is_first ? RunningSums::of_token(token.k[c], z) : of[c].with_token(token.k[c], z);
+    }
   }
-  __device__ __forceinline__ void enter(float2 k, float2 z) {
-    first = first.with_token(k.x, z.x);
-    second = second.with_token(k.y, z.y);
-  }
-  __device__ __forceinline__ float2 mean() const { return make_float2(first.mean(), second.mean()); }
 };
 
 // The sums after the segment's tokens of a window; those after tokens from position `first_kept` on go into the tail.
 // All threads call together; `token_of` is theirs to use.
 template <typename T>
-__device__ __forceinline__ PairOfSums take_window(const Compress& call, int64_t s, const Segment& segment, int64_t entry,
-                                                  int64_t first_kept, int channel, int32_t (&token_of)[kRunningRatio]) {
+__device__ __forceinline__ SumsOfChannels take_window(const Compress& call, int64_t s, const Segment& segment, int64_t entry,
+                                                   int64_t first_kept, int channel, int32_t (&token_of)[kRunningRatio]) {
   constexpr int kAhead = 8;  // tokens on their way
   const auto first = static_cast<int32_t>(entry * kRunningRatio);
   const auto begin = max(static_cast<int32_t>(segment.start), first) - first;  // within the window
@@ -84,10 +79,10 @@ __device__ __forceinline__ PairOfSums take_window(const Compress& call, int64_t 
     token_of[i] = static_cast<int32_t>(call.token(s, first + i - segment.start));
   }
   __syncthreads();
-  PairOfSums sums = {};
-  if (begin > 0) sums.load(PairOfSums::at(call, segment.slot, first + begin - 1, channel));
-  PairOfToken<T> tokens[kAhead];
-  const auto load = [&](PairOfToken<T>& token, int i) {
+  SumsOfChannels sums = {};
+  if (begin > 0) sums.load(SumsOfChannels::at(call, segment.slot, first + begin - 1, channel));
+  TokenChannels<T> tokens[kAhead];
+  const auto load = [&](TokenChannels<T>& token, int i) {
     if (i >= end) return;
     token.load(call, token_of[i], channel);
     token.load_ape(call, i, channel);
@@ -99,15 +94,11 @@ __device__ __forceinline__ PairOfSums take_window(const Compress& call, int64_t 
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (at + i >= end) break;
-      const float2 k = tokens[i].k(), z = tokens[i].z();
+      const TokenChannels<T> token = tokens[i];
       load(tokens[i], at + i + kAhead);
-      if (at + i == 0) {
-        sums.start(k, z);
-      } else {
-        sums.enter(k, z);
-      }
+      sums.enter(token, at + i == 0);
       if (at + i >= kept && at + i + 1 < kRunningRatio) {
-        sums.store(PairOfSums::at(call, segment.slot, first + at + i, channel));
+        sums.store(SumsOfChannels::at(call, segment.slot, first + at + i, channel));
       }
     }
   }
@@ -116,37 +107,36 @@ __device__ __forceinline__ PairOfSums take_window(const Compress& call, int64_t 
 
 // What a block does in a step of one token a slot: the token of segment s.
 template <typename T>
-__device__ __forceinline__ void take_running_token(const Compress& call, const RecordRows& record, int64_t s,
-                                                   EntryScratch* scratch) {
+__device__ __forceinline__ void take_running_token(const Compress& call, const FinishRecord& finish, int64_t s,
+                                                   FinishRecord::Scratch* scratch) {
   const int thread = threadIdx.x, channel = thread * 2;
-  PairOfToken<T> token;
+  const int32_t slot = call.slot_of[s], start = call.start_of[s], count = call.count_of[s];
+  TokenChannels<T> token;
   token.load(call, s, channel);
-  PairConstants constants;
-  constants.load(call, s, thread);
-  const Segment segment = call.segment(s);
-  if (segment.count == 0) return;
-  const auto position = static_cast<uint32_t>(segment.start), offset = position % kRunningRatio;
-  const uint32_t entry = position / kRunningRatio;
+  FinishRecord::Constants constants;
+  FinishRecord::load(call, s, thread, &constants);
+  if (slot < 0 || slot >= call.slots || start < 0 || count <= 0) return;
+  const uint32_t offset = static_cast<uint32_t>(start) % kRunningRatio;
   token.load_ape(call, offset, channel);
-  PairOfSums sums;
-  sums.load(PairOfSums::at(call, segment.slot, offset ? segment.start - 1 : segment.start, channel));
+  SumsOfChannels sums;
+  sums.load(SumsOfChannels::at(call, slot, offset ? start - 1 : start, channel));
   const bool closes = offset == kRunningRatio - 1;
   EntryPlace place = {};
-  if (closes) place = call.look_up(segment.slot, entry);
-  if (offset == 0) {
-    sums.start(token.k(), token.z());
-  } else {
-    sums.enter(token.k(), token.z());
-  }
-  if (!closes) return sums.store(PairOfSums::at(call, segment.slot, segment.start, channel));
+  if (closes) place = call.look_up(slot, start / kRunningRatio);
+  sums.enter(token, offset == 0);
+  if (!closes) return sums.store(SumsOfChannels::at(call, slot, start, channel));
   const int64_t row = call.row_of(place);
-  if (row >= 0) finish_entry(call, record, constants, row, thread, sums.mean(), scratch);
+  if (row < 0) return;
+  float mean[2];
+#pragma unroll
+  for (int c = 0; c < 2; ++c) mean[c] = sums.of[c].mean();
+  finish(call, constants, row, thread, mean, scratch);
 }
 
-// What a block does of a segment of several tokens, which `shares` blocks share.
+// What a block does of a segment of several tokens, which `shares` blocks share: a window each.
 template <typename T>
-__device__ __forceinline__ void take_running_share(const Compress& call, const RecordRows& record, uint32_t block,
-                                                   uint32_t shares, EntryScratch* scratch) {
+__device__ __forceinline__ void take_running_share(const Compress& call, const FinishRecord& finish, uint32_t block,
+                                                   uint32_t shares, FinishRecord::Scratch* scratch) {
   __shared__ int32_t token_of[kRunningRatio];
   const int thread = threadIdx.x, channel = thread * 2;
   const int64_t s = block / shares;
@@ -154,18 +144,24 @@ __device__ __forceinline__ void take_running_share(const Compress& call, const R
   const Segment segment = call.segment(s);
   if (segment.count == 0) return;
   const int64_t first_entry = call.first_entry(segment), entry = first_entry + share;
-  const int64_t first_kept = max(segment.start, segment.end() - call.rows_a);
   const int64_t row = call.closes(segment, entry) ? call.entry_row(segment.slot, entry) : -1;
-  if (row < 0 && share > 0) return;
-  const PairOfSums sums = take_window<T>(call, s, segment, entry, share == 0 ? first_kept : segment.end(), channel,
-                                         token_of);
+  // A segment that begins inside a window reads a row of the tail, in its first share, which then writes all that is
+  // kept. Another segment reads none, and every share writes what it has.
+  const bool reads_tail = segment.start % kRunningRatio > 0;
+  const int64_t first_kept = max(segment.start, segment.end() - call.rows_a);
+  const int64_t next = (entry + 1) * kRunningRatio;
+  const bool keeps = share == 0 || (!reads_tail && next > first_kept && next - kRunningRatio < segment.end());
+  if (row < 0 && !keeps) return;
+  const SumsOfChannels sums = take_window<T>(call, s, segment, entry, keeps ? first_kept : next, channel, token_of);
   if (row >= 0) {
-    PairConstants constants;
-    constants.load(call, s * call.windows + share, thread);
-    finish_entry(call, record, constants, row, thread, sums.mean(), scratch);
+    FinishRecord::Constants constants;
+    FinishRecord::load(call, s * call.windows + share, thread, &constants);
+    float mean[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) mean[c] = sums.of[c].mean();
+    finish(call, constants, row, thread, mean, scratch);
   }
-  if (share > 0) return;
-  // The first share, which has read what it needs of the tail, writes it.
+  if (share > 0 || !reads_tail) return;
   const int64_t first_touched = max(first_kept / kRunningRatio, first_entry + 1);
   for (int64_t e = first_touched; e * kRunningRatio < segment.end(); ++e) {
     take_window<T>(call, s, segment, e, first_kept, channel, token_of);
@@ -173,22 +169,23 @@ __device__ __forceinline__ void take_running_share(const Compress& call, const R
 }
 
 template <typename T, bool kOneToken>
-__global__ void __launch_bounds__(kRunningThreads)
-    running_kernel(const __grid_constant__ Compress call, const __grid_constant__ RecordRows record, const uint32_t shares) {
-  __shared__ EntryScratch scratch;
+__global__ void __launch_bounds__(FinishRecord::kThreads)
+    running_kernel(const __grid_constant__ Compress call, const __grid_constant__ FinishRecord finish,
+                   const uint32_t shares) {
+  __shared__ FinishRecord::Scratch scratch;
   if (kOneToken) {
-    take_running_token<T>(call, record, blockIdx.x, &scratch);
+    take_running_token<T>(call, finish, blockIdx.x, &scratch);
   } else {
-    take_running_share<T>(call, record, blockIdx.x, shares, &scratch);
+    take_running_share<T>(call, finish, blockIdx.x, shares, &scratch);
   }
 }
 
 template <typename T>
-cudaError_t launch_running(const Compress& call, const RecordRows& record, cudaStream_t stream) {
+cudaError_t launch_running(const Compress& call, const FinishRecord& finish, cudaStream_t stream) {
   const int64_t shares = workers_per_segment(call);
   const auto kernel = call.width == 1 ? running_kernel<T, true> : running_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(call.segments * shares), kRunningThreads, 0, stream>>>(call, record,
-                                                                                      static_cast<uint32_t>(shares));
+  kernel<<<static_cast<unsigned>(call.segments * shares), FinishRecord::kThreads, 0, stream>>>(
+      call, finish, static_cast<uint32_t>(shares));
   return cudaGetLastError();
 }
 

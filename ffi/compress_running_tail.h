@@ -82,7 +82,7 @@ class RunningTailWorker : CompressWorker<T> {
   }
 
   float* sums_at(int64_t slot, int64_t position, int64_t i) const {
-    return call_.sums + kRunningSums * call_.tail_offset(slot, position, call_.rows_a) + i * call_.dim;
+    return call_.sums + kRunningSums * call_.tail_offset(slot, position, 0) + i * call_.dim;
   }
 
   using CompressWorker<T>::call_;

@@ -63,11 +63,9 @@ DSV4_HOST_DEVICE float divide(float a, float b) {
 #endif
 }
 
-// RMSNorm sums squares over quads of neighbouring channels, then over neighbouring pairs of sums, and so on: a tree that
-// can be cut anywhere between warps.
-DSV4_HOST_DEVICE float quad_of_squares(float a, float b, float c, float d) {
-  return ((a * a + b * b) + c * c) + d * d;
-}
+// RMSNorm sums the squares of neighbouring channels in pairs, then neighbouring pairs of sums, and so on: a tree that
+// threads can share however many channels each of them has.
+DSV4_HOST_DEVICE float quad_of_squares(float a, float b, float c, float d) { return (a * a + b * b) + (c * c + d * d); }
 
 }  // namespace dsv4
 

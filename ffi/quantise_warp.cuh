@@ -8,16 +8,18 @@
 
 namespace dsv4 {
 
-// E4M3 codes of four finite floats, the first in the low byte.
-__device__ __forceinline__ uint32_t to_e4m3x4(float a, float b, float c, float d) {
+// E4M3 codes of finite floats, the first in the low byte.
+__device__ __forceinline__ uint32_t to_e4m3x2(float a, float b) {
 #if __CUDA_ARCH__ >= 890
-  uint16_t low, high;  // cvt puts its first operand into the upper byte
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
-  return low | (static_cast<uint32_t>(high) << 16);
+  uint16_t codes;  // cvt puts its first operand into the upper byte
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(b), "f"(a));
+  return codes;
 #else
-  return to_e4m3(a) | (to_e4m3(b) << 8) | (to_e4m3(c) << 16) | (to_e4m3(d) << 24);
+  return to_e4m3(a) | (to_e4m3(b) << 8);
 #endif
+}
+__device__ __forceinline__ uint32_t to_e4m3x4(float a, float b, float c, float d) {
+  return to_e4m3x2(a, b) | (to_e4m3x2(c, d) << 16);
 }
 
 // a / b from y, the float nearest to 1 / b: correctly rounded but for an ulp in rare cases next to a midpoint of two
@@ -28,12 +30,11 @@ __device__ __forceinline__ float divide(float a, float b, float y) {
   return fmaf(-excess, y, quotient);
 }
 
-// What a lane needs to encode its values of a row.
+// Encodes values of a row.
 class RowEncoder {
  public:
-  // lane_amax: the largest magnitude_bits of this lane's values. All 32 lanes call together.
-  __device__ __forceinline__ explicit RowEncoder(uint32_t lane_amax) {
-    const uint32_t amax = __reduce_max_sync(0xFFFFFFFFu, lane_amax);
+  // amax: the largest magnitude_bits of the row.
+  __device__ __forceinline__ explicit RowEncoder(uint32_t amax) {
     finite_ = amax < kFloatInf;
     // Correctly rounded: a quotient by 448 = 7 * 2^6 is at least 1/14 ulp away from a midpoint.
     const float scale = divide(float_of(max(amax, kAmaxFloorBits)), kE4M3Max, 1.0f / kE4M3Max);
@@ -48,6 +49,9 @@ class RowEncoder {
   __device__ __forceinline__ uint32_t encode(float a, float b, float c, float d) const {
     const uint32_t codes = to_e4m3x4(quotient(a), quotient(b), quotient(c), quotient(d));
     return finite_ ? codes : kE4M3NaN * 0x01010101u;
+  }
+  __device__ __forceinline__ uint32_t encode(float a, float b) const {
+    return finite_ ? to_e4m3x2(quotient(a), quotient(b)) : kE4M3NaN * 0x0101u;
   }
 
  private:
@@ -76,6 +80,9 @@ class GroupEncoder {
   __device__ __forceinline__ uint32_t encode(float a, float b, float c, float d) const {
     const uint32_t codes = to_e4m3x4(a * reciprocal_, b * reciprocal_, c * reciprocal_, d * reciprocal_);
     return scale_ == kE8M0NaN ? kE4M3NaN * 0x01010101u : codes;
+  }
+  __device__ __forceinline__ uint32_t encode(float a, float b) const {
+    return scale_ == kE8M0NaN ? kE4M3NaN * 0x0101u : to_e4m3x2(a * reciprocal_, b * reciprocal_);
   }
 
  private:

@@ -10,8 +10,8 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kCsaThreads = Csa::kDim / FinishRecord::kWidth, kCsaWarps = kCsaThreads / 32;
-constexpr int kKeyThreads = CsaIndexer::kDim / FinishKey::kWidth;
+constexpr int kThreads = FinishRecord::kThreads, kWarps = kThreads / 32;
+constexpr int kKeysPerBlock = kThreads / FinishKey::kThreads;
 
 constexpr int64_t blocks_of(int64_t workers, int64_t per_block) { return (workers + per_block - 1) / per_block; }
 
@@ -19,29 +19,31 @@ constexpr int64_t blocks_of(int64_t workers, int64_t per_block) { return (worker
 template <typename T, int kWarps>
 __device__ __forceinline__ void append_in_block(const AppendSwa& call, uint32_t block) {
   const int64_t token = static_cast<int64_t>(block) * kWarps + threadIdx.x / 32;
-  if (call.scales) {
+  if (call.record.scales) {
     append_token<T, true, true>(call, token, threadIdx.x % 32);
   } else {
     append_token<T, true, false>(call, token, threadIdx.x % 32);
   }
 }
 
-// A block for every segment's entry, then one for every key, of which half is used, then a warp for every window row.
+// A block for every segment's entry, then for every few segments' keys, then a warp for every window row.
 template <typename T>
-__global__ void __launch_bounds__(kCsaThreads)
+__global__ void __launch_bounds__(kThreads)
     csa_layer_kernel(const __grid_constant__ WriteLayer call, const uint32_t key_blocks, const uint32_t entry_blocks) {
   __shared__ union {
     FinishRecord::Scratch entry;
-    FinishKey::Scratch key;
+    FinishKey::Scratch keys[kKeysPerBlock];
   } scratch;
   const uint32_t block = blockIdx.x;
   if (block < entry_blocks) {
-    take_token<T, Csa>(call.entries, FinishRecord{call.record}, block, &scratch.entry);
+    take_token<T, Csa>(call.entries, FinishRecord{call.record}, block, threadIdx.x, &scratch.entry);
   } else if (block < entry_blocks + key_blocks) {
-    if (threadIdx.x >= kKeyThreads) return;
-    take_token<T, CsaIndexer>(call.keys, FinishKey{call.key_rows}, block - entry_blocks, &scratch.key);
+    const uint32_t group = threadIdx.x / FinishKey::kThreads, s = (block - entry_blocks) * kKeysPerBlock + group;
+    if (s >= call.keys.segments) return;
+    take_token<T, CsaIndexer>(call.keys, FinishKey{call.key_rows}, s, threadIdx.x % FinishKey::kThreads,
+                              &scratch.keys[group]);
   } else {
-    append_in_block<T, kCsaWarps>(call.window, block - entry_blocks - key_blocks);
+    append_in_block<T, kWarps>(call.window, block - entry_blocks - key_blocks);
   }
 }
 
@@ -59,22 +61,22 @@ __global__ void __launch_bounds__(kHcaThreads, kCluster ? 4 : 2)
 
 // A block for every segment's token, then a warp for every window row.
 template <typename T>
-__global__ void __launch_bounds__(kRunningThreads)
+__global__ void __launch_bounds__(kThreads)
     running_layer_kernel(const __grid_constant__ WriteLayer call, const uint32_t token_blocks) {
-  __shared__ EntryScratch scratch;
+  __shared__ FinishRecord::Scratch scratch;
   if (blockIdx.x < token_blocks) {
-    take_running_token<T>(call.entries, call.record, blockIdx.x, &scratch);
+    take_running_token<T>(call.entries, FinishRecord{call.record}, blockIdx.x, &scratch);
   } else {
-    append_in_block<T, kRunningThreads / 32>(call.window, blockIdx.x - token_blocks);
+    append_in_block<T, kWarps>(call.window, blockIdx.x - token_blocks);
   }
 }
 
 template <typename T>
 cudaError_t launch(const WriteLayer& call, cudaStream_t stream) {
-  const int64_t entry_blocks = call.entries.segments;
+  const auto entry_blocks = static_cast<uint32_t>(call.entries.segments);
+  const auto row_blocks = static_cast<uint32_t>(blocks_of(call.window.tokens, kWarps));
   if (call.entries.sums) {
-    const auto blocks = static_cast<unsigned>(entry_blocks + blocks_of(call.window.tokens, kRunningThreads / 32));
-    running_layer_kernel<T><<<blocks, kRunningThreads, 0, stream>>>(call, static_cast<uint32_t>(entry_blocks));
+    running_layer_kernel<T><<<entry_blocks + row_blocks, kThreads, 0, stream>>>(call, entry_blocks);
     return cudaGetLastError();
   }
   if (is<Hca>(call.entries)) {
@@ -82,9 +84,8 @@ cudaError_t launch(const WriteLayer& call, cudaStream_t stream) {
     const auto kernel = launch.has_clusters ? hca_layer_kernel<T, true> : hca_layer_kernel<T, false>;
     return cudaLaunchKernelEx(&launch.config, kernel, call, launch.window_blocks);
   }
-  const int64_t key_blocks = call.keys.segments, row_blocks = blocks_of(call.window.tokens, kCsaWarps);
-  csa_layer_kernel<T><<<static_cast<unsigned>(entry_blocks + key_blocks + row_blocks), kCsaThreads, 0, stream>>>(
-      call, static_cast<uint32_t>(key_blocks), static_cast<uint32_t>(entry_blocks));
+  const auto key_blocks = static_cast<uint32_t>(blocks_of(call.keys.segments, kKeysPerBlock));
+  csa_layer_kernel<T><<<entry_blocks + key_blocks + row_blocks, kThreads, 0, stream>>>(call, key_blocks, entry_blocks);
   return cudaGetLastError();
 }
 
