@@ -106,10 +106,10 @@ __device__ __forceinline__ void take_slices(const Compress& call, const RecordRo
 #if __CUDA_ARCH__ >= 900
   if (kCluster && closes) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
+  Four own_k = {}, own_z = {};
 #pragma unroll 1
   for (int slice = first_slice; slice < last_slice; ++slice) {
     if (!kCluster) load_own(slice);
-    Four own_k = {}, own_z = {};
     if (holds_own) {
       own_k = own.k();
       own_z = own.z(ape_of<Hca>(call, segment.start, 0, slice * kSliceDim + threadIdx.x % kQuads * kChannels));
@@ -136,7 +136,8 @@ __device__ __forceinline__ void take_slices(const Compress& call, const RecordRo
       if (kCluster && threadIdx.x >= kSliceDim) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
     }
-    if (window == 0) store_slice<T, kOneToken>(call, s, segment, slice, own_k, own_z);
+    // In a cluster the pooled channels go first: the barrier would wait for the tail's writes too.
+    if (window == 0 && !(kCluster && closes)) store_slice<T, kOneToken>(call, s, segment, slice, own_k, own_z);
   }
   if (!closes) return;
   EntryConstants constants;
@@ -149,6 +150,7 @@ __device__ __forceinline__ void take_slices(const Compress& call, const RecordRo
 #if __CUDA_ARCH__ >= 900
   if (kCluster) {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    if (window == 0) store_slice<T, kOneToken>(call, s, segment, first_slice, own_k, own_z);
     if (first_slice != 0) return;
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   }
