@@ -128,8 +128,9 @@ def compress_decode(
     run = repeated(operation, layers, steps, rounds)
     kind = KINDS[ratio] + " running" * running + (f" indexer {keys}" if keys else "") + (", " + form) * (form != "fp8")
     rows = 5 / 2 if running else 7 if ratio == 4 else 127  # of the tail, k and z, in float32
+    again = ", the same layer again and again" * (layers == 1)  # all of it in the L2, and no new pages
     return warmed(
-        f"{kind} compress, decode, batch {batch}, {'all' if closing else 'none'} closing",
+        f"{kind} compress, decode, batch {batch}, {'all' if closing else 'none'} closing{again}",
         lambda s: run(s, (kv, gate)),
         state,
         per=layers * rounds * steps,
