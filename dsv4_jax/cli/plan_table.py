@@ -100,9 +100,8 @@ def _verdict(report: dict[str, Any]) -> str:
         if alone:
             lines.append(f"One request alone can have {alone:,} tokens")
         else:
-            lines.append(
-                f"Not even one request fits: it holds {show_bytes(report['bytes_per_request'])} and its blocks"
-            )
+            smallest = report["smallest_bytes"]
+            lines.append(f"Not even one token fits: its cache takes {show_bytes(smallest)} ({smallest:,})")
     return "\n".join(lines)
 
 
