@@ -100,7 +100,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
         problems.append(f"{os.fspath(path)}: a file by itself: give its folder to compare it with its config.json")
     else:
         try:
-            config = DSV4Config.from_hf(os.path.join(path, "config.json"))
+            config = DSV4Config.from_hf(path)
         except (OSError, ValueError) as error:
             problems.append(str(error))
     found: dict[str, Any] = {}
