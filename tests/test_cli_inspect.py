@@ -224,6 +224,7 @@ def test_states_go_to_stdout_without_a_model(run, four_layers, monkeypatch):
     ("arguments", "words"),
     [
         (("--picture", "a.svg"), "--picture draws the states of a run: give a prompt with --run"),
+        (("--run", "x", "--picture", "/nowhere/a.svg"), "/nowhere/a.svg cannot be written: no such file or directory"),
         (("--run", "x", "--picture", "a.bmp"), "--picture a.bmp: expected the name of an .svg file"),
         (("--run", ""), "prompt 1 is empty: expected at least one token"),
         (("--tokens", "300"), "prompt 1 has token ids from 300 to 300: expected 0 to 255"),

@@ -28,17 +28,23 @@ def describe(error: Exception) -> tuple[str, int]:
     if hasattr(error, "format_message"):  # the parser's own errors
         path = getattr(getattr(error, "ctx", None), "command_path", "dsv4-jax")
         return f"{one_line(error.format_message()).rstrip('.')} (see {path} --help)", getattr(error, "exit_code", 2)
-    if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)):
-        return one_line(error), 2
+    text = one_line(error)
+    if isinstance(error, OSError) and error.strerror:  # the system's words, without its numbers
+        text = one_line(("" if error.filename is None else f"{error.filename}: ") + error.strerror.lower())
+    if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
+        return text, 2
     if isinstance(error, MemoryError):
         return "out of memory: fewer or shorter prompts need less", 1
     if isinstance(error, (RuntimeError, OSError)):
-        return one_line(error), 1
-    return f"{type(error).__name__}: {one_line(error)}", 1
+        return text, 1
+    return f"{type(error).__name__}: {text}", 1
 
 
 def run_and_exit(command: Callable[[], object]) -> None:
     """Runs a command and ends the program: status 0, 1 for a failure, 2 for bad usage or input, 130 after Ctrl-C."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
     try:
         status = command()
         sys.stdout.flush()

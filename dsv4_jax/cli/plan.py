@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files.written_whole import written_whole
 from .errors import InputError
-from .files import written_whole
 from .options import CacheDtype, HcaTail, IndexerDtype, default_indexer
 from .sizes import parse_bytes
 from .terminal import make_console, status

@@ -1,12 +1,17 @@
 """Prompts: text to tokens and back."""
 
 import codecs
+import contextlib
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import InputError, one_line
+
+MAX_FILE_BYTES = 1 << 26
+"""Of a prompt's file: more than the longest context of any model."""
 
 
 class ByteCodec:
@@ -93,10 +98,10 @@ def make_codec(checkpoint: pathlib.Path, vocab_size: int) -> ByteCodec | Tokeniz
 
 def parse_tokens(text: str) -> list[int]:
     """Token ids from "1,2,3" (commas or spaces)."""
-    try:
-        return [int(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise InputError(f"--tokens {text[:60]!r}: expected token ids such as 1,2,3") from None
+    parts = text.replace(",", " ").split()
+    if not all(re.fullmatch("[0-9]{1,10}", part) for part in parts):
+        raise InputError(f"--tokens {text[:60]!r}: expected token ids such as 1,2,3")
+    return [int(part) for part in parts]
 
 
 def check_prompts(prompts: list[list[int]], config: Any, max_new_tokens: int = 0) -> list[list[int]]:
@@ -112,9 +117,11 @@ def check_prompts(prompts: list[list[int]], config: Any, max_new_tokens: int = 0
 
 def read_prompt_file(path: str) -> bytes:
     """The bytes of a file, or of standard input for "-"."""
-    if path == "-":
-        return sys.stdin.buffer.read()
     try:
-        return pathlib.Path(path).read_bytes()
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise InputError(f"--file {path}: {(error.strerror or str(error)).lower()}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise InputError(f"--file {path}: expected a prompt of at most {MAX_FILE_BYTES >> 20} MiB, got more")
+    return data
