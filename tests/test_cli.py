@@ -197,6 +197,36 @@ def test_a_tokenizer_json_is_used_and_its_text_streams_whole_characters(tmp_path
         cli.make_codec(tmp_path, 256)
 
 
+def test_a_tokenizer_takes_the_whole_prompt_and_starts_as_its_configuration_says(tmp_path, monkeypatch):
+    import tokenizers
+
+    words = {"<s>": 0, "a": 1, "b": 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "b"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.enable_truncation(1)
+    tokenizer.enable_padding(length=4, pad_id=2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert cli.make_codec(tmp_path, 3).encode(b"a b a") == [1, 2, 1]
+    options = tmp_path / "tokenizer_config.json"
+    for written, prompt, ids in (
+        ({"add_bos_token": True, "bos_token": "<s>"}, b"a b", [0, 1, 2]),
+        ({"add_bos_token": True, "bos_token": {"content": "<s>"}}, b"<s> a", [0, 1]),
+        ({"add_bos_token": True, "bos_token": "<s>"}, b"", []),
+        ({"add_bos_token": True, "bos_token": None}, b"a", [1]),
+        ({"add_bos_token": False, "bos_token": "<s>"}, b"a", [1]),
+    ):
+        options.write_text(json.dumps(written))
+        assert cli.make_codec(tmp_path, 3).encode(prompt) == ids
+    for token in ("<x>", 7, ["<s>"]):
+        options.write_text(json.dumps({"add_bos_token": True, "bos_token": token}))
+        with pytest.raises(cli.InputError, match=r"tokenizer_config.json: bos_token is .*: expected a token of tok"):
+            cli.make_codec(tmp_path, 3)
+    monkeypatch.setattr("dsv4_jax.cli.prompts.MAX_FILE_BYTES", 100)
+    with pytest.raises(cli.InputError, match="expected a tokenizer of at most 0 MiB, got more"):
+        cli.make_codec(tmp_path, 3)
+
+
 def test_formats_offered_are_those_of_the_cache():
     from dsv4_jax.cache.records import INDEXER_FORMATS, RECORD_FORMATS
 
