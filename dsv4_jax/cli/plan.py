@@ -208,4 +208,4 @@ def _check_picture(path: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'dsv4_jax[plot]'") from None
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
