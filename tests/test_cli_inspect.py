@@ -190,11 +190,11 @@ def test_a_small_run_shows_its_cache_step_by_step(run, four_layers, tmp_path):
     assert decoded[1:8] == [
         "  A  slot 0, 137 tokens",
         "     ring  128 of 128 rows hold tokens 9 to 136, the next goes to row 9",
-        "     tail  csa: 1 of 3 rows hold token 136",
+        "     tail  csa: 1 of 3 rows holds token 136",
         "     tail  csa lane a: 5 of 7 rows hold tokens 132 to 136",
         "     tail  hca: 9 of 127 rows hold tokens 128 to 136",
         "     csa   34 entries; blocks: 0, 1",
-        "     hca   1 entries; blocks: 0",
+        "     hca   1 entry; blocks: 0",
     ]
     assert decoded[-2:] == ["  csa blocks  AA....  4 of 6 free", "  hca blocks  A.....  5 of 6 free"]
     forked, released = out.split("\n\n")[3:5]
@@ -203,7 +203,7 @@ def test_a_small_run_shows_its_cache_step_by_step(run, four_layers, tmp_path):
     assert "  csa blocks  C.C...  4 of 6 free" in released
     drawn = ElementTree.fromstring(picture.read_text())
     words = [node.text for node in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    for title in titles:
+    for title in (*titles, "tail csa lane a", "A  slot 0, 137 tokens", "132–136", "136", "empty"):
         assert title in words
     assert words.count("AC") == 2  # one block of each kind is shared
 
