@@ -107,6 +107,18 @@ def test_without_a_configuration_or_with_another(run, tmp_path, damaged):
     assert "expected more than 900000 for 5 layers of 60000 experts" in out
 
 
+def test_weights_that_are_quantised_in_another_way_do_not_load(run, tmp_path):
+    quantise_checkpoint(SHARP, tmp_path / "released")
+    path = tmp_path / "released" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["weight_block_size"] = [64, 64]
+    path.write_text(json.dumps(config))
+    status, out, _ = run("inspect", tmp_path / "released")
+    assert status == 1
+    assert "quantization_config.weight_block_size is [64, 64]: expected [128, 128]" in out
+    assert out.endswith("it does not load as it is\n")
+
+
 def test_what_cannot_be_read_is_one_sentence_and_status_2(run, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
     for path, words in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "bad.safetensors", "a zip archive")):

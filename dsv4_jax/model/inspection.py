@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 from dsv4_jax.files.safetensors_file import Checkpoint, open_checkpoint
-from dsv4_jax.model.checkpoint import result_bytes
+from dsv4_jax.model.checkpoint import check_quantisation, result_bytes
 from dsv4_jax.model.config import DSV4Config
 from dsv4_jax.model.tensor_match import compare_tensors
 from dsv4_jax.model.tensor_names import canonical_name, is_draft
@@ -116,6 +116,11 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
                 if count := len(found[field]):
                     problems.append(f"{count} tensor{'s are' if count > 1 else ' is'} {field}")
             found["draft"] = len(compared.matched.skipped)
+            if compared.matched.forms:
+                try:
+                    check_quantisation(checkpoint.path)
+                except ValueError as error:
+                    problems.append(str(error))
             loaded = {dtype: result_bytes(config, dtype) for dtype in ("bfloat16", "float32")}
     canonical = {name: canonical_name(name) for name in checkpoint}
     return CheckpointReport(
