@@ -28,7 +28,7 @@ def inspect(
     tokens: Annotated[
         list[str] | None, typer.Option(metavar="1,2,3", help="Such a prompt as token ids; may be repeated.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=0, max=1000, help="Decode steps of a run.")] = 3,
+    steps: Annotated[int, typer.Option(metavar="N", min=0, max=1000, help="Decode steps of a run.")] = 3,
     cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records in a run.")] = CacheDtype.fp8,
     picture: Annotated[str | None, typer.Option(metavar="FILE.svg", help="Also draw the states of a run.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object and nothing else to stdout.")] = False,

@@ -32,9 +32,11 @@ def plan(
     ] = "0",
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of every request; default: 131072, or as many as the model takes."),
+        typer.Option(
+            metavar="N", min=1, help="Tokens of every request; default: 131072, or as many as the model takes."
+        ),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, max=MOST, help="Requests at once.")] = 1,
+    concurrency: Annotated[int, typer.Option(metavar="N", min=1, max=MOST, help="Requests at once.")] = 1,
     cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records.")] = CacheDtype.fp8,
     indexer: Annotated[
         IndexerDtype | None, typer.Option(help="Storage of indexer keys; default: what goes with the records.")
@@ -43,7 +45,7 @@ def plan(
         HcaTail, typer.Option(help="Of an HCA layer's open window keep its tokens (full) or running sums (smaller).")
     ] = HcaTail.full,
     max_rollback: Annotated[
-        int, typer.Option(min=0, max=MOST, help="Tokens a request can be rolled back, for drafts.")
+        int, typer.Option(metavar="N", min=0, max=MOST, help="Tokens a request can be rolled back, for drafts.")
     ] = 0,
     plot: Annotated[
         str | None,
