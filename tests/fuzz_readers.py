@@ -18,6 +18,7 @@ from small_model import SMALL
 
 from dsv4_jax.cache.manager import KVCacheManager
 from dsv4_jax.cache.snapshot_file import load_snapshot, save_snapshot
+from dsv4_jax.cli.inspect_report import snapshot_report
 from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.model.checkpoint import load_tensors
 from dsv4_jax.model.config import DSV4Config
@@ -203,7 +204,10 @@ class InspectTarget(Target):
 
 
 class SnapshotTarget(Target):
-    """The file of a request, and putting it back into a cache; mostly with its checksum made right again."""
+    """The file of a request, what `inspect` says of it, and putting it back into a cache.
+
+    Mostly its checksum is made right again.
+    """
 
     def __init__(self, good: pathlib.Path, work: pathlib.Path):
         self.manager = KVCacheManager(
@@ -243,6 +247,11 @@ class SnapshotTarget(Target):
     def _restore_once(self) -> None:
         path = self.work / "request.snapshot"
         snapshot = load_snapshot(path)
+        try:
+            json.dumps(snapshot_report(str(path), snapshot))
+        except ValueError as error:
+            if str(path) not in str(error):
+                raise
         try:
             slot = self.manager.restore(snapshot)
         except ValueError as error:

@@ -1,5 +1,6 @@
 """`dsv4-jax inspect`: what it says of checkpoints that load and of those that do not."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ from dsv4_jax import KVCacheManager, cli
 from dsv4_jax.cache.occupancy import Occupancy, PoolState
 from dsv4_jax.cache.snapshot_file import save_snapshot
 from dsv4_jax.cli import small_run
+from dsv4_jax.cli.inspect_report import snapshot_report
 from dsv4_jax.files.safetensors_file import DTYPES, open_checkpoint
 from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.model.checkpoint import load_tensors
@@ -161,6 +163,32 @@ def test_a_snapshot(run, snapshot):
     )
     assert sum(report["parts"].values()) == report["bytes"] == taken.nbytes
     assert (report["length"], report["records"], report["state_bytes"]) == (29, "fp8", taken.state_nbytes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": (["swa"],)}, "layers is (['swa'],): expected kinds of swa, csa, hca"),
+        ({"layers": ()}, "layers is ()"),
+        ({"schemas": {}}, "schemas is []: expected one for every kind of layer"),
+        ({"length": -5}, "length is -5: expected a number of tokens"),
+        ({"rollback": 10**300}, "rollback is an integer of 997 bits"),
+        ({"fingerprint": "\x1b[2J"}, "fingerprint is '\\x1b[2J': expected 64 hexadecimal digits"),
+        ({"arrays": {"x": np.zeros(1)}}, "the name of an array is 'x'"),
+        ({"arrays": {"csa.\x1b.y": np.zeros(1)}}, "the name of an array is 'csa.\\x1b.y'"),
+        ({"cache_dtype": "\x1b[2J"}, "cache_dtype is '\\x1b[2J': expected one of fp8, fp8_ue8m0, bf16, fp32"),
+        ({"indexer_dtype": ["nvfp4"]}, "indexer_dtype is ['nvfp4']"),
+        ({"hca_tail": 3}, "hca_tail is 3: expected one of full, running"),
+    ],
+)
+def test_a_snapshot_that_no_cache_wrote_is_one_sentence(snapshot, changes, words):
+    """Whoever writes a file can give it its checksum: what `inspect` shows of it cannot move a terminal's cursor."""
+    taken = snapshot[0]
+    if changes.keys() <= {"cache_dtype", "indexer_dtype", "hca_tail"}:
+        changes = {"schemas": {kind: dataclasses.replace(s, **changes) for kind, s in taken.schemas.items()}}
+    with pytest.raises(ValueError, match=r"x\.safetensors: ") as refused:
+        snapshot_report("x.safetensors", dataclasses.replace(taken, **changes))
+    assert words in str(refused.value)
 
 
 def test_a_damaged_snapshot_is_one_sentence_and_status_2(run, snapshot, tmp_path):
