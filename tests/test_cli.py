@@ -294,6 +294,7 @@ def test_what_the_system_says_goes_without_its_numbers():
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/x"), "/x: is a directory", 2),
         (OSError(errno.ENOSPC, "No space left on device"), "no space left on device", 1),
         (FileNotFoundError("/x: no such file; expected one"), "/x: no such file; expected one", 2),
+        (ValueError("\x1b[2J\x9b a\n b"), "\ufffd[2J\ufffd a b", 2),
     ):
         assert describe(error) == (words, status)
 

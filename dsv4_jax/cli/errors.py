@@ -18,8 +18,9 @@ class InputError(ValueError):
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message on one line of at most 400 characters."""
+    """The message on one line of at most 400 characters, none of which moves a terminal's cursor."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
     return text if len(text) <= 400 else text[:399] + "…"
 
 

@@ -241,7 +241,7 @@ def _open_sharded(folder: str, index: str) -> Checkpoint:
 
 
 def _is_plain_file_name(name: str) -> bool:
-    return name.endswith(".safetensors") and not set(name) & set("/\\:\0") and len(name) < 256
+    return name.endswith(".safetensors") and name.isprintable() and not set(name) & set("/\\:") and len(name) < 256
 
 
 def _read_header(file: Any, size: int, path: str) -> tuple[dict[str, Any], int]:
