@@ -63,10 +63,23 @@ def test_the_table_says_what_the_object_says(run):
         "1,048,576 tokens, the model's limit", "nothing reserved for weights",
     ]  # fmt: skip
     assert [word for word in words if word not in out] == []
-    assert max(map(len, out.splitlines())) <= 100
-    formats = {f"{f['records']} + {f['indexer']}" for f in report["formats"]}
-    last = out[out.index("side by side") :].splitlines()[2:]
-    assert formats == {" ".join(line.split()[:3]) for line in last}
+    formats = [f"{f['records']} + {f['indexer']}" for f in report["formats"]]
+    costs, limits = out[out.index("side by side") :].split("\n\n")
+    for table in (costs, limits):
+        assert [" ".join(line.split()[:3]) for line in table.splitlines()[2:]] == formats
+    assert costs.splitlines()[2].split()[3:] == ["580", "B", "72", "B", "14.01", "MiB", "3,513.6", "B"]
+    assert limits.splitlines()[2].split()[3:] == ["7.08", "GiB", "yes", "1,048,576", "180"]
+
+
+def test_the_table_is_whole_in_a_terminal_of_80_columns(run, monkeypatch):
+    arguments = ("--config", "pro", "--memory", "8TiB", "--context", 1048576, "--concurrency", 4096)
+    out = run(*arguments)[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")  # no bold
+    narrow = run(*arguments)[1]
+    assert [line.rstrip() for line in narrow.splitlines()] == [line.rstrip() for line in out.splitlines()]
+    assert max(len(line.rstrip()) for line in narrow.splitlines()) <= 80
 
 
 def test_too_little_memory_is_status_1_and_says_what_is_missing_and_what_fits(run):
