@@ -10,6 +10,7 @@ import pathlib
 import re
 import tracemalloc
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -265,9 +266,12 @@ TARGETS = {
 }  # fmt: skip
 
 
-def fuzz(target: Target, inputs: int, seed: int, first: int = 0) -> dict[str, int]:
+def fuzz(
+    target: Target, inputs: int, seed: int, first: int = 0, done: Callable[[], object] = lambda: None
+) -> dict[str, int]:
     """Runs inputs first … first + inputs - 1 of `seed` -> how many were read and how many refused.
 
+    done: called after every input.
     Raises Failure, with the number of the input, for any other outcome: an exception that is no ValueError or
     FileNotFoundError, a message that is not one sentence about the file, a warning, or memory beyond MEMORY_BOUND.
     """
@@ -292,6 +296,7 @@ def fuzz(target: Target, inputs: int, seed: int, first: int = 0) -> dict[str, in
             peak = tracemalloc.get_traced_memory()[1] - before
             if peak > MEMORY_BOUND:
                 raise Failure(f"input {i} of seed {seed}: took {peak} bytes")
+            done()
     finally:
         tracemalloc.stop()
     return counts
