@@ -1,9 +1,11 @@
 """`dsv4-jax inspect`: what it says of checkpoints that load and of those that do not."""
 
 import dataclasses
+import errno
 import json
 import pathlib
 import shutil
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -94,7 +96,7 @@ def test_what_is_wrong_is_said_and_the_status_is_1(run, damaged):
     assert report["parts"]["draft layers"]["tensors"] == 1
 
 
-def test_without_a_configuration_or_with_another(run, tmp_path, damaged):
+def test_without_a_configuration_or_with_another(run, tmp_path, damaged, monkeypatch):
     shutil.copy(SHARP / "model.safetensors", tmp_path)
     words = {tmp_path: "config.json: no such file", tmp_path / "model.safetensors": "a file by itself: give its folder"}
     for where, problem in words.items():
@@ -102,6 +104,13 @@ def test_without_a_configuration_or_with_another(run, tmp_path, damaged):
         assert status == 1
         assert problem in out
         assert f"{sum(array.size for array in open_checkpoint(SHARP).values()):,} parameters" in out
+    denied = PermissionError(errno.EACCES, "Permission denied", "x/config.json")
+    with monkeypatch.context() as patch:
+        patch.setattr("dsv4_jax.model.config.read_json_object", Mock(side_effect=denied))
+        (tmp_path / "config.json").write_text("{}")
+        status, out, _ = run("inspect", tmp_path)
+    assert status == 1
+    assert "\nx/config.json: permission denied\n" in out
     config = json.loads((SHARP / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_routed_experts": 60_000}))
     status, out, _ = run("inspect", tmp_path)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import typer
 
+from ..files.system_errors import in_words
+
 INTERRUPTED = 130
 WORKER = "dsv4-jax-worker"
 """Name of a thread that works for a command: see `terminal.in_background`."""
@@ -29,9 +31,7 @@ def describe(error: Exception) -> tuple[str, int]:
     if hasattr(error, "format_message"):  # the parser's own errors
         path = getattr(getattr(error, "ctx", None), "command_path", "dsv4-jax")
         return f"{one_line(error.format_message()).rstrip('.')} (see {path} --help)", getattr(error, "exit_code", 2)
-    text = one_line(error)
-    if isinstance(error, OSError) and error.strerror:  # the system's words, without its numbers
-        text = one_line(("" if error.filename is None else f"{error.filename}: ") + error.strerror.lower())
+    text = one_line(in_words(error) if isinstance(error, OSError) else error)
     if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
         return text, 2
     if isinstance(error, MemoryError):

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 from dsv4_jax.files.safetensors_file import Checkpoint, open_checkpoint
+from dsv4_jax.files.system_errors import in_words
 from dsv4_jax.model.checkpoint import check_quantisation, result_bytes
 from dsv4_jax.model.config import DSV4Config
 from dsv4_jax.model.tensor_match import compare_tensors
@@ -101,7 +102,9 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
     else:
         try:
             config = DSV4Config.from_hf(path)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            problems.append(in_words(error))
+        except ValueError as error:
             problems.append(str(error))
     found: dict[str, Any] = {}
     loaded = {}
