@@ -52,6 +52,5 @@ def decode(x: np.ndarray, cache_dtype: str = "fp8") -> tuple[np.ndarray, KVCache
 if __name__ == "__main__":
     tokens = np.random.default_rng(0).normal(size=(2, 260, HIDDEN)).astype(np.float32)
     outputs, manager = decode(tokens)
-    print(
-        f"outputs {outputs.shape}; each request holds {manager.blocks(0)['hca']} and so on: {manager.blocks(1)['hca']}"
-    )
+    blocks = [manager.blocks(slot)["hca"] for slot in range(len(tokens))]
+    print(f"outputs {outputs.shape}; the requests own the HCA blocks {blocks[0]} and {blocks[1]}")

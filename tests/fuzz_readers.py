@@ -10,6 +10,7 @@ import pathlib
 import re
 import tracemalloc
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +19,7 @@ from small_model import SMALL
 
 from dsv4_jax.cache.manager import KVCacheManager
 from dsv4_jax.cache.snapshot_file import load_snapshot, save_snapshot
+from dsv4_jax.cli.inspect_report import snapshot_report
 from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.model.checkpoint import load_tensors
 from dsv4_jax.model.config import DSV4Config
@@ -203,7 +205,10 @@ class InspectTarget(Target):
 
 
 class SnapshotTarget(Target):
-    """The file of a request, and putting it back into a cache; mostly with its checksum made right again."""
+    """The file of a request, what `inspect` says of it, and putting it back into a cache.
+
+    Mostly its checksum is made right again.
+    """
 
     def __init__(self, good: pathlib.Path, work: pathlib.Path):
         self.manager = KVCacheManager(
@@ -244,6 +249,11 @@ class SnapshotTarget(Target):
         path = self.work / "request.snapshot"
         snapshot = load_snapshot(path)
         try:
+            json.dumps(snapshot_report(str(path), snapshot))
+        except ValueError as error:
+            if str(path) not in str(error):
+                raise
+        try:
             slot = self.manager.restore(snapshot)
         except ValueError as error:
             assert not self.manager.active_slots
@@ -256,9 +266,12 @@ TARGETS = {
 }  # fmt: skip
 
 
-def fuzz(target: Target, inputs: int, seed: int, first: int = 0) -> dict[str, int]:
+def fuzz(
+    target: Target, inputs: int, seed: int, first: int = 0, done: Callable[[], object] = lambda: None
+) -> dict[str, int]:
     """Runs inputs first … first + inputs - 1 of `seed` -> how many were read and how many refused.
 
+    done: called after every input.
     Raises Failure, with the number of the input, for any other outcome: an exception that is no ValueError or
     FileNotFoundError, a message that is not one sentence about the file, a warning, or memory beyond MEMORY_BOUND.
     """
@@ -283,6 +296,7 @@ def fuzz(target: Target, inputs: int, seed: int, first: int = 0) -> dict[str, in
             peak = tracemalloc.get_traced_memory()[1] - before
             if peak > MEMORY_BOUND:
                 raise Failure(f"input {i} of seed {seed}: took {peak} bytes")
+            done()
     finally:
         tracemalloc.stop()
     return counts

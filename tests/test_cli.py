@@ -1,5 +1,6 @@
 """The command line, in process on a checkpoint of one layer, and as a program where that matters."""
 
+import errno
 import json
 import pathlib
 import signal
@@ -13,6 +14,8 @@ from programs import start_command_line
 
 import dsv4_jax
 from dsv4_jax import cli
+from dsv4_jax.cli.errors import describe
+from dsv4_jax.files.written_whole import CannotWriteError, written_whole
 
 
 def test_text_goes_to_stdout_and_the_summary_to_stderr(run, one_layer):
@@ -134,6 +137,9 @@ def test_no_new_tokens_is_nothing_to_do(run, one_layer, monkeypatch):
         (["generate", "--nonsense", "x"], "(see dsv4-jax generate --help)"),
         (["generate", "--tokens", "1,b"], "expected token ids such as 1,2,3"),
         (["generate", "--tokens", "1,256"], "expected 0 to 255"),
+        (["generate", "--tokens", "1," + "9" * 30], "expected token ids such as 1,2,3"),
+        (["generate", "--tokens", "1_0"], "--tokens '1_0': expected token ids such as 1,2,3"),
+        (["generate", "--file", "/dev/zero"], "--file /dev/zero: expected a prompt of at most 64 MiB, got more"),
         (["generate", ""], "prompt 1 is empty"),
         (["generate", "--file", "/nowhere/at/all"], "no such file"),
         (["generate", "--checkpoint", "/nowhere/at/all", "x"], "/nowhere/at/all"),
@@ -189,6 +195,36 @@ def test_a_tokenizer_json_is_used_and_its_text_streams_whole_characters(tmp_path
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(cli.InputError, match="is not a tokenizer"):
         cli.make_codec(tmp_path, 256)
+
+
+def test_a_tokenizer_takes_the_whole_prompt_and_starts_as_its_configuration_says(tmp_path, monkeypatch):
+    import tokenizers
+
+    words = {"<s>": 0, "a": 1, "b": 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "b"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.enable_truncation(1)
+    tokenizer.enable_padding(length=4, pad_id=2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert cli.make_codec(tmp_path, 3).encode(b"a b a") == [1, 2, 1]
+    options = tmp_path / "tokenizer_config.json"
+    for written, prompt, ids in (
+        ({"add_bos_token": True, "bos_token": "<s>"}, b"a b", [0, 1, 2]),
+        ({"add_bos_token": True, "bos_token": {"content": "<s>"}}, b"<s> a", [0, 1]),
+        ({"add_bos_token": True, "bos_token": "<s>"}, b"", []),
+        ({"add_bos_token": True, "bos_token": None}, b"a", [1]),
+        ({"add_bos_token": False, "bos_token": "<s>"}, b"a", [1]),
+    ):
+        options.write_text(json.dumps(written))
+        assert cli.make_codec(tmp_path, 3).encode(prompt) == ids
+    for token in ("<x>", 7, ["<s>"]):
+        options.write_text(json.dumps({"add_bos_token": True, "bos_token": token}))
+        with pytest.raises(cli.InputError, match=r"tokenizer_config.json: bos_token is .*: expected a token of tok"):
+            cli.make_codec(tmp_path, 3)
+    monkeypatch.setattr("dsv4_jax.cli.prompts.MAX_FILE_BYTES", 100)
+    with pytest.raises(cli.InputError, match="expected a tokenizer of at most 0 MiB, got more"):
+        cli.make_codec(tmp_path, 3)
 
 
 def test_formats_offered_are_those_of_the_cache():
@@ -247,9 +283,32 @@ def test_installed_program_shows_help():
 
 
 def _write_half(path):
-    with cli.written_whole(path) as temporary:
+    with written_whole(path) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
+
+
+def test_what_the_system_says_goes_without_its_numbers():
+    for error, words, status in (
+        (PermissionError(errno.EACCES, "Permission denied", "/x/config.json"), "/x/config.json: permission denied", 2),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/x"), "/x: is a directory", 2),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left on device", 1),
+        (FileNotFoundError("/x: no such file; expected one"), "/x: no such file; expected one", 2),
+        (ValueError("\x1b[2J\x9b a\n b"), "\ufffd[2J\ufffd a b", 2),
+    ):
+        assert describe(error) == (words, status)
+
+
+def test_closed_streams_are_empty_ones():
+    """As by `>&-` in a shell."""
+    for arguments, closed, words, status in (
+        (("plan", "--config", "flash", "--memory", "80GiB"), "stdout", "", 0),
+        (("plan", "--config", "nowhere", "--memory", "80GiB"), "stderr", "", 2),
+        (("generate", "--file", "-"), "stdin", "dsv4-jax: prompt 1 is empty: expected at least one token\n", 2),
+    ):
+        process = start_command_line(*arguments, first=f"sys.{closed} = None")
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (status, words)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -258,12 +317,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         _write_half(path)
     assert path.read_text() == "before"
-    with cli.written_whole(path) as temporary:
+    with written_whole(path) as temporary:
         temporary.write_text("after")
     assert path.read_text() == "after"
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(cli.InputError, match="cannot be written: no such file"):
-        _write_half(tmp_path / "x" / "y")
+    for place, words in (
+        (tmp_path / "x" / "y", "no such file"),
+        (tmp_path, "it is a folder"),
+        ("/dev/null", "it is no regular file"),
+    ):
+        with pytest.raises(CannotWriteError, match=f"{place} cannot be written: {words}"):
+            _write_half(place)
 
 
 def test_help_needs_no_jax():

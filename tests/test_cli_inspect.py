@@ -1,8 +1,11 @@
 """`dsv4-jax inspect`: what it says of checkpoints that load and of those that do not."""
 
+import dataclasses
+import errno
 import json
 import pathlib
 import shutil
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,6 +16,7 @@ from dsv4_jax import KVCacheManager, cli
 from dsv4_jax.cache.occupancy import Occupancy, PoolState
 from dsv4_jax.cache.snapshot_file import save_snapshot
 from dsv4_jax.cli import small_run
+from dsv4_jax.cli.inspect_report import snapshot_report
 from dsv4_jax.files.safetensors_file import DTYPES, open_checkpoint
 from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.model.checkpoint import load_tensors
@@ -92,7 +96,7 @@ def test_what_is_wrong_is_said_and_the_status_is_1(run, damaged):
     assert report["parts"]["draft layers"]["tensors"] == 1
 
 
-def test_without_a_configuration_or_with_another(run, tmp_path, damaged):
+def test_without_a_configuration_or_with_another(run, tmp_path, damaged, monkeypatch):
     shutil.copy(SHARP / "model.safetensors", tmp_path)
     words = {tmp_path: "config.json: no such file", tmp_path / "model.safetensors": "a file by itself: give its folder"}
     for where, problem in words.items():
@@ -100,11 +104,30 @@ def test_without_a_configuration_or_with_another(run, tmp_path, damaged):
         assert status == 1
         assert problem in out
         assert f"{sum(array.size for array in open_checkpoint(SHARP).values()):,} parameters" in out
+    denied = PermissionError(errno.EACCES, "Permission denied", "x/config.json")
+    with monkeypatch.context() as patch:
+        patch.setattr("dsv4_jax.model.config.read_json_object", Mock(side_effect=denied))
+        (tmp_path / "config.json").write_text("{}")
+        status, out, _ = run("inspect", tmp_path)
+    assert status == 1
+    assert "\nx/config.json: permission denied\n" in out
     config = json.loads((SHARP / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_routed_experts": 60_000}))
     status, out, _ = run("inspect", tmp_path)
     assert status == 1
     assert "expected more than 900000 for 5 layers of 60000 experts" in out
+
+
+def test_weights_that_are_quantised_in_another_way_do_not_load(run, tmp_path):
+    quantise_checkpoint(SHARP, tmp_path / "released")
+    path = tmp_path / "released" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["weight_block_size"] = [64, 64]
+    path.write_text(json.dumps(config))
+    status, out, _ = run("inspect", tmp_path / "released")
+    assert status == 1
+    assert "quantization_config.weight_block_size is [64, 64]: expected [128, 128]" in out
+    assert out.endswith("it does not load as it is\n")
 
 
 def test_what_cannot_be_read_is_one_sentence_and_status_2(run, tmp_path):
@@ -151,6 +174,32 @@ def test_a_snapshot(run, snapshot):
     assert (report["length"], report["records"], report["state_bytes"]) == (29, "fp8", taken.state_nbytes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": (["swa"],)}, "layers is (['swa'],): expected kinds of swa, csa, hca"),
+        ({"layers": ()}, "layers is ()"),
+        ({"schemas": {}}, "schemas is []: expected one for every kind of layer"),
+        ({"length": -5}, "length is -5: expected a number of tokens"),
+        ({"rollback": 10**300}, "rollback is an integer of 997 bits"),
+        ({"fingerprint": "\x1b[2J"}, "fingerprint is '\\x1b[2J': expected 64 hexadecimal digits"),
+        ({"arrays": {"x": np.zeros(1)}}, "the name of an array is 'x'"),
+        ({"arrays": {"csa.\x1b.y": np.zeros(1)}}, "the name of an array is 'csa.\\x1b.y'"),
+        ({"cache_dtype": "\x1b[2J"}, "cache_dtype is '\\x1b[2J': expected one of fp8, fp8_ue8m0, bf16, fp32"),
+        ({"indexer_dtype": ["nvfp4"]}, "indexer_dtype is ['nvfp4']"),
+        ({"hca_tail": 3}, "hca_tail is 3: expected one of full, running"),
+    ],
+)
+def test_a_snapshot_that_no_cache_wrote_is_one_sentence(snapshot, changes, words):
+    """Whoever writes a file can give it its checksum: what `inspect` shows of it cannot move a terminal's cursor."""
+    taken = snapshot[0]
+    if changes.keys() <= {"cache_dtype", "indexer_dtype", "hca_tail"}:
+        changes = {"schemas": {kind: dataclasses.replace(s, **changes) for kind, s in taken.schemas.items()}}
+    with pytest.raises(ValueError, match=r"x\.safetensors: ") as refused:
+        snapshot_report("x.safetensors", dataclasses.replace(taken, **changes))
+    assert words in str(refused.value)
+
+
 def test_a_damaged_snapshot_is_one_sentence_and_status_2(run, snapshot, tmp_path):
     raw = bytearray(snapshot[1].read_bytes())
     raw[-100] ^= 1
@@ -190,11 +239,11 @@ def test_a_small_run_shows_its_cache_step_by_step(run, four_layers, tmp_path):
     assert decoded[1:8] == [
         "  A  slot 0, 137 tokens",
         "     ring  128 of 128 rows hold tokens 9 to 136, the next goes to row 9",
-        "     tail  csa: 1 of 3 rows hold token 136",
+        "     tail  csa: 1 of 3 rows holds token 136",
         "     tail  csa lane a: 5 of 7 rows hold tokens 132 to 136",
         "     tail  hca: 9 of 127 rows hold tokens 128 to 136",
         "     csa   34 entries; blocks: 0, 1",
-        "     hca   1 entries; blocks: 0",
+        "     hca   1 entry; blocks: 0",
     ]
     assert decoded[-2:] == ["  csa blocks  AA....  4 of 6 free", "  hca blocks  A.....  5 of 6 free"]
     forked, released = out.split("\n\n")[3:5]
@@ -203,7 +252,7 @@ def test_a_small_run_shows_its_cache_step_by_step(run, four_layers, tmp_path):
     assert "  csa blocks  C.C...  4 of 6 free" in released
     drawn = ElementTree.fromstring(picture.read_text())
     words = [node.text for node in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    for title in titles:
+    for title in (*titles, "tail csa lane a", "A  slot 0, 137 tokens", "132–136", "136", "empty"):
         assert title in words
     assert words.count("AC") == 2  # one block of each kind is shared
 
@@ -224,6 +273,7 @@ def test_states_go_to_stdout_without_a_model(run, four_layers, monkeypatch):
     ("arguments", "words"),
     [
         (("--picture", "a.svg"), "--picture draws the states of a run: give a prompt with --run"),
+        (("--run", "x", "--picture", "/nowhere/a.svg"), "/nowhere/a.svg cannot be written: no such file or directory"),
         (("--run", "x", "--picture", "a.bmp"), "--picture a.bmp: expected the name of an .svg file"),
         (("--run", ""), "prompt 1 is empty: expected at least one token"),
         (("--tokens", "300"), "prompt 1 has token ids from 300 to 300: expected 0 to 255"),

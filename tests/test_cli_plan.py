@@ -63,10 +63,23 @@ def test_the_table_says_what_the_object_says(run):
         "1,048,576 tokens, the model's limit", "nothing reserved for weights",
     ]  # fmt: skip
     assert [word for word in words if word not in out] == []
-    assert max(map(len, out.splitlines())) <= 100
-    formats = {f"{f['records']} + {f['indexer']}" for f in report["formats"]}
-    last = out[out.index("side by side") :].splitlines()[2:]
-    assert formats == {" ".join(line.split()[:3]) for line in last}
+    formats = [f"{f['records']} + {f['indexer']}" for f in report["formats"]]
+    costs, limits = out[out.index("side by side") :].split("\n\n")
+    for table in (costs, limits):
+        assert [" ".join(line.split()[:3]) for line in table.splitlines()[2:]] == formats
+    assert costs.splitlines()[2].split()[3:] == ["580", "B", "72", "B", "14.01", "MiB", "3,513.6", "B"]
+    assert limits.splitlines()[2].split()[3:] == ["7.08", "GiB", "yes", "1,048,576", "180"]
+
+
+def test_the_table_is_whole_in_a_terminal_of_80_columns(run, monkeypatch):
+    arguments = ("--config", "pro", "--memory", "8TiB", "--context", 1048576, "--concurrency", 4096)
+    out = run(*arguments)[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")  # no bold
+    narrow = run(*arguments)[1]
+    assert [line.rstrip() for line in narrow.splitlines()] == [line.rstrip() for line in out.splitlines()]
+    assert max(len(line.rstrip()) for line in narrow.splitlines()) <= 80
 
 
 def test_too_little_memory_is_status_1_and_says_what_is_missing_and_what_fits(run):
@@ -87,7 +100,11 @@ def test_too_little_memory_is_status_1_and_says_what_is_missing_and_what_fits(ru
     assert "As asked for, these formats would fit: fp8 + nvfp4, fp8 + mxfp4, fp8_ue8m0 + nvfp4" in out
     out = run("--config", "pro", "--memory", "30MB", "--concurrency", 4)[1]
     assert "One request alone can have 1,539 tokens" in out
-    assert "Not even one request fits" in run("--config", "pro", "--memory", "9MB")[1]
+    arguments = ("--config", "pro", "--memory", "9MB")
+    smallest = json.loads(run(*arguments, "--json")[1])["smallest_bytes"]
+    assert f"Not even one token fits: its cache takes 21.19 MiB ({smallest:,})" in run(*arguments)[1]
+    assert run("--config", "pro", "--memory", smallest, "--context", 1)[0] == 0
+    assert run("--config", "pro", "--memory", smallest - 1, "--context", 1)[0] == 1
 
 
 def test_the_picture_is_written_whole(run, small, tmp_path, monkeypatch):
@@ -107,6 +124,26 @@ def test_the_picture_is_written_whole(run, small, tmp_path, monkeypatch):
     assert run("--config", small, "--memory", "64MiB", "--plot", path)[0] == 130
     assert path.read_bytes() == data
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_picture_of_any_path_and_any_memory(run, small, tmp_path):
+    folder = tmp_path / "$a_{$"  # where text is a formula, half of one is an error
+    folder.mkdir()
+    path = folder / "plan.svg"
+    config = folder / "config.json"
+    config.write_bytes(small.read_bytes())
+    status, _, err = run("--config", config, "--memory", "5KiB", "--plot", path)
+    assert (status, err) == (1, "")
+    written = path.read_text()
+    assert "<!-- memory for the cache, 5.00 KiB -->" in written
+    assert f"<!-- {config}: cache of 1 request -->" in written
+
+
+def test_absurd_numbers_leave_a_table_of_whole_numbers(run):
+    status, out, err = run("--config", "pro", "--memory", "8191PiB", "--concurrency", 2**31 - 1, "--context", 1048576)
+    assert (status, err) == (1, "")
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 100
 
 
 def test_lines_of_the_picture_are_the_sizes_of_the_plan(small):
@@ -146,7 +183,11 @@ def test_formats_that_cannot_store_a_model_are_left_out(run, tmp_path):
         (["--config", "flash", "--memory", "nan"], "--memory 'nan'"),
         (["--config", "flash", "--memory", "9" * 60], "--memory '999"),
         (["--config", "flash", "--memory", "1GB", "--reserve", "1GB"], "--reserve 1GB leaves nothing of --memory 1GB"),
-        (["--config", "/nowhere", "--memory", "1GB"], "/nowhere"),
+        (["--config", "/nowhere", "--memory", "1GB"], "--config '/nowhere': no such file; expected flash, pro, a con"),
+        (["--config", "", "--memory", "1GB"], "--config '': no such file"),
+        (["--config", "flash", "--memory", "8192PiB"], "--memory '8192PiB': expected less than 8192PiB"),
+        (["--config", "flash", "--memory", "1GB", "--concurrency", str(2**31)], "--concurrency"),
+        (["--config", "flash", "--memory", "1GB", "--max-rollback", str(2**31)], "--max-rollback"),
         (["--config", "flash", "--memory", "1GB", "--context", "1048577"], "the model has 1048576 positions"),
         (["--config", "flash", "--memory", "1GB", "--context", "0"], "--context"),
         (["--config", "flash", "--memory", "1GB", "--concurrency", "0"], "--concurrency"),
@@ -170,7 +211,7 @@ def test_without_matplotlib_it_says_how_to_get_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, _, err = run("--config", "flash", "--memory", "80GiB", "--plot", "x.png")
     assert status == 2
-    assert "pip install 'dsv4_jax[plot]'" in err
+    assert "pip install matplotlib" in err
 
 
 @pytest.mark.parametrize(

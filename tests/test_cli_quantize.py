@@ -32,7 +32,7 @@ def test_what_cannot_be_done_is_one_sentence_and_status_2(run, tmp_path):
         ((tmp_path / "nowhere", tmp_path / "out"), "no such file; expected a config.json"),
         ((SHARP, SHARP), "exists already; expected the name of a new folder"),
         ((SHARP, tmp_path / "out", "--shard-size", "much"), "--shard-size 'much': expected a number of bytes"),
-        ((SHARP, tmp_path / "out", "--shard-size", "0"), "shard_bytes is 0: expected at least 1"),
+        ((SHARP, tmp_path / "out", "--shard-size", "0"), "--shard-size 0: expected at least one byte"),
     ):
         status, out, err = run("quantize", *arguments)
         assert (status, out) == (2, "")

@@ -2,7 +2,6 @@
 
 from .app import app, main
 from .errors import InputError
-from .files import written_whole
 from .options import CacheDtype, Dtype, IndexerDtype, packaged_checkpoint
 from .outcome import CompileClock
 from .prompts import make_codec
@@ -19,5 +18,4 @@ __all__ = [
     "main",
     "make_codec",
     "packaged_checkpoint",
-    "written_whole",
 ]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import typer
 
+from ..files.system_errors import in_words
+
 INTERRUPTED = 130
 WORKER = "dsv4-jax-worker"
 """Name of a thread that works for a command: see `terminal.in_background`."""
@@ -18,8 +20,9 @@ class InputError(ValueError):
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message on one line of at most 400 characters."""
+    """The message on one line of at most 400 characters, none of which moves a terminal's cursor."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
     return text if len(text) <= 400 else text[:399] + "…"
 
 
@@ -28,17 +31,21 @@ def describe(error: Exception) -> tuple[str, int]:
     if hasattr(error, "format_message"):  # the parser's own errors
         path = getattr(getattr(error, "ctx", None), "command_path", "dsv4-jax")
         return f"{one_line(error.format_message()).rstrip('.')} (see {path} --help)", getattr(error, "exit_code", 2)
-    if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)):
-        return one_line(error), 2
+    text = one_line(in_words(error) if isinstance(error, OSError) else error)
+    if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
+        return text, 2
     if isinstance(error, MemoryError):
         return "out of memory: fewer or shorter prompts need less", 1
     if isinstance(error, (RuntimeError, OSError)):
-        return one_line(error), 1
-    return f"{type(error).__name__}: {one_line(error)}", 1
+        return text, 1
+    return f"{type(error).__name__}: {text}", 1
 
 
 def run_and_exit(command: Callable[[], object]) -> None:
     """Runs a command and ends the program: status 0, 1 for a failure, 2 for bad usage or input, 130 after Ctrl-C."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
     try:
         status = command()
         sys.stdout.flush()

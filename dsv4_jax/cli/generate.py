@@ -32,17 +32,25 @@ def generate(
     checkpoint: Annotated[
         str | None, typer.Option(metavar="PATH", help="Folder of a checkpoint; default: the small one in the package.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Tokens to add.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=0, help="Tokens to add.")
+    ] = 128,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
     samples: Annotated[
         int,
         typer.Option(
-            min=1, max=4096, help="Continuations of each prompt, which is read once; the j-th draws with seed + j."
+            metavar="N",
+            min=1,
+            max=4096,
+            help="Continuations of each prompt, which is read once; the j-th draws with seed + j.",
         ),
     ] = 1,
     draft: Annotated[
-        int, typer.Option(min=0, help="Tokens looked up in the text so far and verified in one step: same tokens.")
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Guess up to N tokens from the text so far, verify them in one step: same tokens."
+        ),
     ] = 0,
     cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records.")] = CacheDtype.fp8,
     indexer: Annotated[

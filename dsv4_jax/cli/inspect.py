@@ -1,5 +1,6 @@
 """`dsv4-jax inspect`: what a checkpoint is and whether it loads; what the cache of a small run holds, step by step."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..files.written_whole import written_whole
 from .errors import InputError
-from .files import written_whole
 from .inspect_report import show_checkpoint, show_snapshot, snapshot_report
 from .loading import load_model
 from .options import CacheDtype
@@ -27,7 +28,7 @@ def inspect(
     tokens: Annotated[
         list[str] | None, typer.Option(metavar="1,2,3", help="Such a prompt as token ids; may be repeated.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=0, max=1000, help="Decode steps of a run.")] = 3,
+    steps: Annotated[int, typer.Option(metavar="N", min=0, max=1000, help="Decode steps of a run.")] = 3,
     cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records in a run.")] = CacheDtype.fp8,
     picture: Annotated[str | None, typer.Option(metavar="FILE.svg", help="Also draw the states of a run.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object and nothing else to stdout.")] = False,
@@ -93,18 +94,19 @@ def _run(
     if picture is not None and not picture.endswith(".svg"):
         raise InputError(f"--picture {picture}: expected the name of an .svg file")
     ids = [parse_tokens(text) for text in tokens]
-    model = load_model(folder, console)
-    codec = make_codec(folder, model.config.vocab_size)
-    prompts = check_prompts([*(codec.encode(os.fsencode(text)) for text in texts), *ids], model.config)
-    states = []
-    with status(console, "running") as spinner:
-        for title, state in in_background(lambda: small_run(model, prompts, steps, cache)):
-            states.append((title, state))
-            if not as_json:
-                spinner.stop()
-                print("\n".join([title, *lines(state), ""]), flush=True)
-    if picture is not None:
-        with written_whole(picture) as temporary:
-            temporary.write_text(draw(states))
+    # A picture that cannot be written is refused before anything runs.
+    with written_whole(picture) if picture is not None else contextlib.nullcontext() as temporary:
+        model = load_model(folder, console)
+        codec = make_codec(folder, model.config.vocab_size)
+        prompts = check_prompts([*(codec.encode(os.fsencode(text)) for text in texts), *ids], model.config)
+        states = []
+        with status(console, "running") as spinner:
+            for title, state in in_background(lambda: small_run(model, prompts, steps, cache)):
+                states.append((title, state))
+                if not as_json:
+                    spinner.stop()
+                    print("\n".join([title, *lines(state), ""]), flush=True)
+        if temporary is not None:
+            temporary.write_text(draw(states), encoding="utf-8")
     if as_json:
         print(json.dumps({"steps": [{"step": title, **dataclasses.asdict(state)} for title, state in states]}))

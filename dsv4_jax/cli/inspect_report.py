@@ -1,5 +1,6 @@
 """What `dsv4-jax inspect` found in a file or folder, as tables."""
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..files.untrusted_json import shorten
 from .sizes import show_bytes
 
 SHOWN = 5
@@ -60,7 +62,8 @@ def _model(config: Any) -> str:
 
 
 def snapshot_report(path: str, snapshot: Any) -> dict[str, Any]:
-    """What a Snapshot holds, as the object of --json."""
+    """What a Snapshot holds, as the object of --json; ValueError for one that no cache can have written."""
+    _check_snapshot(path, snapshot)
     parts: dict[str, int] = {}
     for name, array in snapshot.arrays.items():
         kind, part = name.split(".")[:2]
@@ -79,6 +82,35 @@ def snapshot_report(path: str, snapshot: Any) -> dict[str, Any]:
         "state_bytes": snapshot.state_nbytes,
         "bytes": snapshot.nbytes,
     }
+
+
+def _check_snapshot(path: str, snapshot: Any) -> None:
+    """A checksum says that a file is as it was written, not by whom: what is shown is looked at first."""
+    from ..cache.records import INDEXER_FORMATS, RECORD_FORMATS
+    from ..cache.schema import HCA_TAILS, KINDS
+
+    def require(good: bool, what: str, got: object, expected: str) -> None:
+        if not good:
+            raise ValueError(f"{path}: {what} is {shorten(got)}: expected {expected}")
+
+    layers, schemas = snapshot.layers, snapshot.schemas
+    require(bool(layers) and all(kind in KINDS for kind in layers), "layers", layers, f"kinds of {', '.join(KINDS)}")
+    require(set(schemas) == set(layers), "schemas", list(schemas), "one for every kind of layer")
+    for schema in schemas.values():
+        for what, names in (
+            ("cache_dtype", RECORD_FORMATS),
+            ("indexer_dtype", INDEXER_FORMATS),
+            ("hca_tail", HCA_TAILS),
+        ):
+            got = getattr(schema, what)
+            require(isinstance(got, str) and got in names, what, got, f"one of {', '.join(names)}")
+    for what in ("length", "rollback"):
+        got = getattr(snapshot, what)
+        require(0 <= got < 1 << 31, what, got, "a number of tokens")
+    got = snapshot.fingerprint
+    require(re.fullmatch("[0-9a-f]{64}", got) is not None, "fingerprint", got, "64 hexadecimal digits")
+    for name in snapshot.arrays:
+        require(re.fullmatch(r"[a-z]+(\.[a-z_]+)+", name) is not None, "the name of an array", name, "kind and part")
 
 
 def show_snapshot(report: Mapping[str, Any]) -> None:

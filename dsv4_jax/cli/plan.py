@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import os
 import pathlib
 from typing import Annotated, Any
 
 import typer
 
+from ..files.written_whole import written_whole
 from .errors import InputError
-from .files import written_whole
 from .options import CacheDtype, HcaTail, IndexerDtype, default_indexer
 from .sizes import parse_bytes
 from .terminal import make_console, status
@@ -16,6 +17,8 @@ from .terminal import make_console, status
 NAMED = ("flash", "pro")
 DEFAULT_CONTEXT = 131072
 PICTURES = (".png", ".svg", ".pdf")
+MOST = 2**31 - 1
+"""Of requests and of tokens: slots and positions are int32."""
 
 
 def plan(
@@ -29,9 +32,11 @@ def plan(
     ] = "0",
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of every request; default: 131072, or as many as the model takes."),
+        typer.Option(
+            metavar="N", min=1, help="Tokens of every request; default: 131072, or as many as the model takes."
+        ),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    concurrency: Annotated[int, typer.Option(metavar="N", min=1, max=MOST, help="Requests at once.")] = 1,
     cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records.")] = CacheDtype.fp8,
     indexer: Annotated[
         IndexerDtype | None, typer.Option(help="Storage of indexer keys; default: what goes with the records.")
@@ -39,7 +44,9 @@ def plan(
     hca_tail: Annotated[
         HcaTail, typer.Option(help="Of an HCA layer's open window keep its tokens (full) or running sums (smaller).")
     ] = HcaTail.full,
-    max_rollback: Annotated[int, typer.Option(min=0, help="Tokens a request can be rolled back, for drafts.")] = 0,
+    max_rollback: Annotated[
+        int, typer.Option(metavar="N", min=0, max=MOST, help="Tokens a request can be rolled back, for drafts.")
+    ] = 0,
     plot: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Also draw memory against context: .png, .svg or .pdf; needs matplotlib."),
@@ -150,6 +157,7 @@ def make_report(
         "largest_context": cost.largest_context(memory, requests, limit),
         "largest_concurrency": cost.largest_concurrency(memory, context),
         "largest_context_alone": cost.largest_context(memory, 1, limit),
+        "smallest_bytes": cost.size(1, 1).total_bytes,
         "formats": formats,
     }
 
@@ -189,7 +197,11 @@ def _costs(config: Any, cache_dtype: str, indexer_dtype: str, **options: Any) ->
 def _read_config(name: str) -> Any:
     from ..model.config import DSV4Config
 
-    return getattr(DSV4Config, name)() if name in NAMED else DSV4Config.from_hf(name)
+    if name in NAMED:
+        return getattr(DSV4Config, name)()
+    if not os.path.exists(name):
+        raise InputError(f"--config {name!r}: no such file; expected {', '.join(NAMED)}, a config.json or its folder")
+    return DSV4Config.from_hf(name)
 
 
 def _check_picture(path: str) -> None:
@@ -198,4 +210,4 @@ def _check_picture(path: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'dsv4_jax[plot]'") from None
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None

@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any
 
+from .sizes import show_bytes
+
 COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")  # told apart with any colour vision
 DASHES = ("-", (0, (5, 3)), "-", "-", "-.")
 GIB = 2**30
@@ -21,8 +23,8 @@ def draw(report: dict[str, Any], lines: dict[str, list[tuple[int, int]]], path: 
     memory = report["memory_bytes"] / GIB
     axes.axhline(memory, color="black", linestyle=":", linewidth=1.5)
     axes.annotate(
-        f"memory for the cache, {memory:.1f} GiB", (0, memory), (4, 4), xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
+        f"memory for the cache, {show_bytes(report['memory_bytes'])}", (0, memory), (4, 4),
+        xycoords=axes.get_yaxis_transform(), textcoords="offset points",
     )  # fmt: skip
     axes.plot(report["context"], report["total_bytes"] / GIB, "o", color="black", markersize=7, label="as planned")
     axes.set_xscale("log", base=2)
@@ -32,7 +34,9 @@ def draw(report: dict[str, Any], lines: dict[str, list[tuple[int, int]]], path: 
     axes.set_xlabel("tokens of context of every request (K = 1024)")
     axes.set_ylabel("GiB of cache")
     requests = report["concurrency"]
-    axes.set_title(f"{report['config']}: cache of {requests:,} request{'s' * (requests != 1)}", loc="left")
+    # A path is no formula, whatever signs are in it.
+    title = f"{report['config']}: cache of {requests:,} request{'s' * (requests != 1)}"
+    axes.set_title(title, loc="left", parse_math=False)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

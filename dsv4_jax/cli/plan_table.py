@@ -1,6 +1,7 @@
 """The report of `dsv4-jax plan` as tables."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ def show(report: dict[str, Any]) -> None:
     layers = ", ".join(f"{kind['layers']} {kind['kind'].upper()}" for kind in report["kinds"])
     formats = f"{report['records']} records, {report['indexer']} indexer keys"
     rollback = f", rollback of {report['max_rollback']} tokens" * bool(report["max_rollback"])
-    console.print(f"{report['config']}: {sum(k['layers'] for k in report['kinds'])} layers ({layers})")
+    console.print(f"{report['config']}: {sum(k['layers'] for k in report['kinds'])} layers ({layers})", soft_wrap=True)
     tails = ", running sums in HCA tails" * (report["hca_tail"] == "running")
     console.print(f"{formats}{tails}{rollback}\n")
     console.print("What one request holds, and what its tokens add (all layers of a kind together)")
@@ -23,8 +24,10 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"\n{_load(report)}")
     console.print(_total(report))
     console.print(f"\n{_verdict(report)}\n", style="bold")
-    console.print(f"The formats side by side, for {_load(report)}")
-    console.print(_formats(report))
+    console.print("The formats side by side")
+    console.print(_formats(report, _COSTS))
+    console.print(f"\nThe cache of {_load(report)}, and the largest that fit")
+    console.print(_formats(report, _LIMITS))
 
 
 def _table(*columns: str) -> Table:
@@ -100,28 +103,31 @@ def _verdict(report: dict[str, Any]) -> str:
         if alone:
             lines.append(f"One request alone can have {alone:,} tokens")
         else:
-            lines.append(
-                f"Not even one request fits: it holds {show_bytes(report['bytes_per_request'])} and its blocks"
-            )
+            smallest = report["smallest_bytes"]
+            lines.append(f"Not even one token fits: its cache takes {show_bytes(smallest)} ({smallest:,})")
     return "\n".join(lines)
 
 
-def _formats(report: dict[str, Any]) -> Table:
-    table = _table(
-        "records + keys", "record", "key", "request", "per token", "cache", "fits", "context", "concurrency",
-    )  # fmt: skip
+# Columns of the formats, in two tables: side by side they are wider than a terminal.
+_COSTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "record": lambda entry: f"{entry['record_bytes']:,} B",
+    "key": lambda entry: f"{entry['key_bytes']} B",
+    "per request": lambda entry: show_bytes(entry["bytes_per_request"]),
+    "per token": lambda entry: f"{entry['bytes_per_token']:,.1f} B",
+}
+_LIMITS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cache": lambda entry: show_bytes(entry["total_bytes"]),
+    "fits": lambda entry: "yes" if entry["fits"] else "no",
+    "context": lambda entry: f"{entry['largest_context']:,}",
+    "concurrency": lambda entry: f"{entry['largest_concurrency']:,}",
+}
+
+
+def _formats(report: dict[str, Any], columns: dict[str, Callable[[dict[str, Any]], str]]) -> Table:
+    """A row for every pair of formats; the one that was asked for is bold."""
+    table = _table("records + keys", *columns)
     for entry in report["formats"]:
         chosen = (entry["records"], entry["indexer"]) == (report["records"], report["indexer"])
-        table.add_row(
-            f"{entry['records']} + {entry['indexer']}",
-            f"{entry['record_bytes']:,} B",
-            f"{entry['key_bytes']} B",
-            show_bytes(entry["bytes_per_request"]),
-            f"{entry['bytes_per_token']:,.1f} B",
-            show_bytes(entry["total_bytes"]),
-            "yes" if entry["fits"] else "no",
-            f"{entry['largest_context']:,}",
-            f"{entry['largest_concurrency']:,}",
-            style="bold" if chosen else None,
-        )
+        cells = (cell(entry) for cell in columns.values())
+        table.add_row(f"{entry['records']} + {entry['indexer']}", *cells, style="bold" if chosen else None)
     return table

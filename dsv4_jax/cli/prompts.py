@@ -1,12 +1,18 @@
 """Prompts: text to tokens and back."""
 
 import codecs
+import contextlib
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..files.untrusted_json import read_json_object, shorten
 from .errors import InputError, one_line
+
+MAX_FILE_BYTES = 1 << 26
+"""Of a prompt or a tokenizer: ten times the longest there are."""
 
 
 class ByteCodec:
@@ -24,22 +30,40 @@ class ByteCodec:
 
 
 class TokenizerCodec:
-    """Text by the checkpoint's tokenizer.json."""
+    """Text by the checkpoint's tokenizer.json; a tokenizer_config.json beside it may ask for a token at the start."""
 
     def __init__(self, path: pathlib.Path):
         import tokenizers
 
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path}: expected a tokenizer of at most {MAX_FILE_BYTES >> 20} MiB, got more")
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises plain Exception
             raise InputError(f"{path} is not a tokenizer: {one_line(error)}") from None
+        self.tokenizer.no_truncation()  # a file may ask for both; a prompt is what was given
+        self.tokenizer.no_padding()
+        self.start = self._start(path.with_name("tokenizer_config.json"))
+
+    def _start(self, path: pathlib.Path) -> list[int]:
+        """The token that every text begins with where `add_bos_token` says so, as in transformers."""
+        options = read_json_object(path, max_bytes=MAX_FILE_BYTES) if path.is_file() else {}
+        token = options.get("bos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if options.get("add_bos_token") is not True or token is None:
+            return []
+        number = self.tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if number is None:
+            raise InputError(f"{path}: bos_token is {shorten(token)}: expected a token of tokenizer.json")
+        return [number]
 
     def encode(self, data: bytes) -> list[int]:
-        """Token ids of a prompt."""
+        """Token ids of a prompt; none for an empty one."""
         try:
-            return self.tokenizer.encode(data.decode()).ids
+            ids = self.tokenizer.encode(data.decode()).ids
         except UnicodeDecodeError as error:
             raise InputError(f"the prompt is not UTF-8 (byte {error.start}): expected text, or token ids") from None
+        return ids if ids[:1] == self.start or not ids else [*self.start, *ids]
 
     def decoder(self, prompt: Sequence[int]) -> Callable[..., str]:
         """As in ByteCodec; a character comes when all of its tokens are there."""
@@ -93,10 +117,10 @@ def make_codec(checkpoint: pathlib.Path, vocab_size: int) -> ByteCodec | Tokeniz
 
 def parse_tokens(text: str) -> list[int]:
     """Token ids from "1,2,3" (commas or spaces)."""
-    try:
-        return [int(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise InputError(f"--tokens {text[:60]!r}: expected token ids such as 1,2,3") from None
+    parts = text.replace(",", " ").split()
+    if not all(re.fullmatch("[0-9]{1,10}", part) for part in parts):
+        raise InputError(f"--tokens {text[:60]!r}: expected token ids such as 1,2,3")
+    return [int(part) for part in parts]
 
 
 def check_prompts(prompts: list[list[int]], config: Any, max_new_tokens: int = 0) -> list[list[int]]:
@@ -112,9 +136,11 @@ def check_prompts(prompts: list[list[int]], config: Any, max_new_tokens: int = 0
 
 def read_prompt_file(path: str) -> bytes:
     """The bytes of a file, or of standard input for "-"."""
-    if path == "-":
-        return sys.stdin.buffer.read()
     try:
-        return pathlib.Path(path).read_bytes()
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise InputError(f"--file {path}: {(error.strerror or str(error)).lower()}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise InputError(f"--file {path}: expected a prompt of at most {MAX_FILE_BYTES >> 20} MiB, got more")
+    return data

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import InputError
 from .sizes import parse_bytes, show_bytes
 from .terminal import make_bytes_progress, make_console, show_seconds
 
@@ -33,6 +34,8 @@ def quantize(
 
     console = make_console(quiet)
     shard_bytes = parse_bytes(shard_size, "--shard-size")
+    if not shard_bytes:
+        raise InputError(f"--shard-size {shard_size}: expected at least one byte")
     start = time.perf_counter()
     with make_bytes_progress(console) as progress:
         task = progress.add_task("converting", total=None)

@@ -10,6 +10,7 @@ for _power, _letter in enumerate("KMGTP", start=1):
     _UNITS[f"{_letter}B"] = 1000**_power
     _UNITS[f"{_letter}iB"] = 1024**_power
 _UNITS["kB"] = 1000
+_MOST = 2**63 - 1
 
 
 def parse_bytes(text: str, option: str) -> int:
@@ -20,7 +21,10 @@ def parse_bytes(text: str, option: str) -> int:
     match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)", text.strip())
     if match is None or match[2] not in _UNITS:
         raise InputError(f"{option} {text[:40]!r}: expected a number of bytes such as 80GiB, 80GB or 85899345920")
-    return int(Fraction(match[1]) * _UNITS[match[2]])
+    count = int(Fraction(match[1]) * _UNITS[match[2]])
+    if count > _MOST:
+        raise InputError(f"{option} {text[:40]!r}: expected less than 8192PiB")
+    return count
 
 
 def show_bytes(count: float) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..cache.occupancy import Occupancy, occupancy
+from .state_text import counted
 
 CHUNK = 64
 """Most tokens of a request in one step."""
@@ -55,7 +56,7 @@ def small_run(
         slot = manager.admit_request()
         for start in range(0, len(prompt), width):
             newest |= step({slot: prompt[start : start + width]})
-        yield f"prefill of {len(prompt)} tokens in slot {slot}", occupancy(manager)
+        yield f"prefill of {counted(len(prompt), 'token')} in slot {slot}", occupancy(manager)
     for i in range(steps):
         newest = step({slot: [token] for slot, token in newest.items()})
         yield f"decode step {i + 1}: one token in every slot", occupancy(manager)

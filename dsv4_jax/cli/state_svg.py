@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
 from ..cache.occupancy import Occupancy, PoolState, Rows
-from .state_text import letter
+from .state_text import counted, letter
 
 WIDTH, MARGIN, LABEL = 1000, 24, 132
-STRIP, CELL = 640, 22  # widths of a strip of rows, and of a block
+NAME, STRIP, CELL = 96, 620, 22  # widths of a strip's name, of a strip of rows, and of a block
 INK, SOFT, LINE, PAPER, EMPTY = "#1f2328", "#59636e", "#c4cad1", "#f6f8fa", "#ffffff"
 COLOURS = ("#5b9bf3", "#f0a04b", "#a978e8", "#55b97a", "#e8707a", "#46b8c8", "#c9a227", "#8d99a6")
 LEGEND = (
-    "a strip is the rows of a ring or tail, with a dark line after the newest token; a square is a block, as full as "
-    "its entries are"
+    "A strip is the rows of a ring or tail; beside it the positions it holds, and in it a dark line after the newest.",
+    "A square is a block, as full as its entries are, with the letters of the requests that own it.",
 )
 
 
@@ -21,8 +21,9 @@ def picture(steps: Sequence[tuple[str, Occupancy]]) -> str:
     parts: list[str] = []
     y = 34.0
     parts.append(_text(MARGIN, y, "The cache, step by step", 16, INK, True))
-    parts.append(_text(MARGIN, y + 18, LEGEND, 11, SOFT))
-    y += 44
+    for i, line in enumerate(LEGEND):
+        parts.append(_text(MARGIN, y + 18 + 15 * i, line, 11, SOFT))
+    y += 29 + 15 * len(LEGEND)
     for name, state in steps:
         y = _step(parts, y, name, state)
     return (
@@ -39,9 +40,10 @@ def _step(parts: list[str], y: float, name: str, state: Occupancy) -> float:
     y += 10
     for slot in state.slots:
         colour = COLOURS[slot.slot % len(COLOURS)]
-        parts.append(_text(MARGIN, y + 13, f"{letter(slot.slot)}  slot {slot.slot}, {slot.length} tokens", 11, INK))
-        for rows in (slot.ring, *slot.tails):
-            _strip(parts, y + 4, rows, colour, slot.length - 1)
+        title = f"{letter(slot.slot)}  slot {slot.slot}, {counted(slot.length, 'token')}"
+        parts.append(_text(MARGIN, y + 13, title, 11, INK))
+        for name, rows in ((slot.ring.name, slot.ring), *((f"tail {tail.name}", tail) for tail in slot.tails)):
+            _strip(parts, y + 4, name, rows, colour, slot.length - 1)
             y += 15
         y += 6
     for pool in state.pools:
@@ -49,11 +51,11 @@ def _step(parts: list[str], y: float, name: str, state: Occupancy) -> float:
     return y + 14
 
 
-def _strip(parts: list[str], y: float, rows: Rows, colour: str, newest: int) -> None:
+def _strip(parts: list[str], y: float, name: str, rows: Rows, colour: str, newest: int) -> None:
     """The rows of a ring or tail: a run of rows in use is one rectangle, and a dark line marks the newest token."""
-    left, width = MARGIN + LABEL + 76, STRIP / len(rows.positions)
+    left, width = MARGIN + LABEL + NAME, STRIP / len(rows.positions)
     first, last = rows.held
-    parts.append(_text(MARGIN + LABEL, y + 9, rows.name, 10, SOFT))
+    parts.append(_text(MARGIN + LABEL, y + 9, name, 10, SOFT))
     parts.append(_box(left, y, STRIP, 10, EMPTY, LINE))
     used = [p >= 0 for p in rows.positions]
     start = 0
@@ -64,7 +66,8 @@ def _strip(parts: list[str], y: float, rows: Rows, colour: str, newest: int) -> 
             start = end
     if newest in rows.positions:
         parts.append(_box(left + (rows.positions.index(newest) + 1) * width - 3, y - 1, 3, 12, INK))
-    parts.append(_text(left + STRIP + 8, y + 9, f"{first}–{last}" if last >= first else "empty", 10, SOFT))
+    held = f"{first}–{last}" if last > first else f"{first}" if last == first else "empty"
+    parts.append(_text(left + STRIP + 8, y + 9, held, 10, SOFT))
 
 
 def _pool(parts: list[str], y: float, pool: PoolState) -> float:

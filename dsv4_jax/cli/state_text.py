@@ -12,6 +12,11 @@ def letter(slot: int) -> str:
     return LETTERS[slot % len(LETTERS)]
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """The number and what is counted: 1 token, 2 tokens."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def lines(state: Occupancy) -> Iterator[str]:
     """Lines that say what every request holds, and who owns which block."""
     for slot in state.slots:
@@ -23,21 +28,21 @@ def lines(state: Occupancy) -> Iterator[str]:
 
 
 def _slot(slot: SlotState) -> Iterator[str]:
-    yield f"  {letter(slot.slot)}  slot {slot.slot}, {slot.length} tokens"
+    yield f"  {letter(slot.slot)}  slot {slot.slot}, {counted(slot.length, 'token')}"
     rows = len(slot.ring.positions)
     yield f"     ring  {_held(slot.ring)}, the next goes to row {slot.length % rows}"
     for tail in slot.tails:
         yield f"     tail  {tail.name}: {_held(tail)}"
     for kind, blocks in slot.blocks.items():
         ids = ", ".join(map(str, blocks)) or "none"
-        yield f"     {kind}   {slot.entries[kind]} entries; blocks: {ids}"
+        yield f"     {kind}   {counted(slot.entries[kind], 'entry', 'entries')}; blocks: {ids}"
 
 
 def _held(rows: Rows) -> str:
     first, last = rows.held
     count = last - first + 1
-    what = f"tokens {first} to {last}" if count > 1 else f"token {first}" if count else "nothing"
-    return f"{count} of {len(rows.positions)} rows hold {what}" if count else f"0 of {len(rows.positions)} rows in use"
+    what = f"hold tokens {first} to {last}" if count > 1 else f"holds token {first}" if count else "in use"
+    return f"{count} of {len(rows.positions)} rows {what}"
 
 
 def _pool(pool: PoolState) -> Iterator[str]:

@@ -241,7 +241,7 @@ def _open_sharded(folder: str, index: str) -> Checkpoint:
 
 
 def _is_plain_file_name(name: str) -> bool:
-    return name.endswith(".safetensors") and not set(name) & set("/\\:\0") and len(name) < 256
+    return name.endswith(".safetensors") and name.isprintable() and not set(name) & set("/\\:") and len(name) < 256
 
 
 def _read_header(file: Any, size: int, path: str) -> tuple[dict[str, Any], int]:
@@ -282,7 +282,7 @@ def _check_entry(entry: Any, data_begin: int, what: str) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{what} has dtype {shorten(dtype)}: expected one of {', '.join(DTYPES)}")
     if not _all_sizes(shape) or len(shape) > _MAX_RANK:
-        raise ValueError(f"{what} has shape {shorten(shape)}: expected at most {_MAX_RANK} sizes")
+        raise ValueError(f"{what} has shape {shorten(shape)}: expected at most {_MAX_RANK} sizes, none below 0")
     if not _all_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{what} has data_offsets {shorten(offsets)}: expected where it begins and ends")
     count = math.prod(shape)

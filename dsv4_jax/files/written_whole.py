@@ -19,6 +19,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     can be made.
     """
     path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        raise CannotWriteError(f"{path} cannot be written: it is {'a folder' if path.is_dir() else 'no regular file'}")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     except OSError as error:
@@ -30,8 +32,6 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
-        if path.is_dir():
-            raise CannotWriteError(f"{path} cannot be written: it is a folder")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

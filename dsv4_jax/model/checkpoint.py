@@ -54,7 +54,7 @@ def read_tensors(
     checkpoint = open_checkpoint(path)
     matched = match_tensors(checkpoint, config)
     if matched.forms:
-        _check_quantisation(checkpoint.path)
+        check_quantisation(checkpoint.path)
     if matched.skipped:
         _log.info("skipped %d tensors of draft layers", len(matched.skipped))
     return _read_all(checkpoint, matched, config, dtype, progress or (lambda done, total: None))
@@ -172,8 +172,8 @@ def _read_all(
         yield "head.weight", embedding
 
 
-def _check_quantisation(folder: str) -> None:
-    """What config.json says of quantised weights, where there is one: blocks of another size are refused."""
+def check_quantisation(folder: str) -> None:
+    """ValueError where the folder's config.json, if there is one, says that weights are quantised in another way."""
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         return

@@ -10,7 +10,8 @@ from collections import Counter
 from typing import Any
 
 from dsv4_jax.files.safetensors_file import Checkpoint, open_checkpoint
-from dsv4_jax.model.checkpoint import result_bytes
+from dsv4_jax.files.system_errors import in_words
+from dsv4_jax.model.checkpoint import check_quantisation, result_bytes
 from dsv4_jax.model.config import DSV4Config
 from dsv4_jax.model.tensor_match import compare_tensors
 from dsv4_jax.model.tensor_names import canonical_name, is_draft
@@ -100,8 +101,10 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
         problems.append(f"{os.fspath(path)}: a file by itself: give its folder to compare it with its config.json")
     else:
         try:
-            config = DSV4Config.from_hf(os.path.join(path, "config.json"))
-        except (OSError, ValueError) as error:
+            config = DSV4Config.from_hf(path)
+        except OSError as error:
+            problems.append(in_words(error))
+        except ValueError as error:
             problems.append(str(error))
     found: dict[str, Any] = {}
     loaded = {}
@@ -116,6 +119,11 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
                 if count := len(found[field]):
                     problems.append(f"{count} tensor{'s are' if count > 1 else ' is'} {field}")
             found["draft"] = len(compared.matched.skipped)
+            if compared.matched.forms:
+                try:
+                    check_quantisation(checkpoint.path)
+                except ValueError as error:
+                    problems.append(str(error))
             loaded = {dtype: result_bytes(config, dtype) for dtype in ("bfloat16", "float32")}
     canonical = {name: canonical_name(name) for name in checkpoint}
     return CheckpointReport(

@@ -24,6 +24,7 @@ import numpy as np
 from dsv4_jax.files.safetensors_file import DTYPES, INDEX_FILE, Checkpoint, open_checkpoint
 from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.files.untrusted_json import read_json_object, shorten
+from dsv4_jax.files.written_whole import CannotWriteError
 from dsv4_jax.model.checkpoint import Progress
 from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
 from dsv4_jax.model.tensor_match import match_tensors
@@ -120,23 +121,23 @@ def quantise_checkpoint(
     target = pathlib.Path(target)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes is {shard_bytes}: expected at least 1")
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    if os.path.lexists(target) and not empty:
         raise ValueError(f"{target}: exists already; expected the name of a new folder")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent}: no such folder to make {target.name} in")
-    config_path = os.path.join(source, "config.json")
-    config = DSV4Config.from_hf(config_path)
+    if os.path.isfile(source):
+        raise ValueError(f"{os.fspath(source)} is a file: expected the folder of a checkpoint, with its config.json")
+    config = DSV4Config.from_hf(source)
     checkpoint = open_checkpoint(source)
     jobs = _plan(checkpoint, config)
     shards = _shards(jobs, shard_bytes)
     needed, free = sum(job.nbytes for job in jobs), shutil.disk_usage(target.parent).free
     if needed > free:
-        raise ValueError(
-            f"{target}: {needed / 1e9:.1f} GB are to be written, but the disk has {free / 1e9:.1f} GB left"
-        )
+        raise ValueError(f"{target}: {needed:,} bytes are to be written, but the disk has {free:,} left")
     with _folder_written_whole(target) as folder:
         _write_shards(checkpoint, shards, folder, progress or (lambda done, total: None))
-        raw = read_json_object(config_path, max_bytes=MAX_CONFIG_BYTES)
+        raw = read_json_object(os.path.join(source, "config.json"), max_bytes=MAX_CONFIG_BYTES)
         _write_json(folder / "config.json", {**raw, "expert_dtype": "fp4", "quantization_config": QUANTISATION})
         for name in _COMPANIONS:
             if os.path.isfile(os.path.join(source, name)):
@@ -249,7 +250,10 @@ def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _folder_written_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary folder beside `target` that takes its name when the block ends well, and is gone otherwise."""
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise CannotWriteError(f"{target} cannot be made: {(error.strerror or str(error)).lower()}") from None
     try:
         yield temporary
         mask = os.umask(0)

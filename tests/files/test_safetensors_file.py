@@ -266,6 +266,8 @@ def test_shards_may_be_links_as_download_caches_have_them(save, tmp_path):
         "..\\x.safetensors",
         "C:x.safetensors",
         "x\0.safetensors",
+        "x\x1b[2J.safetensors",
+        "x\n.safetensors",
         "..",
         "",
         "x.bin",

@@ -336,9 +336,18 @@ def test_targets_and_sources_that_are_refused(sharp, released, tmp_path, monkeyp
     disk = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: disk)
-        with pytest.raises(ValueError, match=r"0.0 GB are to be written, but the disk has 0.0 GB left"):
+        with pytest.raises(ValueError, match=r"out: [\d,]{7,} bytes are to be written, but the disk has 1,000 left"):
             quantise_checkpoint(sharp, tmp_path / "out")
     (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for target in (tmp_path / "link", tmp_path / "dangling", "/dev/null"):
+        with pytest.raises(ValueError, match=f"{target}: exists already; expected the name of a new folder"):
+            quantise_checkpoint(sharp, target)
+    with pytest.raises(ValueError, match=r"config\.json is a file: expected the folder of a checkpoint"):
+        quantise_checkpoint(sharp / "config.json", tmp_path / "new")
+    with pytest.raises(ValueError, match=f"{'x' * 250} cannot be made: file name too long"):
+        quantise_checkpoint(sharp, tmp_path / ("x" * 250))
     quantise_checkpoint(sharp, tmp_path / "out")  # an empty folder will do
     with pytest.raises(ValueError, match="out: exists already; expected the name of a new folder"):
         quantise_checkpoint(sharp, tmp_path / "out")
