@@ -173,11 +173,6 @@ class DSV4Config:
                 raise ValueError(
                     f"compress_ratios[{layer}] is {shorten(ratio)}: expected one of the known ratios {known}"
                 )
-        if self.sliding_window > self.max_position_embeddings:
-            raise ValueError(
-                f"sliding_window is {self.sliding_window}: expected at most "
-                f"max_position_embeddings = {self.max_position_embeddings}"
-            )
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim is {self.rope_dim}: expected an even number, RoPE is pairs")
         # A record keeps at least one value without position beside those that RoPE rotates.
