@@ -78,9 +78,9 @@ class CacheCost:
         return requests * self.per_request + self.table_bytes(requests, max_context_len) + blocks
 
     def size(self, requests: int, max_context_len: int) -> CacheSize:
-        """The cache in which every request can have `max_context_len` tokens at once. ValueError for less than one."""
+        """The cache in which every request can have `max_context_len` tokens at once; ValueError for absurd numbers."""
         for name, value in (("max_concurrent_requests", requests), ("max_context_len", max_context_len)):
-            count(name, value, least=1)
+            count(name, value, least=1, most=(1 << 31) - 1)  # slots and positions are int32
         blocks = {kind: requests * n for kind, n in self.blocks_for(max_context_len).items()}
         return CacheSize(requests, max_context_len, blocks, self.total_bytes(requests, max_context_len, blocks))
 
@@ -110,8 +110,9 @@ class CacheCost:
         missing = filled(0).total_bytes - memory
         if missing > 0:
             raise ValueError(
-                f"{memory:,} bytes are {missing:,} too few for a cache of {requests} concurrent requests, one of them "
-                f"with {max_context_len:,} tokens: {self._what_fits(memory, requests, max_context_len)}"
+                f"{memory:,} bytes are {missing:,} too few for a cache of {requests} concurrent "
+                f"request{'s' * (requests != 1)}, one with {max_context_len:,} token{'s' * (max_context_len != 1)}: "
+                f"{self._what_fits(memory, requests, max_context_len)}"
             )
         return filled(_largest(lambda n: filled(n).total_bytes <= memory, max(full.num_blocks.values(), default=0)))
 

@@ -146,3 +146,9 @@ def test_costs_touch_no_device():
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 0
+
+
+@pytest.mark.parametrize("options", [{"max_concurrent_requests": 10**20}, {"max_context_len": 2**31}])
+def test_numbers_that_no_cache_can_have(options):
+    with pytest.raises(ValueError, match="expected an integer from 1 to 2147483647"):
+        KVCacheManager.from_memory(FLASH, 10**30, **{"max_concurrent_requests": 1, **options})
