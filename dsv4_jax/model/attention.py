@@ -157,5 +157,6 @@ class Attention(nnx.Module):
         c, weight = self.config, self.wo_a.weight[...]
         groups = out.astype(weight.dtype).reshape(out.shape[0], c.o_groups, -1)
         weight = weight.reshape(c.o_groups, c.o_lora_rank, -1)
-        low = jnp.einsum("tgi,goi->tgo", groups, weight, precision=matmul_precision(weight.dtype))
-        return self.wo_b(low.reshape(out.shape[0], -1))
+        # "tgo" at once would make the weight the left side, and XLA:CPU transpose all of `groups` for it.
+        low = jnp.einsum("tgi,goi->gto", groups, weight, precision=matmul_precision(weight.dtype))
+        return self.wo_b(low.swapaxes(0, 1).reshape(out.shape[0], -1))

@@ -84,13 +84,20 @@ class Experts(nnx.Module):
     def _dense(self, x: Array, picks: Array, weights: Array) -> Array:
         w1, w2, w3 = self.w1[...], self.w2[...], self.w3[...]
         precision = matmul_precision(w1.dtype)
-        gate = jnp.einsum("th,eih->eti", x, w1, precision=precision)
-        up = jnp.einsum("th,eih->eti", x, w3, precision=precision)
+        experts, size, hidden = w1.shape
+        # One product for all experts; their two axes as one, or XLA would transpose the weights for it.
+        gate, up = (
+            jnp.einsum("th,oh->to", x, w.reshape(-1, hidden), precision=precision).reshape(-1, experts, size)
+            for w in (w1, w3)
+        )
         # One weight per expert and token, zero for those not picked; it goes in before w2, which is linear.
-        share = jnp.sum(jax.nn.one_hot(picks, w1.shape[0]) * weights[..., None], axis=1)
-        inner = _swiglu(gate, up, self.limit) * share.T[..., None].astype(gate.dtype)
-        # Summed over experts afterwards: contracting both at once makes XLA transpose all of w2 in every step.
-        return jnp.sum(jnp.einsum("eti,ehi->eth", inner, w2, precision=precision), axis=0)
+        share = jnp.sum(jax.nn.one_hot(picks, experts) * weights[..., None], axis=1)
+        inner = _swiglu(gate, up, self.limit) * share[..., None].astype(gate.dtype)
+        if x.shape[0] <= size:
+            # Few tokens are summed over experts afterwards: for one product XLA has to transpose all of w2.
+            return jnp.sum(jnp.einsum("tei,ehi->eth", inner, w2, precision=precision), axis=0)
+        w2 = w2.swapaxes(1, 2).reshape(-1, hidden)
+        return jnp.einsum("to,oh->th", inner.reshape(-1, experts * size), w2, precision=precision)
 
     def _grouped(self, x: Array, picks: Array, weights: Array) -> Array:
         w1, w2, w3 = (w[...].swapaxes(1, 2) for w in (self.w1, self.w2, self.w3))

@@ -24,14 +24,14 @@ class KeyGroup(NamedTuple):
 
 
 def _scores(q: Array, group: KeyGroup, segments: Segments) -> Array:
+    """q (S, C, H, d) -> (S, C, H, N)."""
     kv = group.kv.astype(q.dtype)
     if group.per_token:
-        return _few_by_many(q, kv)
-    q = to_segments(q, segments)
+        return to_segments(_few_by_many(to_tokens(q, segments), kv), segments)
     rows = q.reshape(q.shape[0], -1, q.shape[-1])  # the tokens and heads of a segment are rows of one product
     few = segments.tokens.shape[1] == 1
     scores = _few_by_many(rows, kv) if few else jnp.einsum("smd,snd->smn", rows, kv, precision=_HIGHEST)
-    return to_tokens(scores.reshape(*q.shape[:-1], -1), segments)
+    return scores.reshape(*q.shape[:-1], -1)
 
 
 def _few_by_many(q: Array, kv: Array) -> Array:
@@ -44,12 +44,13 @@ def _few_by_many(q: Array, kv: Array) -> Array:
 
 
 def _weighted(p: Array, group: KeyGroup, segments: Segments) -> Array:
+    """p (S, C, H, N) -> (S, C, H, d)."""
     kv = group.kv.astype(p.dtype)
     if group.per_token:
-        return jnp.einsum("thn,tnd->thd", p, kv, precision=_HIGHEST)
-    p = to_segments(p, segments)
+        out = jnp.einsum("thn,tnd->thd", to_tokens(p, segments), kv, precision=_HIGHEST)
+        return to_segments(out, segments)
     out = jnp.einsum("smn,snd->smd", p.reshape(p.shape[0], -1, p.shape[-1]), kv, precision=_HIGHEST)
-    return to_tokens(out.reshape(*p.shape[:-1], -1), segments)
+    return out.reshape(*p.shape[:-1], -1)
 
 
 def attend(q: Array, groups: tuple[KeyGroup, ...], sink: Array, segments: Segments, *, scale: float) -> Array:
@@ -57,11 +58,12 @@ def attend(q: Array, groups: tuple[KeyGroup, ...], sink: Array, segments: Segmen
 
     q (T, H, d), sink (H,) float32. Returns (T, H, d) float32; a token that sees nothing gets 0.
     """
-    q = q.astype(jnp.float32)
-    valid = jnp.concatenate([g.valid for g in groups], axis=-1)[:, None]
+    # All of it by segment: the tokens are regrouped once, and put back in order once.
+    q = to_segments(q.astype(jnp.float32), segments)
+    valid = to_segments(jnp.concatenate([g.valid for g in groups], axis=-1), segments)[:, :, None]
     scores = jnp.concatenate([_scores(q, g, segments) for g in groups], axis=-1) * scale
     scores = jnp.where(valid, scores, -jnp.inf)
-    sink = sink.astype(jnp.float32)[None, :, None]
+    sink = sink.astype(jnp.float32)[None, None, :, None]
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink)
     weights = jnp.exp(scores - top)
     denominator = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top)
@@ -70,4 +72,4 @@ def attend(q: Array, groups: tuple[KeyGroup, ...], sink: Array, segments: Segmen
         stop = start + group.valid.shape[-1]
         out = out + _weighted(weights[..., start:stop], group, segments)
         start = stop
-    return out / denominator
+    return to_tokens(out / denominator, segments)
