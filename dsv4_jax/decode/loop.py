@@ -98,6 +98,7 @@ class DecodeLoop:
             config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples
         )
         check_salt(salt)
+        index = count("index", index, most=(1 << 31) - 1)
         request = Request(ids, max_new_tokens, temperature, seed, index, stops, num_samples, salt)
         self._schedule.check_fits(request)
         self._schedule.wait(self._sample(self._submitted, 0, request, num_samples - 1))
