@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax import PrefixPolicy
 from dsv4_jax.cache.handle import LayerCacheHandle
 from dsv4_jax.ops.fp8 import dequantise_fp8, quantise_fp8
 from dsv4_jax.ops.record import pack_records, unpack_records
@@ -236,6 +237,29 @@ def test_a_missing_block_is_an_error(make, rng, weights):
         handle.write_compressed(x, x, w)
     manager.allocate_block(CSA, slot)
     manager.acquire(CSA, [slot] * 4, np.arange(4)).write_compressed(x, x, w)
+
+
+def test_a_block_that_others_read_is_not_written(make, rng, weights):
+    """After a fork, and where a prefix is kept; blocks of its own a request may write again."""
+    manager = make(num_blocks_per_csa_layer=6, max_concurrent_requests=2, prefix=PrefixPolicy("full"))
+    x, w = random(rng, 4, 1024), weights(4, 512, 2)
+    a = manager.admit_request()
+    for layer in (CSA, CSA, HCA):
+        manager.allocate_block(layer, a)
+    manager.advance(a, 128 + 4)
+    manager.acquire(CSA, [a] * 4, np.arange(4)).write_compressed(x, x, w)
+    b = manager.fork(a)
+    for slot in (a, b):
+        with pytest.raises(RuntimeError, match=rf"layer 1: slot {slot} brings position 4, whose block others read too"):
+            manager.acquire(CSA, [slot] * 4, np.arange(4, 8)).write_compressed(x, x, w)
+        manager.acquire(CSA, [slot] * 4, np.arange(128, 132)).write_compressed(x, x, w)
+    manager.release_request(b)
+    manager.acquire(CSA, [a] * 4, np.arange(4, 8)).write_compressed(x, x, w)
+    manager.keep_prefix(a, np.arange(132))
+    with pytest.raises(RuntimeError, match="others read too"):
+        manager.acquire(CSA, [a] * 4, np.arange(4, 8)).write_compressed(x, x, w)
+    manager.acquire(SWA, [a] * 4, np.arange(4, 8)).write_swa(x[:, :512])
+    manager.check()
 
 
 def test_other_slots_and_blocks_stay(make, rng, weights):
