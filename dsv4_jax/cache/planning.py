@@ -122,8 +122,8 @@ def why_unwritable(
         first = max(start // schema.compress_ratio // schema.entries_per_block, 0 if kept is None else int(kept[slot]))
         if requests.ledger.any_shared(slot, kind, first, needed):
             return (
-                f"layer {layer_idx}: slot {slot} brings position {start}, whose block others read too (a fork, or a kept "
-                f"prefix): expected positions from {requests.length(slot)} on"
+                f"layer {layer_idx}: slot {slot} brings position {start}, whose block others read too (a fork, or a "
+                f"kept prefix): expected positions from {requests.length(slot)} on"
             )
     return None
 
