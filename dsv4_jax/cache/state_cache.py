@@ -66,7 +66,7 @@ class StateCachePool:
 
     @property
     def swa_head(self) -> Array:
-        """([L,] R) int32: ring row of the slot's next token."""
+        """([L,] R) int32: ring row after the newest that was written; a rollback or release does not move it."""
         return self.ring.head
 
     @property
@@ -97,7 +97,10 @@ class StateCachePool:
 
     @property
     def tail_len(self) -> Array | None:
-        """([L,] R) int32: tokens of the slot that wait for their window to fill; None for SWA."""
+        """([L,] R) int32: tokens that wait for their window to fill, as of the slot's last write; None for SWA.
+
+        A rollback or release is the host's alone: what was written stays until it is written over, out of sight.
+        """
         if self.tail is None:
             return None
         newest = jnp.expand_dims((self.ring.head - 1) % self.schema.ring_rows, -1)
