@@ -7,6 +7,7 @@ from ..ops.append_swa import SWARing
 from ..ops.compressor_tail import CompressorTail
 from ..ops.running_tail import RunningTail
 from .counts import count
+from .layer_views import take_layer
 from .records import record_format
 from .schema import CacheSchema
 
@@ -131,7 +132,7 @@ class StateCachePool:
 
     def layer(self, index: int) -> "StateCachePool":
         """One layer of a stacked state."""
-        return jax.tree.map(lambda x: x[index], self)
+        return take_layer(self, index)
 
     def memory_bytes(self) -> int:
         """Bytes the arrays hold."""
