@@ -13,33 +13,34 @@ from dsv4_jax.ops import native
 
 
 @pytest.mark.skipif("cpu" not in native.available(), reason="without native forms the last bit depends on the shapes")
-def test_what_the_cache_shows():
+def test_what_the_cache_shows(say):
     """10,000 moves and more; window rows, entries and keys bit for bit."""
     moves, hits = play(Views(small("fp8")), examples=150, steps=60)
-    print(f"{moves:,} moves, derandomised; {hits} prefix hits")
+    say(f"{moves:,} moves, derandomised (the same in every run); {hits} prefix hits")
     assert moves >= 10_000
     assert hits >= 100
 
 
-def test_what_an_exact_cache_shows():
+def test_what_an_exact_cache_shows(say):
     """Without native forms: window rows bit for bit, entries and keys within 1e-5."""
     moves, _ = play(Views(small("fp32")), examples=12, steps=50)
-    print(f"{moves:,} moves, derandomised")
+    say(f"{moves:,} moves, derandomised")
     assert moves >= 500
 
 
-def test_what_a_model_computes():
+def test_what_a_model_computes(say):
     """Logits of every token, whatever happened to its request and to others before."""
     moves, _ = play(Model(), examples=12, steps=50)
-    print(f"{moves:,} moves, derandomised")
+    say(f"{moves:,} moves, derandomised")
     assert moves >= 500
 
 
-def test_what_a_cache_with_running_tails_shows():
+def test_what_a_cache_with_running_tails_shows(say):
     """Sums that enter the state token by token, in whatever pieces the tokens come: the same bits as all at once."""
     if "cpu" not in native.available():
         pytest.skip("jax.numpy sums in another order for another shape")
     moves, _ = play(Views(small("fp8", hca_tail="running")), examples=20, steps=60)
+    say(f"{moves:,} moves, derandomised")
     assert moves >= 800
 
 

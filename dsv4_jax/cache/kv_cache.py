@@ -36,22 +36,7 @@ class KVCache:
         cls, schemas: tuple[CacheSchema, ...], max_requests: int, num_blocks: dict[str, int], max_blocks: dict[str, int]
     ) -> "KVCache":
         """Empty cache: `num_blocks` physical blocks a layer and `max_blocks` blocks a request at most, by kind."""
-        count: dict[str, int] = {}
-        layers: list[int] = []
-        first: dict[str, CacheSchema] = {}
-        for schema in schemas:
-            layers.append(count.get(schema.kind, 0))
-            count[schema.kind] = layers[-1] + 1
-            if first.setdefault(schema.kind, schema) != schema:
-                raise ValueError(f"layers of kind {schema.kind} differ: {first[schema.kind]} and {schema}")
-        paged = {k: PagedKVPool(s, num_blocks[k], count[k]) for k, s in first.items() if s.entries_per_block}
-        return cls(
-            state={k: StateCachePool(s, max_requests, count[k]) for k, s in first.items()},
-            paged=paged,
-            block_table={k: jnp.full((max_requests, max_blocks[k]), -1, jnp.int32) for k in paged},
-            schemas=tuple(schemas),
-            layers=tuple(layers),
-        )
+        return _allocate(tuple(schemas), max_requests, tuple(num_blocks.items()), tuple(max_blocks.items()))
 
     @property
     def max_requests(self) -> int:
@@ -91,3 +76,30 @@ class KVCache:
             slot = jnp.where((slot >= 0) & (column >= 0), slot, table[kind].shape[0])
             table[kind] = table[kind].at[slot, column].set(block, mode="drop")
         return self.replace_tables(table)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _allocate(
+    schemas: tuple[CacheSchema, ...],
+    max_requests: int,
+    num_blocks: tuple[tuple[str, int], ...],
+    max_blocks: tuple[tuple[str, int], ...],
+) -> KVCache:
+    """See `KVCache.allocate`. One program makes all arrays; one for each takes three times as long to compile."""
+    count: dict[str, int] = {}
+    layers: list[int] = []
+    first: dict[str, CacheSchema] = {}
+    for schema in schemas:
+        layers.append(count.get(schema.kind, 0))
+        count[schema.kind] = layers[-1] + 1
+        if first.setdefault(schema.kind, schema) != schema:
+            raise ValueError(f"layers of kind {schema.kind} differ: {first[schema.kind]} and {schema}")
+    blocks, columns = dict(num_blocks), dict(max_blocks)
+    paged = {k: PagedKVPool(s, blocks[k], count[k]) for k, s in first.items() if s.entries_per_block}
+    return KVCache(
+        state={k: StateCachePool(s, max_requests, count[k]) for k, s in first.items()},
+        paged=paged,
+        block_table={k: jnp.full((max_requests, columns[k]), -1, jnp.int32) for k in paged},
+        schemas=schemas,
+        layers=tuple(layers),
+    )

@@ -2,7 +2,17 @@
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
+
+import jax
+
+Stack = TypeVar("Stack")
+
+
+@jax.jit
+def take_layer(stack: Stack, index: int | jax.Array) -> Stack:
+    """One layer of a pytree whose arrays are stacked over layers: one program for all of them, whichever layer."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
 
 
 class LayerViews:

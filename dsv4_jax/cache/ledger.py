@@ -58,6 +58,11 @@ class BlockLedger:
         """Whether a block in columns [first, end) of a request is kept."""
         return any(self._allocators[kind].any_kept(ids[first:end]) for kind, ids in self._blocks[slot].items())
 
+    def any_shared(self, slot: int, kind: str, first: int, end: int) -> bool:
+        """Whether somebody besides a request owns a block in its columns [first, end)."""
+        allocator = self._allocators[kind]
+        return any(allocator.owners(block) > 1 for block in self._blocks[slot][kind][first:end])
+
     def drop(self, blocks: dict[str, list[int]]) -> Released:
         """Kept blocks, by kind, stay no longer; those nobody owns any more are held until `unhold`."""
         gone = {kind: self._allocators[kind].drop(ids) for kind, ids in blocks.items()}

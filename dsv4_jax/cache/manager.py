@@ -197,10 +197,13 @@ class KVCacheManager(RequestLifecycle):
     def acquire(self, layer_idx: int, request_slots: Any, positions: Any, request_ids: Any = None) -> LayerCacheHandle:
         """A handle on one layer for T tokens; allocates neither device memory nor blocks (`allocate_block` does).
 
+        A loop that writes through it assigns the handle's cache to `manager.cache`, and tells with `advance` how many
+        tokens the request has more: snapshots, rollback and forks go by that.
         request_slots, positions: (T,) integers, token-major in any order, slot -1 for padding. request_ids: (T,)
         integers, equal where tokens belong to one request: a check that no two requests got one slot. With fewer
         request_slots (R,) than positions, request_ids says for each token which of them is its own. Raises ValueError
-        when these do not fit together.
+        when these do not fit together. Writing entries through the handle raises RuntimeError where they have no block,
+        or one that another request reads too.
         """
         kind = self._layer_kind(layer_idx)
         planning.check_handles(self._requests, request_slots)
@@ -209,7 +212,7 @@ class KVCacheManager(RequestLifecycle):
             slots = planning.slots_of_tokens(slots, np.asarray(positions), np.asarray(request_ids))
         slots, positions = planning.check_tokens(self._requests, slots, positions)
         plan = StepPlan(slots, positions, group_tokens(slots, positions), kept_blocks=self._requests.kept_blocks())
-        reason = planning.why_unallocated(self._requests, layer_idx, kind, slots, positions)
+        reason = planning.why_unwritable(self._requests, layer_idx, kind, slots, positions)
         return LayerCacheHandle(self._live_cache(), plan, layer_idx, unallocated=reason)
 
     # Checks.

@@ -7,6 +7,7 @@ from ..ops.compress import IndexerKeys
 from ..ops.fp4 import GROUP_SIZE
 from ..ops.record import Record
 from .counts import count
+from .layer_views import take_layer
 from .records import allocate_keys, record_format
 from .schema import CacheSchema
 
@@ -75,7 +76,7 @@ class PagedKVPool:
 
     def layer(self, index: int) -> "PagedKVPool":
         """One layer of a stacked pool."""
-        return jax.tree.map(lambda x: x[index], self)
+        return take_layer(self, index)
 
     def memory_bytes(self) -> int:
         """Bytes the arrays hold."""

@@ -105,16 +105,25 @@ def check_tokens(requests: RequestTable, request_slots: Any, positions: Any) -> 
     return slots, positions.astype(np.int32)
 
 
-def why_unallocated(
+def why_unwritable(
     requests: RequestTable, layer_idx: int, kind: str, slots: np.ndarray, positions: np.ndarray
 ) -> str | None:
-    """Why the entries of these tokens cannot be written in this layer; None when every block is there."""
+    """Why the entries of these tokens cannot be written in this layer; None when every block is there and unshared."""
+    kept = requests.kept_blocks()
     for slot, end in ends_by_slot(slots, positions).items() if kind in requests.ledger.kinds else ():
-        owned, needed = len(requests.ledger.blocks(slot)[kind]), requests.schema_of[kind].blocks_for(end)
+        schema, owned = requests.schema_of[kind], len(requests.ledger.blocks(slot)[kind])
+        needed = schema.blocks_for(end)
         if needed > owned:
             return (
                 f"layer {layer_idx}: slot {slot} has {owned} blocks and these positions need {needed}: call "
                 f"allocate_block({layer_idx}, {slot}) first"
+            )
+        start = int(positions[slots == slot].min())
+        first = max(start // schema.compress_ratio // schema.entries_per_block, 0 if kept is None else int(kept[slot]))
+        if requests.ledger.any_shared(slot, kind, first, needed):
+            return (
+                f"layer {layer_idx}: slot {slot} brings position {start}, whose block others read too (a fork, or a "
+                f"kept prefix): expected positions from {requests.length(slot)} on"
             )
     return None
 

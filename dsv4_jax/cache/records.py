@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -54,7 +55,8 @@ DEFAULT_INDEXER_FORMAT = {"fp8": "nvfp4", "fp8_ue8m0": "mxfp4", "bf16": "bf16", 
 
 def record_format(name: str) -> RecordFormat:
     """The format called `name`; ValueError with the known names otherwise."""
-    if name not in RECORD_FORMATS:
+    given: Any = name
+    if not isinstance(given, str) or name not in RECORD_FORMATS:
         raise ValueError(f"cache_dtype {name!r} is not known: choose one of {sorted(RECORD_FORMATS)}")
     return RECORD_FORMATS[name]
 

@@ -7,6 +7,7 @@ from ..ops.append_swa import SWARing
 from ..ops.compressor_tail import CompressorTail
 from ..ops.running_tail import RunningTail
 from .counts import count
+from .layer_views import take_layer
 from .records import record_format
 from .schema import CacheSchema
 
@@ -66,7 +67,7 @@ class StateCachePool:
 
     @property
     def swa_head(self) -> Array:
-        """([L,] R) int32: ring row of the slot's next token."""
+        """([L,] R) int32: ring row after the newest that was written; a rollback or release does not move it."""
         return self.ring.head
 
     @property
@@ -97,7 +98,10 @@ class StateCachePool:
 
     @property
     def tail_len(self) -> Array | None:
-        """([L,] R) int32: tokens of the slot that wait for their window to fill; None for SWA."""
+        """([L,] R) int32: tokens that wait for their window to fill, as of the slot's last write; None for SWA.
+
+        A rollback or release is the host's alone: what was written stays until it is written over, out of sight.
+        """
         if self.tail is None:
             return None
         newest = jnp.expand_dims((self.ring.head - 1) % self.schema.ring_rows, -1)
@@ -128,7 +132,7 @@ class StateCachePool:
 
     def layer(self, index: int) -> "StateCachePool":
         """One layer of a stacked state."""
-        return jax.tree.map(lambda x: x[index], self)
+        return take_layer(self, index)
 
     def memory_bytes(self) -> int:
         """Bytes the arrays hold."""

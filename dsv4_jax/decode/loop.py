@@ -10,6 +10,7 @@ from ..cache.counts import count
 from ..cache.manager import KVCacheManager
 from ..cache.plan import StepPlan
 from ..cache.prefix import check_salt
+from ..model.step_inputs import check_cache
 from ..model.transformer import DSV4Model
 from .context import blocks_to_read
 from .draft import PromptLookup
@@ -49,12 +50,13 @@ class DecodeLoop:
         by default one chunk and a decode token for every other slot. decode_chunk: steps of a decode call.
         draft_tokens: prompt-lookup drafts verified in a step at most (the manager's max_rollback must be no less).
 
-        Raises ValueError for sizes that make no sense.
+        Raises ValueError for sizes that make no sense and for a manager made for another configuration.
         """
         prefill_chunk = count("prefill_chunk", prefill_chunk, least=1)
         decode_chunk = count("decode_chunk", decode_chunk, least=1)
         if count("draft_tokens", draft_tokens) > manager.max_rollback:
             raise ValueError(f"draft_tokens is {draft_tokens}: expected 0 to max_rollback = {manager.max_rollback}")
+        check_cache(model.config, manager.cache)
         slots, verified = manager.max_concurrent_requests, draft_tokens + 1
         if step_tokens is None:
             step_tokens = prefill_chunk + (slots - 1) * verified
@@ -98,6 +100,7 @@ class DecodeLoop:
             config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples
         )
         check_salt(salt)
+        index = count("index", index, most=(1 << 31) - 1)
         request = Request(ids, max_new_tokens, temperature, seed, index, stops, num_samples, salt)
         self._schedule.check_fits(request)
         self._schedule.wait(self._sample(self._submitted, 0, request, num_samples - 1))

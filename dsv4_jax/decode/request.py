@@ -1,6 +1,5 @@
 """What a decode loop is asked for, and what it answers."""
 
-import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,9 @@ from .draft import PromptLookup
 
 MAX_SAMPLES = 4096
 """Most samples of one prompt: each takes a slot of the cache."""
+
+MAX_TEMPERATURE = float(np.finfo(np.float32).max)
+"""The device draws in float32."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +148,13 @@ def check_sampling(
 ) -> frozenset[int]:
     """The stop tokens; ValueError for options that make no sense."""
     try:
-        drawable = 0 <= temperature < math.inf  # NaN is not
+        drawable = 0 <= temperature <= MAX_TEMPERATURE  # NaN is not
     except TypeError:
         drawable = False
     if not drawable:
-        raise ValueError(f"temperature is {temperature!r}: expected 0 (greedy) or a positive number")
+        raise ValueError(
+            f"temperature is {temperature!r}: expected 0 (greedy) or a positive number, at most {MAX_TEMPERATURE:.5g}"
+        )
     count("seed", seed, most=(1 << 32) - 1)
     count("num_samples", num_samples, least=1, most=MAX_SAMPLES)
     try:

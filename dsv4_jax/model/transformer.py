@@ -14,6 +14,7 @@ from .layer_schedule import LayerSpec, build_schedule
 from .layers import Embedding, Linear, RMSNorm
 from .moe import MoE
 from .residual import HyperHead, connect, merge
+from .step_inputs import check_step
 
 Array = jax.Array
 
@@ -65,6 +66,7 @@ class DSV4Model(nnx.Module):
 
     def hidden(self, token_ids: Array, cache: KVCache, plan: StepPlan) -> tuple[Array, KVCache]:
         """One step without the head: token_ids (T,) int32 -> normed final state (T, hidden), cache after the step."""
+        check_step(self.config, token_ids, cache, plan)
         cache = cache.with_blocks(plan.new_blocks)
         x = self.embed(token_ids).astype(self.dtype)
         streams = jnp.broadcast_to(x[:, None], (x.shape[0], self.config.hc_mult, x.shape[1]))
@@ -81,6 +83,9 @@ class DSV4Model(nnx.Module):
         return self.head(hidden).astype(jnp.float32)
 
     def __call__(self, token_ids: Array, cache: KVCache, plan: StepPlan) -> tuple[Array, KVCache]:
-        """One step: token_ids (T,) int32, laid out as `plan` -> logits (T, vocabulary) float32, cache after it."""
+        """One step: token_ids (T,) int32, laid out as `plan` -> logits (T, vocabulary) float32, cache after it.
+
+        Raises ValueError for token ids of another shape or dtype, and for a cache of another configuration.
+        """
         hidden, cache = self.hidden(token_ids, cache, plan)
         return self.logits(hidden), cache

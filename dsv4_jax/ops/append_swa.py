@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dsv4_jax.ops import native
-from dsv4_jax.ops.ordering import after
-from dsv4_jax.ops.record import Record, encode_record
-from dsv4_jax.ops.rows import set_rows
-from dsv4_jax.ops.ue8m0 import scale_bytes
+from . import native
+from .ordering import after
+from .record import Record, encode_record
+from .rows import set_rows
+from .ue8m0 import scale_bytes
 
 
 class SWARing(NamedTuple):
     """The window rings of all slots; L layers may be stacked in front of every array, or of none.
 
-    A token at position p lives in row p % W of its slot; readers trust ``pos``, never the mere content of a row.
+    A token at position p lives in row p % W of its slot, so what a row holds follows from the slot's newest position.
+    Readers go by that alone; ``pos`` and ``head`` say what was written last, for people and checks.
     """
 
     nope: Array

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dsv4_jax.ops import native
-from dsv4_jax.ops.append_swa import SWARing, append_swa, native_limit, resolve_writes
-from dsv4_jax.ops.rms_norm import rms_norm
-from dsv4_jax.ops.rope import apply_rope
+from . import native
+from .append_swa import SWARing, append_swa, native_limit, resolve_writes
+from .rms_norm import rms_norm
+from .rope import apply_rope
 
 
 def append_swa_fused(

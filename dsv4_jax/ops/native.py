@@ -11,8 +11,6 @@ from typing import Any
 
 import jax
 
-import dsv4_jax
-
 _LOG = logging.getLogger(__name__)
 
 LIBRARY_DIR_VARIABLE = "DSV4_JAX_LIB_DIR"
@@ -91,8 +89,11 @@ def dispatch(
 def library_dirs() -> list[pathlib.Path]:
     """The folders the libraries are looked for in, in order."""
     chosen = os.environ.get(LIBRARY_DIR_VARIABLE)
+    if chosen:
+        return [pathlib.Path(chosen)]
     # An editable installation has two: the sources, and what was built from them.
-    return [pathlib.Path(chosen)] if chosen else [pathlib.Path(p) / "_lib" for p in dsv4_jax.__path__]
+    package = sys.modules[__name__.partition(".")[0]]
+    return [pathlib.Path(folder) / "_lib" for folder in package.__path__]
 
 
 def _register(platform: str) -> bool:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dsv4_jax.ops import native
+from . import native
 
 
 def set_rows(array: Array, indices: tuple[Array | int, ...], values: Array) -> Array:

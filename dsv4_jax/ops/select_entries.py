@@ -24,5 +24,6 @@ def select_top_k(scores: Array, visible: Array, k: int) -> Array:
 
     visible (T,) int32: entries below it can be seen, the others score -inf.
     """
-    _, index = jax.lax.top_k(scores, k)
+    # To top_k, 0 is more than -0, which is what a negative weight makes of a relu's zero.
+    _, index = jax.lax.top_k(jnp.where(scores == 0, 0.0, scores), k)
     return jnp.where(index < visible[:, None], index.astype(jnp.int32), -1)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dsv4_jax.ops import append_swa, compress, native
-from dsv4_jax.ops.append_swa import SWARing
-from dsv4_jax.ops.append_swa_fused import append_swa_fused, fused_operands
-from dsv4_jax.ops.compress import CompressorWeights, IndexerKeys, Tail, compress_indexer, compress_operands
-from dsv4_jax.ops.compressor_tail import CompressorTail
-from dsv4_jax.ops.record import Record
-from dsv4_jax.ops.segments import Segments
+from . import append_swa, compress, native
+from .append_swa import SWARing
+from .append_swa_fused import append_swa_fused, fused_operands
+from .compress import CompressorWeights, IndexerKeys, Tail, compress_indexer, compress_operands
+from .compressor_tail import CompressorTail
+from .record import Record
+from .segments import Segments
 
 
 class LayerState(NamedTuple):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -170,19 +171,22 @@ def test_debug_mode_leaves_nan(make, formats):
     slot = manager.admit_request()
     manager.plan_step([slot] * 8, np.arange(8))
     state, paged = jax.tree.map(
-        lambda x: x if x.dtype == jnp.int32 else jnp.zeros_like(x), (manager.cache.state, manager.cache.paged)
+        lambda x: x if x.dtype == jnp.int32 else jnp.asarray(np.zeros(x.shape, x.dtype)),
+        (manager.cache.state, manager.cache.paged),
     )
     manager.cache = manager.cache.replace_state(state, paged, manager.cache.block_table)
     manager.release_request(slot)
     paged, state = manager.paged_pools[CSA], manager.state_pools[CSA]
-    assert np.isnan(decode_record(paged.entries)[0]).all()
-    first_block = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.full(1, 32, jnp.int32)
-    assert np.isnan(read_keys(manager.cache.paged["csa"].indexer, *first_block, format=formats[1], layer=0)).all()
+    decode = jax.jit(decode_record)
+    assert np.isnan(np.asarray(decode(paged.entries))[0]).all()
+    first_block = np.zeros((1, 1), np.int32), np.zeros(1, np.int32), np.full(1, 32, np.int32)
+    keys = jax.jit(partial(read_keys, format=formats[1], layer=0))(manager.cache.paged["csa"].indexer, *first_block)
+    assert np.isnan(np.asarray(keys)).all()
     ring = state.ring
-    assert np.isnan(decode_record(type(paged.entries)(ring.nope, ring.rope, ring.inv_scale))[0]).all()
-    assert (ring.pos[0] == -1).all()
-    assert np.isnan(state.tail_ka[0]).all()
-    assert np.isnan(manager.state_pools[HCA].tail_za[0]).all()
+    assert np.isnan(np.asarray(decode(type(paged.entries)(ring.nope, ring.rope, ring.inv_scale)))[0]).all()
+    assert (np.asarray(ring.pos)[0] == -1).all()
+    assert np.isnan(np.asarray(state.tail_ka)[0]).all()
+    assert np.isnan(np.asarray(manager.state_pools[HCA].tail_za)[0]).all()
     assert not np.asarray(paged.entries_rope)[1:].any()  # others are not touched
     with pytest.raises(AssertionError, match="somebody wrote to free CSA blocks"):
         manager.check()  # the zeros above were written to free blocks, too

@@ -248,6 +248,7 @@ def test_request_ids(make):
         ({"max_context_len": 0}, "max_context_len is 0"),
         ({"num_blocks_per_csa_layer": -1}, "num_blocks_per_csa_layer is -1"),
         ({"cache_dtype": "int8"}, "cache_dtype 'int8'"),
+        ({"cache_dtype": ["fp8"]}, r"cache_dtype \['fp8'\] is not known"),
         ({"max_concurrent_requests": 2.0}, "max_concurrent_requests is 2.0: expected an integer, 1 or more"),
         ({"max_context_len": 1 << 31}, "max_context_len is 2147483648: expected an integer from 1 to 2147483647"),
         ({"schedule": ()}, "schedule has no layers"),

@@ -11,13 +11,24 @@ from dsv4_jax.cache.occupancy import occupancy
 SWA, CSA, HCA = 0, 1, 2
 LENGTHS = (9, 200, 256)
 
-write_swa = jax.jit(LayerCacheHandle.write_swa)
-write_compressed = jax.jit(LayerCacheHandle.write_compressed)
+
+@jax.jit
+def fill(cache, plan, compressors):
+    """Every vector of a step's tokens is filled with position + 1, in all lanes and kinds of layers."""
+    cache, tokens = cache.with_blocks(plan.new_blocks), len(plan.slots)
+    values = (plan.positions + 1).astype(jnp.float32)[:, None]
+    for layer, lanes in ((SWA, 0), (CSA, 2), (HCA, 1)):
+        handle = LayerCacheHandle(cache, plan, layer).write_swa(jnp.broadcast_to(values, (tokens, 512)))
+        if lanes:
+            kv = jnp.broadcast_to(values, (tokens, lanes * 512))
+            handle = handle.write_compressed(kv, kv, compressors[layer])
+        cache = handle.cache
+    return cache
 
 
 @pytest.fixture
 def filled(make, weights):
-    """A manager whose slots hold 9, 200 and 256 tokens; every vector is filled with position + 1, in all lanes."""
+    """A manager whose slots hold 9, 200 and 256 tokens."""
     manager = make(
         max_concurrent_requests=4, cache_dtype="fp32", num_blocks_per_csa_layer=6, num_blocks_per_hca_layer=6
     )
@@ -28,15 +39,7 @@ def filled(make, weights):
         tokens += [(-1, 0)] * (192 - len(tokens))
         where, positions = np.array(tokens, np.int32).T
         plan = manager.plan_step(where, positions, num_segments=3, width=64)
-        cache = manager.cache.with_blocks(plan.new_blocks)
-        values = jnp.asarray(positions + 1, jnp.float32)[:, None]
-        for layer in (SWA, CSA, HCA):
-            handle = write_swa(LayerCacheHandle(cache, plan, layer), jnp.broadcast_to(values, (192, 512)))
-            if layer in compressors:
-                kv = jnp.broadcast_to(values, (192, 1024 if layer == CSA else 512))
-                handle = write_compressed(handle, kv, kv, compressors[layer])
-            cache = handle.cache
-        manager.cache = cache
+        manager.cache = fill(manager.cache, plan, compressors)
     return manager
 
 
@@ -45,17 +48,18 @@ def test_rows_and_blocks_are_those_of_the_arrays(filled):
     assert [slot.length for slot in state.slots] == list(LENGTHS)
     pools = {pool.kind: pool for pool in state.pools}
     for slot in state.slots:
-        rings = [filled.state_pools[layer].swa_rope[slot.slot, :, 0] for layer in (SWA, CSA, HCA)]
+        states = [jax.tree.map(np.asarray, filled.state_pools[layer]) for layer in (SWA, CSA, HCA)]
+        rings = [state.swa_rope[slot.slot, :, 0] for state in states]
         arrays = {
             "ring": rings[0],
-            "csa": filled.state_pools[CSA].tail_kb[slot.slot, :, 0],
-            "csa lane a": filled.state_pools[CSA].tail_ka[slot.slot, :, 0],
-            "hca": filled.state_pools[HCA].tail_ka[slot.slot, :, 0],
+            "csa": states[CSA].tail_kb[slot.slot, :, 0],
+            "csa lane a": states[CSA].tail_ka[slot.slot, :, 0],
+            "hca": states[HCA].tail_ka[slot.slot, :, 0],
         }
         for ring in rings[1:]:
             np.testing.assert_array_equal(ring, rings[0])
         for rows in (slot.ring, *slot.tails):
-            got, said = np.asarray(arrays.pop(rows.name)), np.array(rows.positions)
+            got, said = arrays.pop(rows.name), np.array(rows.positions)
             assert got.shape == said.shape
             np.testing.assert_array_equal(got[said >= 0], said[said >= 0] + 1, err_msg=f"{slot.slot} {rows.name}")
             if rows.name == "ring":

@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(snapshot):
     for manager, error, message in [
         (make(SMALL.replace(rms_norm_eps=1e-5)), ValueError, "of another model: its fingerprint is"),
         (make(fingerprint="other weights"), ValueError, "of another model: its fingerprint is"),
-        (make(cache_dtype="bf16"), ValueError, r"SWA layers have cache_dtype 'fp8', this cache's 'bf16'"),
+        (make(cache_dtype="bf16"), ValueError, r"CSA layers have cache_dtype 'fp8', this cache's 'bf16'"),
         (make(indexer_dtype="mxfp4"), ValueError, "have indexer_dtype 'nvfp4', this cache's 'mxfp4'"),
         (make(max_context_len=28), ValueError, r"has 29 tokens.*room for 28 in a request \(max_context_len\)"),
         (make(blocks=2), RuntimeError, "OOM: 3 more CSA blocks are needed, 2 are free"),

@@ -49,6 +49,9 @@ def append(ring, kv, slots, positions, **options):
     return append_swa(ring, kv, slots, positions, **options)
 
 
+round_to_bf16 = jax.jit(to_bf16)
+
+
 def bits(x):
     x = np.asarray(x)
     return x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.itemsize])
@@ -93,12 +96,12 @@ def expected_ring(ring, kv, slots, positions, layer=None):
 
 def to_record(kv, width, one):
     """Quantised rows; the quantisation itself is tested in test_fp8."""
-    nope, rope = jnp.asarray(kv)[:, :width], jnp.asarray(kv)[:, width:]
+    nope, rope = np.asarray(kv)[:, :width], np.asarray(kv)[:, width:]
     if one.nope.dtype == np.uint8:
         nope, inv_scale = jax.jit(quantise_ue8m0 if one.inv_scale.dtype == np.uint8 else quantise_fp8)(nope)
-        return np.asarray(nope), np.asarray(to_bf16(rope)), np.asarray(inv_scale)
+        return np.asarray(nope), np.asarray(round_to_bf16(rope)), np.asarray(inv_scale)
     if one.nope.dtype == BF16:
-        return np.asarray(to_bf16(nope)), np.asarray(to_bf16(rope)), None
+        return np.asarray(round_to_bf16(nope)), np.asarray(round_to_bf16(rope)), None
     return np.asarray(nope, np.float32), np.asarray(rope, np.float32), None
 
 
