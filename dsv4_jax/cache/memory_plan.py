@@ -109,10 +109,10 @@ class CacheCost:
 
         missing = filled(0).total_bytes - memory
         if missing > 0:
+            whose = "one request" if requests == 1 else f"{requests} concurrent requests, one of them"
             raise ValueError(
-                f"{memory:,} bytes are {missing:,} too few for a cache of {requests} concurrent "
-                f"request{'s' * (requests != 1)}, one with {max_context_len:,} token{'s' * (max_context_len != 1)}: "
-                f"{self._what_fits(memory, requests, max_context_len)}"
+                f"{memory:,} bytes are {missing:,} too few for a cache of {whose} with {max_context_len:,} "
+                f"token{'s' * (max_context_len != 1)}: {self._what_fits(memory, requests, max_context_len)}"
             )
         return filled(_largest(lambda n: filled(n).total_bytes <= memory, max(full.num_blocks.values(), default=0)))
 

@@ -41,9 +41,9 @@ def rows() -> list[Callable[[], gpu_timing.Row]]:
     row(gpu_writes.append_prefill, bf16, False, form="fp8_ue8m0")
     for batch, target in ((64, 2.5), (256, 4.0)):
         row(gpu_writes.compress_decode, 4, 512, batch, True, target=target)
-    row(gpu_writes.compress_decode, 4, 512, 64, True, layers=1, rounds=252)
+    row(gpu_writes.compress_decode, 4, 512, 64, True, layers=1, rounds=84)
     row(gpu_writes.compress_decode, 4, 512, 64, False, target=1.5)
-    row(gpu_writes.compress_decode, 4, 512, 64, False, layers=1, rounds=252)
+    row(gpu_writes.compress_decode, 4, 512, 64, False, layers=1, rounds=84)
     row(gpu_writes.compress_decode, 4, 512, 64, True, form="fp8_ue8m0")
     row(gpu_writes.compress_decode, 128, 512, 64, True, target=13.0, layers=20)
     row(gpu_writes.compress_decode, 128, 512, 64, False, target=1.5, layers=20)

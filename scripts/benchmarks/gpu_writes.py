@@ -75,7 +75,7 @@ def append_prefill(dtype, fused: bool, tokens: int = 65536, layers: int = 8, for
     )
 
 
-def append_decode(tokens: int, fused: bool, layers: int = 43, rounds: int = 8, steps: int = 2) -> Row:
+def append_decode(tokens: int, fused: bool, layers: int = 43, rounds: int = 3, steps: int = 3) -> Row:
     inputs = append_inputs(tokens, jnp.bfloat16, 0)
     at = jnp.arange(tokens, dtype=jnp.int32)
 
@@ -112,7 +112,7 @@ def compressor(keys: str | None, **options):
 
 
 def compress_decode(
-    ratio, dim, batch, closing, *, keys=None, form="fp8", running=False, target=None, layers=21, rounds=12, steps=2
+    ratio, dim, batch, closing, *, keys=None, form="fp8", running=False, target=None, layers=21, rounds=4, steps=3
 ) -> Row:
     state, weights = new_compressor(ratio, dim, layers, batch, 2 * batch, keys, form, running)
     at = jnp.arange(batch, dtype=jnp.int32)
