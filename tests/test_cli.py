@@ -3,7 +3,6 @@
 import errno
 import json
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -26,7 +25,6 @@ def test_text_goes_to_stdout_and_the_summary_to_stderr(run, one_layer):
     model = dsv4_jax.from_pretrained(one_layer)
     (tokens,) = dsv4_jax.generate(model, [list(b"import os")], 20, stop_tokens=model.config.eos_token_ids)
     assert text == bytes(tokens).decode(errors="replace")
-    assert re.search(r"skipped \d+ tensors of draft layers", err)
     assert "9 prompt tokens" in err
     assert f"{len(tokens)} new tokens" in err
     assert "fp8 records, nvfp4 indexer keys" in err
