@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cache.host.prefix import PrefixPolicy
     from .cache.manager import KVCacheManager
-    from .cache.prefix import PrefixPolicy
-    from .cache.snapshot import Snapshot
-    from .cache.snapshot_file import load_snapshot, save_snapshot
+    from .cache.transfer.snapshot import Snapshot
+    from .cache.transfer.snapshot_file import load_snapshot, save_snapshot
     from .decode.generate import generate, stream
     from .model.config import DSV4Config
     from .model.layer_schedule import build_schedule
@@ -32,13 +32,13 @@ __version__ = "0.1.0"
 _MODULES = {
     "DSV4Config": ".model.config",
     "KVCacheManager": ".cache.manager",
-    "PrefixPolicy": ".cache.prefix",
-    "Snapshot": ".cache.snapshot",
+    "PrefixPolicy": ".cache.host.prefix",
+    "Snapshot": ".cache.transfer.snapshot",
     "build_schedule": ".model.layer_schedule",
     "from_pretrained": ".model.pretrained",
     "generate": ".decode.generate",
-    "load_snapshot": ".cache.snapshot_file",
-    "save_snapshot": ".cache.snapshot_file",
+    "load_snapshot": ".cache.transfer.snapshot_file",
+    "save_snapshot": ".cache.transfer.snapshot_file",
     "stream": ".decode.generate",
 }
 

@@ -9,8 +9,8 @@ from flax import nnx
 from dsv4_jax import DSV4Config, KVCacheManager
 from dsv4_jax.cache.handle import LayerCacheHandle
 from dsv4_jax.cache.views import ClassicalView, SWAView
-from dsv4_jax.ops.compress import CompressorWeights
-from dsv4_jax.ops.fp4 import hadamard
+from dsv4_jax.ops.formats.fp4 import hadamard
+from dsv4_jax.ops.write.compress import CompressorWeights
 
 # What the cache needs to know of the model: layers, widths of records and indexer keys, and the longest context.
 CONFIG = DSV4Config.flash().replace(

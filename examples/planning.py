@@ -4,7 +4,7 @@ The same from the command line: dsv4-jax plan --config flash --memory 80GiB --co
 """
 
 from dsv4_jax import DSV4Config, KVCacheManager
-from dsv4_jax.cache.memory_plan import cache_cost
+from dsv4_jax.cache.cost import cache_cost
 
 GIB = 2**30
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 
 import dsv4_jax
-from dsv4_jax.ops import native
+from dsv4_jax.ops import dispatch
 
 PROGRAM = pathlib.Path(sys.executable).with_name("dsv4-jax")
 
@@ -39,7 +39,7 @@ def main() -> None:
     if sys.prefix not in str(here):
         raise SystemExit(f"smoke: {here} is not the installed package")
     expect("version", run("--version").stdout.strip(), importlib.metadata.version("dsv4_jax"))
-    expect("native libraries", sorted(native.available()), sorted(sys.argv[1:]))
+    expect("native libraries", sorted(dispatch.available()), sorted(sys.argv[1:]))
     report = json.loads(run("plan", "--config", "flash", "--memory", "80GiB", "--json").stdout)
     manager = dsv4_jax.KVCacheManager.from_memory(
         dsv4_jax.DSV4Config.flash(), 64 << 20, max_concurrent_requests=1, max_context_len=2048

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ..ops.append_swa import SWARing, append_swa
-from ..ops.append_swa_fused import append_swa_fused
-from ..ops.compress import CompressorWeights, compress, compress_indexer
-from ..ops.ordering import after as ordered_after
-from ..ops.read_entries import read_entries, read_keys
-from ..ops.read_window import read_window
-from ..ops.record import Record, decode_record, encode_record
-from ..ops.rms_norm import rms_norm
-from ..ops.rope import apply_rope
+from ..ops.formats.record import Record, decode_record, encode_record
+from ..ops.nn.rms_norm import rms_norm
+from ..ops.nn.rope import apply_rope
+from ..ops.read.entries import read_entries, read_keys
+from ..ops.read.window import read_window
 from ..ops.segments import per_token, to_segments
-from ..ops.write_layer import Projections, RawWindow
+from ..ops.write.append_swa import SWARing, append_swa
+from ..ops.write.append_swa_fused import append_swa_fused
+from ..ops.write.compress import CompressorWeights, compress, compress_indexer
+from ..ops.write.ordering import after as ordered_after
+from ..ops.write.write_layer import Projections, RawWindow
 from .kv_cache import KVCache
 from .layer_inputs import check_array, check_floating, check_rows, check_weights
 from .layer_writes import write_at_once

@@ -5,16 +5,16 @@ from typing import Any
 
 import jax
 
-from .checks import check_cache
-from .debug_fill import fill_blocks, fill_slot
+from .host.prefix import PrefixIndex, PrefixPolicy
+from .host.requests import RequestTable
+from .host.slot import Slot
 from .kv_cache import KVCache
-from .layer_views import LayerViews
 from .paged_cache import PagedKVPool
-from .prefix import PrefixIndex, PrefixPolicy
-from .requests import RequestTable
-from .slot import Slot
-from .slot_io import enter_cells
+from .stacks import LayerViews
 from .state_cache import StateCachePool
+from .transfer.consistency import check_cache
+from .transfer.debug import fill_blocks, fill_slot
+from .transfer.slots import enter_cells
 
 
 class CacheHolder:

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..ops.compress import CompressorWeights
+from ..ops.write.compress import CompressorWeights
 
 FLOATS = (jnp.float32, jnp.bfloat16)
 

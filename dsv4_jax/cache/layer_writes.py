@@ -3,7 +3,7 @@
 import jax
 
 from ..ops.segments import Segments
-from ..ops.write_layer import LayerState, Projections, RawWindow, write_layer
+from ..ops.write.write_layer import LayerState, Projections, RawWindow, write_layer
 from .kv_cache import KVCache
 
 Array = jax.Array

@@ -7,13 +7,13 @@ import numpy as np
 
 from .counts import count, is_integer
 from .holder import CacheHolder
-from .ledger import rows_array
-from .prefix import AdmittedPrompt
-from .slot import Slot
-from .slot_copy import copy_slot
-from .slot_io import enter_cells
-from .snapshot import Snapshot, require_fit, take_snapshot, write_entries
-from .state_rows import read_rows, write_rows
+from .host.blocks import rows_array
+from .host.prefix import AdmittedPrompt
+from .host.slot import Slot
+from .transfer.copies import copy_slot
+from .transfer.slots import enter_cells
+from .transfer.snapshot import Snapshot, require_fit, take_snapshot, write_entries
+from .transfer.state_rows import read_rows, write_rows
 
 
 class RequestLifecycle(CacheHolder):

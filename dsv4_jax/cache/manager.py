@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from . import planning
+from .cost import cache_cost
 from .counts import count, is_integer
 from .fingerprint import model_fingerprint
 from .handle import LayerCacheHandle
+from .host import planning
+from .host.prefix import PrefixIndex, PrefixPolicy, recomputation_reach
+from .host.requests import RequestTable
 from .kv_cache import KVCache
 from .lifecycle import RequestLifecycle
-from .memory_plan import cache_cost
 from .plan import StepPlan, group_tokens
-from .prefix import PrefixIndex, PrefixPolicy, recomputation_reach
-from .requests import RequestTable
 from .schema import build_schema
-from .slot_io import enter_cells
+from .transfer.slots import enter_cells
 
 MAX_CONTEXT_LEN = (1 << 31) - 1
 """Most tokens of a request: positions, and the length after the last of them, are int32."""

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from ..ops.compress import IndexerKeys
-from ..ops.fp4 import GROUP_SIZE
-from ..ops.record import Record
+from ..ops.formats.fp4 import GROUP_SIZE
+from ..ops.formats.record import Record
+from ..ops.write.compress import IndexerKeys
 from .counts import count
-from .layer_views import take_layer
-from .records import allocate_keys, record_format
+from .formats import allocate_keys, record_format
 from .schema import CacheSchema
+from .stacks import take_layer
 
 Array = jax.Array
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..ops.running_tail import running_rows
+from ..ops.write.running_tail import running_rows
 from .counts import count
-from .records import DEFAULT_INDEXER_FORMAT, check_dimensions, check_indexer_format, record_format
+from .formats import DEFAULT_INDEXER_FORMAT, check_dimensions, check_indexer_format, record_format
 
 BLOCK_SIZE_ORIGINAL_TOKENS = 128
 """Tokens a paged block of the released models covers: the least common multiple of their ratios 4 and 128."""

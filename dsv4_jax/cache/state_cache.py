@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from ..ops.append_swa import SWARing
-from ..ops.compressor_tail import CompressorTail
-from ..ops.running_tail import RunningTail
+from ..ops.write.append_swa import SWARing
+from ..ops.write.compressor_tail import CompressorTail
+from ..ops.write.running_tail import RunningTail
 from .counts import count
-from .layer_views import take_layer
-from .records import record_format
+from .formats import record_format
 from .schema import CacheSchema
+from .stacks import take_layer
 
 Array = jax.Array
 

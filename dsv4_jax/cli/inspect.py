@@ -52,7 +52,7 @@ def inspect(
     if picture is not None:
         raise InputError("--picture draws the states of a run: give a prompt with --run")
     if _is_snapshot(path):
-        from ..cache.snapshot_file import load_snapshot
+        from ..cache.transfer.snapshot_file import load_snapshot
 
         with status(console, f"reading {path}"):
             request = snapshot_report(path, load_snapshot(path))
@@ -61,7 +61,7 @@ def inspect(
         else:
             show_snapshot(request)
         return 0
-    from ..model.inspection import inspect_checkpoint
+    from ..model.files.inspection import inspect_checkpoint
 
     with status(console, f"reading the headers of {path}"):
         report = inspect_checkpoint(path)
@@ -76,7 +76,7 @@ def _is_snapshot(path: str) -> bool:
     """Whether this is a file of `save_snapshot`; ValueError for a file that is no safetensors file at all."""
     if not os.path.isfile(path):
         return False
-    from ..cache.snapshot_file import FORMAT
+    from ..cache.transfer.snapshot_file import FORMAT
     from ..files.safetensors_file import SafetensorsFile
 
     return SafetensorsFile(path).metadata.get("format") == FORMAT

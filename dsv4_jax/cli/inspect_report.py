@@ -86,7 +86,7 @@ def snapshot_report(path: str, snapshot: Any) -> dict[str, Any]:
 
 def _check_snapshot(path: str, snapshot: Any) -> None:
     """A checksum says that a file is as it was written, not by whom: what is shown is looked at first."""
-    from ..cache.records import INDEXER_FORMATS, RECORD_FORMATS
+    from ..cache.formats import INDEXER_FORMATS, RECORD_FORMATS
     from ..cache.schema import HCA_TAILS, KINDS
 
     def require(good: bool, what: str, got: object, expected: str) -> None:

@@ -44,6 +44,6 @@ def packaged_checkpoint() -> pathlib.Path:
 
 def default_indexer(cache_dtype: str) -> str:
     """The form of indexer keys that goes with records in `cache_dtype`."""
-    from dsv4_jax.cache.records import DEFAULT_INDEXER_FORMAT
+    from dsv4_jax.cache.formats import DEFAULT_INDEXER_FORMAT
 
     return DEFAULT_INDEXER_FORMAT[cache_dtype]

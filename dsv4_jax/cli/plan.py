@@ -102,7 +102,7 @@ def make_report(
 
     memory: bytes for the cache. options: max_rollback, hca_tail.
     """
-    from ..cache.records import key_bytes, record_format
+    from ..cache.formats import key_bytes, record_format
 
     limit = config.max_position_embeddings
     costs = _costs(config, cache_dtype, indexer_dtype, **options)
@@ -177,9 +177,9 @@ def make_lines(config: Any, report: dict[str, Any]) -> dict[str, list[tuple[int,
 
 def _costs(config: Any, cache_dtype: str, indexer_dtype: str, **options: Any) -> dict[tuple[str, str], Any]:
     """The pairs of formats worth comparing: every record format with keys of its own kind, and what was asked for."""
-    from ..cache.memory_plan import cache_cost
-    from ..cache.records import RECORD_FORMATS
-    from ..ops.fp4 import GROUP_SIZE
+    from ..cache.cost import cache_cost
+    from ..cache.formats import RECORD_FORMATS
+    from ..ops.formats.fp4 import GROUP_SIZE
 
     def cost(records: str, keys: str) -> Any:
         return cache_cost(config, config.schedule, cache_dtype=records, indexer_dtype=keys, **options)

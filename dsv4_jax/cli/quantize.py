@@ -30,7 +30,7 @@ def quantize(
 
     Example: dsv4-jax quantize my-checkpoint my-checkpoint-fp8 --shard-size 2GB
     """
-    from dsv4_jax.model.released_form import quantise_checkpoint
+    from dsv4_jax.model.files.released_form import quantise_checkpoint
 
     console = make_console(quiet)
     shard_bytes = parse_bytes(shard_size, "--shard-size")

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from ..cache.counts import count
+from ..cache.host.prefix import check_salt
 from ..cache.manager import KVCacheManager
 from ..cache.plan import StepPlan
-from ..cache.prefix import check_salt
 from ..model.step_inputs import check_cache
 from ..model.transformer import DSV4Model
 from .context import blocks_to_read
@@ -17,7 +17,7 @@ from .draft import PromptLookup
 from .layout import Part, draw_arrays, slot_arrays, token_arrays
 from .request import Event, Request, Sample, Stats, check_prompt, check_sampling
 from .sampling import Draws
-from .schedule import Schedule
+from .scheduler import Schedule
 from .steps import LoopState, decode_steps, prefill_step, split_model
 
 PREFILL_CHUNK = 128

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..cache.counts import count
-from ..cache.snapshot import Snapshot
+from ..cache.transfer.snapshot import Snapshot
 from ..model.config import DSV4Config
 from .draft import PromptLookup
 

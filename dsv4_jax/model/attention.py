@@ -8,13 +8,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ..cache.handle import LayerCacheHandle
-from ..ops.attention import KeyGroup, attend
-from ..ops.compress import CompressorWeights
-from ..ops.fp4 import hadamard
-from ..ops.rms_norm import rms_norm
-from ..ops.rope import apply_rope, rope_angles, rope_frequencies
-from ..ops.select_entries import index_scores, select_top_k
-from ..ops.write_layer import Projections, RawWindow
+from ..ops.formats.fp4 import hadamard
+from ..ops.nn.rms_norm import rms_norm
+from ..ops.nn.rope import apply_rope, rope_angles, rope_frequencies
+from ..ops.read.attention import KeyGroup, attend
+from ..ops.read.select_entries import index_scores, select_top_k
+from ..ops.write.compress import CompressorWeights
+from ..ops.write.write_layer import Projections, RawWindow
 from .config import DSV4Config
 from .layer_schedule import AttentionType, LayerSpec
 from .layers import Linear, RMSNorm, matmul_precision

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ..ops.rms_norm import rms_norm
+from ..ops.nn.rms_norm import rms_norm
 
 Array = jax.Array
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .checkpoint import Progress, check_memory, read_tensors, result_bytes
 from .config import DSV4Config
+from .files.checkpoint import Progress, check_memory, read_tensors, result_bytes
 from .transformer import DSV4Model
 
 

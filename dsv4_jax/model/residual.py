@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..ops.rms_norm import rms_norm
-from ..ops.sinkhorn import sinkhorn
+from ..ops.nn.rms_norm import rms_norm
+from ..ops.nn.sinkhorn import sinkhorn
 from .config import DSV4Config
 
 Array = jax.Array

@@ -22,7 +22,7 @@ import gpu_writes
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.ops import native
+from dsv4_jax.ops import dispatch
 
 
 def rows() -> list[Callable[[], gpu_timing.Row]]:
@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=os.environ.get("OUT", "gpu_results"), help="folder of the JSON file")
     options = parser.parse_args()
-    if jax.default_backend() != "gpu" or "cuda" not in native.available():
+    if jax.default_backend() != "gpu" or "cuda" not in dispatch.available():
         sys.exit("bench gpu: needs an NVIDIA GPU, JAX with CUDA and the native library for it (scripts/build_ffi)")
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is one of the numbers
     start = time.perf_counter()

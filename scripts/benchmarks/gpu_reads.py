@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from gpu_timing import Row, warmed
 
-from dsv4_jax.cache.records import key_bytes, record_format
-from dsv4_jax.ops.append_swa import SWARing
-from dsv4_jax.ops.compress import IndexerKeys
-from dsv4_jax.ops.fp4 import GROUP_SIZE
-from dsv4_jax.ops.read_entries import read_entries, read_keys
-from dsv4_jax.ops.read_window import read_window
-from dsv4_jax.ops.record import Record
+from dsv4_jax.cache.formats import key_bytes, record_format
+from dsv4_jax.ops.formats.fp4 import GROUP_SIZE
+from dsv4_jax.ops.formats.record import Record
+from dsv4_jax.ops.read.entries import read_entries, read_keys
+from dsv4_jax.ops.read.window import read_window
+from dsv4_jax.ops.write.append_swa import SWARing
+from dsv4_jax.ops.write.compress import IndexerKeys
 
 Array = jax.Array
 

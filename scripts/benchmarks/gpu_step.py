@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from gpu_timing import Row, fact, warmed
 
 from dsv4_jax import DSV4Config, build_schedule
+from dsv4_jax.cache.cost import cache_cost
+from dsv4_jax.cache.formats import RECORD_FORMATS
 from dsv4_jax.cache.handle import LayerCacheHandle
 from dsv4_jax.cache.kv_cache import KVCache
-from dsv4_jax.cache.memory_plan import cache_cost
 from dsv4_jax.cache.plan import StepPlan
-from dsv4_jax.cache.records import RECORD_FORMATS
 from dsv4_jax.cache.schema import CacheSchema, build_schema
-from dsv4_jax.ops.compress import CompressorWeights
-from dsv4_jax.ops.rope import rope_angles, rope_frequencies
-from dsv4_jax.ops.write_layer import Projections, RawWindow
+from dsv4_jax.ops.nn.rope import rope_angles, rope_frequencies
+from dsv4_jax.ops.write.compress import CompressorWeights
+from dsv4_jax.ops.write.write_layer import Projections, RawWindow
 
 Array = jax.Array
 CONFIG = DSV4Config.flash()

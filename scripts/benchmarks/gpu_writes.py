@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from gpu_timing import Row, warmed
 
-from dsv4_jax.cache.records import allocate_keys, record_format
-from dsv4_jax.ops.append_swa import SWARing, append_swa
-from dsv4_jax.ops.append_swa_fused import append_swa_fused
-from dsv4_jax.ops.compress import CompressorTail, CompressorWeights, compress, compress_indexer
-from dsv4_jax.ops.rope import rope_frequencies
-from dsv4_jax.ops.running_tail import RunningTail, running_rows
+from dsv4_jax.cache.formats import allocate_keys, record_format
+from dsv4_jax.ops.nn.rope import rope_frequencies
 from dsv4_jax.ops.segments import Segments, one_token_segments
+from dsv4_jax.ops.write.append_swa import SWARing, append_swa
+from dsv4_jax.ops.write.append_swa_fused import append_swa_fused
+from dsv4_jax.ops.write.compress import CompressorTail, CompressorWeights, compress, compress_indexer
+from dsv4_jax.ops.write.running_tail import RunningTail, running_rows
 
 Array = jax.Array
 LANES = {4: 2, 128: 1}  # by ratio

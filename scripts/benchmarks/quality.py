@@ -76,7 +76,7 @@ def score(model, sources: list[bytes], width: int, cache_dtype: str, indexer_dty
 def load_released(checkpoint):
     """The model of the checkpoint after its weights went through the released form."""
     import dsv4_jax
-    from dsv4_jax.model.released_form import quantise_checkpoint
+    from dsv4_jax.model.files.released_form import quantise_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         quantise_checkpoint(checkpoint, folder)

@@ -25,10 +25,10 @@ def measure(count: int = 4096) -> dict[str, dict[str, float]]:
     import jax
     import jax.numpy as jnp
 
-    from dsv4_jax.cache.records import INDEXER_FORMATS, RECORD_FORMATS, key_bytes
-    from dsv4_jax.ops.compress import encode_keys
-    from dsv4_jax.ops.fp4 import GROUP_SIZE, dequantise_fp4, hadamard
-    from dsv4_jax.ops.record import decode_record, encode_record
+    from dsv4_jax.cache.formats import INDEXER_FORMATS, RECORD_FORMATS, key_bytes
+    from dsv4_jax.ops.formats.fp4 import GROUP_SIZE, dequantise_fp4, hadamard
+    from dsv4_jax.ops.formats.record import decode_record, encode_record
+    from dsv4_jax.ops.write.compress import encode_keys
 
     def record(format, x):
         like = format.allocate((), HEAD_DIM - ROPE_DIM, ROPE_DIM)

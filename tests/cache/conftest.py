@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv4_jax import DSV4Config, KVCacheManager, build_schedule
-from dsv4_jax.ops.compress import CompressorWeights
+from dsv4_jax.ops.write.compress import CompressorWeights
 
 CONFIG = DSV4Config.flash().replace(num_hidden_layers=5, compress_ratios=(0, 4, 128, 4, 128))
 

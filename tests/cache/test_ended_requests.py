@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.cache.slot import Slot
-from dsv4_jax.ops.read_entries import read_keys
-from dsv4_jax.ops.record import decode_record
+from dsv4_jax.cache.host.slot import Slot
+from dsv4_jax.ops.formats.record import decode_record
+from dsv4_jax.ops.read.entries import read_keys
 
 SWA, CSA, HCA = 0, 1, 2
 

@@ -11,11 +11,11 @@ import pytest
 
 from dsv4_jax import PrefixPolicy
 from dsv4_jax.cache.handle import LayerCacheHandle
-from dsv4_jax.ops.fp8 import dequantise_fp8, quantise_fp8
-from dsv4_jax.ops.record import pack_records, unpack_records
-from dsv4_jax.ops.rms_norm import rms_norm
-from dsv4_jax.ops.rope import apply_rope, rope_angles
-from dsv4_jax.ops.write_layer import Projections, RawWindow
+from dsv4_jax.ops.formats.fp8 import dequantise_fp8, quantise_fp8
+from dsv4_jax.ops.formats.record import pack_records, unpack_records
+from dsv4_jax.ops.nn.rms_norm import rms_norm
+from dsv4_jax.ops.nn.rope import apply_rope, rope_angles
+from dsv4_jax.ops.write.write_layer import Projections, RawWindow
 
 SWA, CSA, HCA = 0, 1, 2
 

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from dsv4_jax import DSV4Config, build_schedule
+from dsv4_jax.cache.cost import cache_cost
 from dsv4_jax.cache.kv_cache import KVCache
-from dsv4_jax.cache.memory_plan import cache_cost
 from dsv4_jax.cache.schema import BLOCK_SIZE_ORIGINAL_TOKENS, build_schema, compute_block_budget
 from dsv4_jax.cache.state_cache import StateCachePool
 

@@ -11,13 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.files.safetensors_file import (
-    DTYPES,
-    MAX_HEADER_BYTES,
-    SafetensorsFile,
-    TensorInfo,
-    open_checkpoint,
-)
+from dsv4_jax.files.safetensors_file import DTYPES, MAX_HEADER_BYTES, SafetensorsFile, TensorInfo, open_checkpoint
 
 
 def f32(*shape):

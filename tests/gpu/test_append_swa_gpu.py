@@ -1,4 +1,4 @@
-"""append_swa on the GPU beyond the shared suite (tests/ops/test_append_swa.py): sizes, graphs, every rounding."""
+"""append_swa on the GPU beyond the shared suite (tests/ops/write/test_append_swa.py): sizes, graphs, every rounding."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.ops.append_swa import SWARing, append_swa
+from dsv4_jax.ops.write.append_swa import SWARing, append_swa
 
 pytestmark = pytest.mark.gpu
 

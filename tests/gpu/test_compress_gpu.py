@@ -1,4 +1,4 @@
-"""compress on the GPU beyond the shared suite (tests/ops/test_compress.py): the CPU's bits, sizes, graphs."""
+"""compress on the GPU beyond the shared suite (tests/ops/write/test_compress.py): the CPU's bits, sizes, graphs."""
 
 import functools
 import sys
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops.compress_cases import (
+from compress_cases import (
     CSA,
     CSA_UE8M0,
     EPS,
@@ -23,10 +23,10 @@ from ops.compress_cases import (
     new_weights,
 )
 
-from dsv4_jax.ops import native
-from dsv4_jax.ops.compress import CompressorTail, compress, compress_indexer
-from dsv4_jax.ops.record import Record
+from dsv4_jax.ops import dispatch
+from dsv4_jax.ops.formats.record import Record
 from dsv4_jax.ops.segments import one_token_segments
+from dsv4_jax.ops.write.compress import CompressorTail, compress, compress_indexer
 
 pytestmark = pytest.mark.gpu
 
@@ -51,7 +51,7 @@ def same_angles(monkeypatch):
         return jnp.asarray(np.cos(angles))[at], jnp.asarray(np.sin(angles))[at]
 
     jax.clear_caches()
-    monkeypatch.setattr(sys.modules["dsv4_jax.ops.compress"], "rope_angles", from_table)
+    monkeypatch.setattr(sys.modules["dsv4_jax.ops.write.compress"], "rope_angles", from_table)
     yield
     jax.clear_caches()
 
@@ -65,7 +65,7 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("g", KINDS)
 def test_the_gpu_stores_the_bits_of_the_cpu(same_angles, rng, g, dtype):
-    if "cpu" not in native.available():
+    if "cpu" not in dispatch.available():
         pytest.skip("no native library for cpu")
     slots, columns = 32, 12 if g.ratio == 128 else 4
     before, weights, lengths = (

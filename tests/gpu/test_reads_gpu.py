@@ -1,14 +1,14 @@
-"""Reads on the GPU beyond the shared suite (tests/ops/test_reads.py): sizes, and many in one call."""
+"""Reads on the GPU beyond the shared suite (tests/ops/read/test_reads.py): sizes, and many in one call."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.ops.append_swa import SWARing
-from dsv4_jax.ops.read_entries import read_entries
-from dsv4_jax.ops.read_window import read_window
-from dsv4_jax.ops.record import Record
+from dsv4_jax.ops.formats.record import Record
+from dsv4_jax.ops.read.entries import read_entries
+from dsv4_jax.ops.read.window import read_window
+from dsv4_jax.ops.write.append_swa import SWARing
 
 pytestmark = pytest.mark.gpu
 

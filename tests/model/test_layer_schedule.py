@@ -7,13 +7,7 @@ from collections import Counter
 import pytest
 
 from dsv4_jax.model.config import DSV4Config
-from dsv4_jax.model.layer_schedule import (
-    AttentionType,
-    FFNType,
-    LayerSpec,
-    RouterMode,
-    build_schedule,
-)
+from dsv4_jax.model.layer_schedule import AttentionType, FFNType, LayerSpec, RouterMode, build_schedule
 
 SWA, CSA, HCA = AttentionType.SWA, AttentionType.CSA, AttentionType.HCA
 

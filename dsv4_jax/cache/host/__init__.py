@@ -1,0 +1,1 @@
+"""What the host keeps between jitted steps: no device array is touched here."""

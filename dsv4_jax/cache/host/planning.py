@@ -1,0 +1,146 @@
+"""Turning slots and positions into a step plan, with every check that can be made before the step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..counts import count
+from ..plan import StepPlan, group_tokens
+from .blocks import rows_array
+from .requests import RequestTable
+from .slot import Slot
+
+
+def plan_step(
+    requests: RequestTable,
+    request_slots: Any,
+    positions: Any,
+    *,
+    lookahead: int = 0,
+    limits: Any = None,
+    num_segments: int | None = None,
+    width: int | None = None,
+    max_blocks: int | None = None,
+) -> StepPlan:
+    """See `KVCacheManager.plan_step`."""
+    lookahead = min(count("lookahead", lookahead), requests.max_context_len)
+    for name, size, least in (("num_segments", num_segments, 0), ("width", width, 1), ("max_blocks", max_blocks, 0)):
+        if size is not None:
+            count(name, size, least=least)
+    slots, positions = check_tokens(requests, request_slots, positions)
+    grouped = group_tokens(slots, positions, num_segments, width)
+    ends = ends_by_slot(slots, positions)
+    _check_starts(requests, slots, positions)
+    reach = _reach(slots, ends, lookahead, limits)
+    for slot, end in reach.items():
+        needed = max(requests.blocks_for(end).values(), default=0)
+        if max_blocks is not None and needed > max_blocks:
+            raise ValueError(f"max_blocks is {max_blocks}: slot {slot} needs {needed} blocks that readers look at")
+    ledger = requests.ledger
+    new = ledger.extend(
+        {kind: {slot: requests.missing(kind, slot, end) for slot, end in reach.items()} for kind in ledger.kinds}
+    )
+    # A fixed number of rows for a step's shape, so that steps of one shape compile once.
+    segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
+    size = segments * (-(-(lookahead + most) // requests.block_size) + 1)
+    rows = {kind: rows_array(new[kind], size, 3) for kind in new}
+    plan = StepPlan(slots, positions, grouped, rows, max_blocks, requests.kept_blocks())
+    requests.planned(plan, ends)
+    return plan
+
+
+def _reach(slots: np.ndarray, ends: dict[int, int], lookahead: int, limits: Any) -> dict[int, int]:
+    """For each slot how many tokens its blocks must suffice for."""
+    reach = {slot: end + lookahead for slot, end in ends.items()}
+    if limits is None:
+        return reach
+    limits = np.asarray(limits)
+    if limits.shape != slots.shape or not np.issubdtype(limits.dtype, np.integer):
+        raise ValueError(f"limits is {limits.dtype}{limits.shape}: expected integers {slots.shape}, one for each token")
+    return {slot: max(ends[slot], min(end, int(limits[slots == slot].max()))) for slot, end in reach.items()}
+
+
+def _check_starts(requests: RequestTable, slots: np.ndarray, positions: np.ndarray) -> None:
+    """ValueError unless the tokens of each request follow the ones it has: nothing is forgotten or left out unseen."""
+    for slot in np.unique(slots[slots >= 0]).tolist():
+        start, length = int(positions[slots == slot].min()), requests.length(slot)
+        if start != length:
+            what_to_do = "roll back first" if start < length else "tell what a loop wrote beyond its plan with advance"
+            raise ValueError(
+                f"slot {slot} brings position {start} and has {length} tokens: expected positions from {length} on; "
+                f"{what_to_do}"
+            )
+
+
+def ends_by_slot(slots: np.ndarray, positions: np.ndarray) -> dict[int, int]:
+    """For each slot of a step the length its request has after it."""
+    return {int(slot): int(positions[slots == slot].max()) + 1 for slot in np.unique(slots[slots >= 0])}
+
+
+def check_handles(requests: RequestTable, request_slots: Any) -> None:
+    """ValueError for a Slot among `request_slots` whose request has ended; an array has lost its Slots."""
+    for slot in request_slots if isinstance(request_slots, Sequence) else ():
+        if isinstance(slot, Slot):
+            requests.require(slot)
+
+
+def check_tokens(requests: RequestTable, request_slots: Any, positions: Any) -> tuple[np.ndarray, np.ndarray]:
+    """request_slots and positions as (T,) int32; ValueError for what no step can take."""
+    check_handles(requests, request_slots)
+    slots, positions = np.asarray(request_slots), np.asarray(positions)
+    if slots.ndim != 1 or slots.shape != positions.shape:
+        raise ValueError(f"request_slots has shape {slots.shape} and positions {positions.shape}: expected both (T,)")
+    if slots.size and not (np.issubdtype(slots.dtype, np.integer) and np.issubdtype(positions.dtype, np.integer)):
+        raise ValueError(f"request_slots is {slots.dtype} and positions {positions.dtype}: expected integers")
+    for slot in np.unique(slots[slots != -1]).tolist():  # before a number too large becomes another
+        requests.require(slot)
+    slots = slots.astype(np.int32)
+    live = positions[slots >= 0]
+    if live.size and (live.min() < 0 or live.max() >= requests.max_context_len):
+        raise ValueError(
+            f"positions reach from {live.min()} to {live.max()}: expected 0 to {requests.max_context_len - 1} "
+            "(max_context_len - 1)"
+        )
+    return slots, positions.astype(np.int32)
+
+
+def why_unwritable(
+    requests: RequestTable, layer_idx: int, kind: str, slots: np.ndarray, positions: np.ndarray
+) -> str | None:
+    """Why the entries of these tokens cannot be written in this layer; None when every block is there and unshared."""
+    kept = requests.kept_blocks()
+    for slot, end in ends_by_slot(slots, positions).items() if kind in requests.ledger.kinds else ():
+        schema, owned = requests.schema_of[kind], len(requests.ledger.blocks(slot)[kind])
+        needed = schema.blocks_for(end)
+        if needed > owned:
+            return (
+                f"layer {layer_idx}: slot {slot} has {owned} blocks and these positions need {needed}: call "
+                f"allocate_block({layer_idx}, {slot}) first"
+            )
+        start = int(positions[slots == slot].min())
+        first = max(start // schema.compress_ratio // schema.entries_per_block, 0 if kept is None else int(kept[slot]))
+        if requests.ledger.any_shared(slot, kind, first, needed):
+            return (
+                f"layer {layer_idx}: slot {slot} brings position {start}, whose block others read too (a fork, or a "
+                f"kept prefix): expected positions from {requests.length(slot)} on"
+            )
+    return None
+
+
+def slots_of_tokens(slots: np.ndarray, positions: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The slot (T,) of each token, whose request is ids (T,); ValueError when they contradict each other."""
+    if ids.shape != positions.shape or slots.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"request_ids has shape {ids.shape} and dtype {ids.dtype}: expected integers, one for each of the "
+            f"{positions.size} positions"
+        )
+    if slots.shape != positions.shape:
+        if ids.size and not (ids.min() >= 0 and ids.max() < slots.size):
+            raise ValueError(f"request_ids reach from {ids.min()} to {ids.max()}: there are {slots.size} request_slots")
+        return slots[ids]
+    live = slots >= 0
+    pairs = {(int(s), int(i)) for s, i in zip(slots[live], ids[live], strict=True)}
+    if len(pairs) != len({s for s, _ in pairs}) or len(pairs) != len({i for _, i in pairs}):
+        raise ValueError(f"request_ids and request_slots disagree: got the pairs (slot, id) {sorted(pairs)[:8]}")
+    return slots

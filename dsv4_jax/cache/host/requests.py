@@ -1,0 +1,234 @@
+"""The running requests as the host knows them: their slots, lengths and blocks."""
+
+import heapq
+
+import numpy as np
+
+from ..counts import is_integer
+from ..plan import StepPlan
+from ..schema import CacheSchema
+from .blocks import BlockLedger
+from .in_flight import PendingSteps, Released
+from .slot import Slot
+
+
+class RequestTable:
+    """Which slots hold a request, how long it is and which blocks it owns.
+
+    Every call that fails leaves it as it was. What a request gives up is free after the next `settle` that finds no
+    older plan outstanding.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_blocks: dict[str, int],
+        schema_of: dict[str, CacheSchema],
+        *,
+        max_context_len: int,
+        max_rollback: int,
+        block_size: int,
+    ):
+        """num_blocks, schema_of: physical blocks and geometry of the kinds of layers that have blocks.
+
+        max_context_len: tokens of one request at most. block_size: tokens that a block covers.
+        """
+        self.num_slots, self.schema_of = num_slots, schema_of
+        self.max_context_len, self.max_rollback, self.block_size = max_context_len, max_rollback, block_size
+        self.ledger = BlockLedger(num_blocks)
+        self.pending = PendingSteps()
+        self.plans_kept_blocks = False  # whether plans say which blocks a step does not write
+        self.free_slots = list(range(num_slots))
+        self._lengths: dict[int, int] = {}
+        self._settled: dict[int, int] = {}
+        self._complete_from: dict[int, int] = {}
+        self._generations = [-1] * num_slots
+        self._released: list[Released] = []
+
+    # Requests.
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Slots with a request, ascending."""
+        return [self.handle(slot) for slot in self.ledger.slots]
+
+    def handle(self, slot: int) -> Slot:
+        """The handle of the request that a slot holds."""
+        return Slot(slot, self._generations[slot])
+
+    def require(self, slot: int) -> None:
+        """ValueError unless `slot` holds a request and, if it is a Slot, that very request."""
+        if not is_integer(slot):
+            raise ValueError(f"slot is {slot!r}: expected an integer, as admission returns it")
+        if isinstance(slot, Slot) and 0 <= slot < self.num_slots and slot.generation != self._generations[slot]:
+            raise ValueError(
+                f"slot {slot} was released and has been given out again: this handle's request has ended, use the one "
+                "that admission returned last"
+            )
+        if slot not in self.ledger:
+            raise ValueError(f"slot {slot} holds no request: slots in use are {self.ledger.slots}")
+
+    def require_written(self, slot: int) -> None:
+        """ValueError unless `slot` holds a request and all its tokens are in the cache."""
+        self.require(slot)
+        if self.pending.involves(slot):
+            raise ValueError(
+                f"slot {slot} has a planned step that was not dispatched: assign the step's result to manager.cache "
+                "first"
+            )
+        if self._lengths[slot] < self._complete_from[slot]:
+            raise ValueError(
+                f"slot {slot} has {self._lengths[slot]} tokens and goes on from a prefix hit: its ring and tails are "
+                f"complete with token {self._complete_from[slot]}"
+            )
+
+    def open(self, length: int = 0, settled: int = 0) -> Slot:
+        """A request of `length` tokens with the blocks for them -> the lowest free slot.
+
+        RuntimeError when all slots are taken or too few blocks are free; then nothing changed.
+        """
+        slot = self._take_slot()
+        self.ledger.open(slot)
+        try:
+            self.ledger.extend({kind: {slot: n} for kind, n in self.blocks_for(length).items()})
+        except RuntimeError:
+            self.ledger.close(slot)
+            heapq.heappush(self.free_slots, slot)
+            raise
+        return self._begin(slot, length, settled)
+
+    def adopt(self, blocks: dict[str, list[int]], length: int) -> Slot:
+        """A request whose first blocks are these -> its slot; it has `length` tokens, and the blocks may hold more.
+
+        Tokens that the blocks hold are fed again, and do not write entries. RuntimeError when all slots are taken.
+        """
+        slot = self._take_slot()
+        self.ledger.adopt(slot, blocks)
+        covered = max((len(ids) * self.block_size for ids in blocks.values()), default=length)
+        self._begin(slot, length, covered)
+        self._complete_from[slot] = covered
+        return self.handle(slot)
+
+    def fork(self, slot: int, shared: dict[str, int]) -> tuple[Slot, dict[str, list[tuple[int, int]]]]:
+        """A second request as long as `slot` -> its slot, and `BlockLedger.fork`'s copies. RuntimeError as there."""
+        target = self._take_slot()
+        try:
+            copies = self.ledger.fork(slot, target, shared)
+        except RuntimeError:
+            heapq.heappush(self.free_slots, target)
+            raise
+        return self._begin(target, self._lengths[slot], self._settled[slot]), copies
+
+    def close(self, slot: int) -> None:
+        """Ends a request."""
+        self.give_up(self.ledger.close(slot))
+        del self._lengths[slot], self._settled[slot], self._complete_from[slot]
+
+    # Lengths.
+
+    def length(self, slot: int) -> int:
+        """Tokens of a request."""
+        return self._lengths[slot]
+
+    def settled(self, slot: int) -> int:
+        """Tokens of `slot` that no rollback can take back, so that nothing writes there again.
+
+        Ring and tails have room for `max_rollback` tokens more than a step needs, counted from the newest token the
+        request ever had: an older row may be overwritten, and going back does not bring it back.
+        """
+        return self._settled[slot]
+
+    def grow(self, slot: int, length: int) -> None:
+        """A request has `length` tokens now."""
+        self._lengths[slot] = length
+        self._settled[slot] = max(self._settled[slot], length - self.max_rollback)
+
+    def settle_at(self, slot: int, length: int) -> None:
+        """No rollback takes back the first `length` tokens of a request any more: others may read their blocks."""
+        self._settled[slot] = max(self._settled[slot], length)
+
+    def kept_blocks(self) -> np.ndarray | None:
+        """(slots,) int32: how many blocks of each request a step does not write, because what they hold is final.
+
+        None where prefix hits never compute tokens again that blocks hold.
+        """
+        if not self.plans_kept_blocks:
+            return None
+        kept = np.zeros(self.num_slots, np.int32)
+        for slot, length in self._complete_from.items():
+            if self._lengths[slot] < length:
+                kept[slot] = length // self.block_size
+        return kept
+
+    def shrink(self, slot: int, length: int) -> None:
+        """A request has only `length` tokens any more; it gives up the blocks beyond."""
+        self._lengths[slot] = length
+        self.give_up(self.ledger.truncate(slot, self.blocks_for(length)))
+
+    def blocks_for(self, num_tokens: int) -> dict[str, int]:
+        """Blocks that so many tokens of one request need, by kind."""
+        return {kind: schema.blocks_for(num_tokens) for kind, schema in self.schema_of.items()}
+
+    def missing(self, kind: str, slot: int, num_tokens: int) -> int:
+        """Blocks that `slot` lacks to hold so many tokens (at most max_context_len)."""
+        needed = self.schema_of[kind].blocks_for(min(num_tokens, self.max_context_len))
+        return max(needed - len(self.ledger.blocks(slot)[kind]), 0)
+
+    # Steps that were planned, and what waits for them.
+
+    def planned(self, plan: StepPlan, ends: dict[int, int]) -> None:
+        """A plan was made, after which the slots have these lengths."""
+        self.pending.add(plan, frozenset(ends))
+        for slot, end in ends.items():
+            self.grow(slot, end)
+
+    def give_up(self, released: Released) -> None:
+        """What was released is free when no plan made until now is outstanding."""
+        released.after = self.pending.newest()
+        self._released.append(released)
+
+    def settle(self) -> list[Released]:
+        """Makes free what no outstanding plan can read -> what that is; its places in the tables are to be entered."""
+        oldest = self.pending.oldest()
+        done = [r for r in self._released if r.after < oldest]
+        self._released = [r for r in self._released if r.after >= oldest]
+        for released in done:
+            self.ledger.unhold(released.blocks)
+            for slot in released.slots:
+                heapq.heappush(self.free_slots, slot)
+        return done
+
+    @property
+    def waiting(self) -> list[Released]:
+        """What was given up and is not free yet."""
+        return list(self._released)
+
+    def check(self, kept: dict[str, list[int]]) -> None:
+        """AssertionError unless slots, lengths and blocks fit together; kept: blocks by kind that `keep` got."""
+        self.ledger.check(kept)
+        waiting = [slot for released in self._released for slot in released.slots]
+        assert sorted([*self.free_slots, *waiting, *self.ledger.slots]) == list(range(self.num_slots)), "slots"
+        assert set(self._lengths) == set(self._settled) == set(self.ledger.slots), "lengths"
+        for slot, length in self._lengths.items():
+            assert 0 <= length <= self.max_context_len, f"slot {slot} has {length} tokens"
+            for kind, needed in self.blocks_for(length).items():
+                owned = len(self.ledger.blocks(slot)[kind])
+                assert owned >= needed, f"slot {slot} has {owned} {kind.upper()} blocks and needs {needed}"
+        for kind in self.ledger.kinds:
+            held = sum(len(released.blocks[kind]) for released in self._released)
+            assert held == self.ledger.num_held(kind), f"{kind.upper()}: {held} blocks wait"
+
+    def _take_slot(self) -> int:
+        if not self.free_slots:
+            waiting = sum(len(released.slots) for released in self._released)
+            wait = f" ({waiting} of them wait until planned steps are dispatched)" if waiting else ""
+            raise RuntimeError(
+                f"all {self.num_slots} concurrent requests are running{wait}: release one or make "
+                "max_concurrent_requests larger"
+            )
+        return heapq.heappop(self.free_slots)
+
+    def _begin(self, slot: int, length: int, settled: int) -> Slot:
+        self._lengths[slot], self._settled[slot], self._complete_from[slot] = length, settled, 0
+        self._generations[slot] += 1
+        return self.handle(slot)

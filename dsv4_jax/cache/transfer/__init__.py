@@ -1,0 +1,1 @@
+"""The only host-side reads and writes of the cache's device arrays."""

@@ -1,0 +1,201 @@
+"""From a checkpoint's files to the arrays of a model.
+
+Weights may be stored as float32, float16 or bfloat16, or as released checkpoints have them: E4M3 with a scale per
+128x128, and E2M1 experts, two values a byte, with a scale per 32 (see `weight_formats`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dsv4_jax.files.safetensors_file import Checkpoint, open_checkpoint
+from dsv4_jax.files.untrusted_json import read_json_object, shorten
+from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
+from dsv4_jax.model.files.tensor_match import MatchedTensors, match_tensors
+from dsv4_jax.model.files.tensor_names import expected_tensors, keeps_float32, scale_name
+from dsv4_jax.model.files.weight_formats import BLOCK, dequantise
+
+_log = logging.getLogger(__name__)
+
+_EXPERT = re.compile(r"(layers\.\d+\.ffn\.experts)\.(\d+)\.(w[123])\.weight")
+_DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+
+Progress = Callable[[int, int], None]
+"""Called with bytes of the result that are done, and of all of it."""
+
+
+def read_tensors(
+    path: str | os.PathLike[str],
+    config: DSV4Config | None = None,
+    dtype: Any = np.float32,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of `load_tensors` one after the other, each as soon as it is read.
+
+    Everything is checked, and refused, before the first is read. Files are mapped and let go of tensor by tensor: what
+    is held here is one tensor (one layer's stack of w1, w2 or w3 where experts are concerned).
+    """
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype is {shorten(dtype)}: expected float32 or bfloat16") from None
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype}: expected float32 or bfloat16")
+    if config is None:
+        config = DSV4Config.from_hf(path)
+    checkpoint = open_checkpoint(path)
+    matched = match_tensors(checkpoint, config)
+    if matched.forms:
+        check_quantisation(checkpoint.path)
+    if matched.skipped:
+        _log.info("skipped %d tensors of draft layers", len(matched.skipped))
+    return _read_all(checkpoint, matched, config, dtype, progress or (lambda done, total: None))
+
+
+def load_tensors(
+    path: str | os.PathLike[str],
+    config: DSV4Config | None = None,
+    dtype: Any = np.float32,
+    progress: Progress | None = None,
+) -> dict[str, np.ndarray]:
+    """Loads a checkpoint's tensors.
+
+    Everything is checked before memory is taken; then one tensor at a time is read from the
+    mapped file and cast, so that the peak is near the size of the result.
+
+    Args:
+      path: the checkpoint's folder, as for `open_checkpoint`.
+      config: the model; None reads the folder's `config.json`.
+      dtype: float32 or bfloat16, for the weights. Norms, hc_*, attn_sink, ape and the router's
+        bias stay float32; tid2eid becomes int32. Quantised weights are exact in both.
+      progress: called after every tensor.
+
+    Returns:
+      Canonical name -> array of its own memory. Linear weights are (out, in) as stored. The
+      experts of a layer are stacked: `layers.N.ffn.experts.w1` and `.w3` are (experts,
+      moe_intermediate_size, hidden_size), `.w2` is (experts, hidden_size, moe_intermediate_size).
+      `head.weight` is the embedding itself where the configuration ties them.
+
+    Raises:
+      FileNotFoundError: no checkpoint, no config.json, or a shard missing.
+      ValueError: files that `open_checkpoint` refuses, tensors that `match_tensors` refuses, a
+        tid2eid that names experts the model does not have, scales that are not finite, blocks of a
+        size other than 128x128, more bytes than the machine has, or an unknown dtype.
+    """
+    if config is None:
+        config = DSV4Config.from_hf(path)
+    tensors = read_tensors(path, config, dtype, progress)
+    check_memory(result_bytes(config, dtype), os.fspath(path))
+    return dict(tensors)
+
+
+def result_bytes(config: DSV4Config, dtype: Any) -> int:
+    """Bytes of what `load_tensors` returns."""
+    sizes = (
+        math.prod(shape) * _result_dtype(n, np.dtype(dtype)).itemsize for n, shape in expected_tensors(config).items()
+    )
+    return sum(sizes)
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Raises ValueError where the machine has less memory than `needed` bytes, as far as it can be known."""
+    try:
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return
+    if needed > installed:
+        raise ValueError(
+            f"{what}: its tensors take {needed / 2**30:.1f} GiB, but this machine has {installed / 2**30:.1f} GiB of "
+            "memory: expected a smaller checkpoint, or dtype bfloat16 instead of float32"
+        )
+
+
+def _result_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    if name.endswith(".tid2eid"):
+        return np.dtype(np.int32)
+    return np.dtype(np.float32) if keeps_float32(name) else dtype
+
+
+def _read_all(
+    checkpoint: Checkpoint, matched: MatchedTensors, config: DSV4Config, dtype: np.dtype[Any], progress: Progress
+) -> Iterator[tuple[str, np.ndarray]]:
+    total, done = result_bytes(config, dtype), 0
+    stacks: dict[str, np.ndarray] = {}
+    embedding: np.ndarray | None = None
+    for name, shape in expected_tensors(config).items():
+        stored = matched.stored[name]
+        if expert := _EXPERT.fullmatch(name):
+            stack, index = f"{expert[1]}.{expert[3]}", int(expert[2])
+            if stack not in stacks:
+                stacks[stack] = np.empty((config.n_routed_experts, *shape), dtype)
+            out = stacks[stack][index]
+        else:
+            stack, index = "", 0
+            out = np.empty(shape, _result_dtype(name, dtype))
+        if name in matched.forms:
+            scales = matched.stored[scale_name(name)]
+            try:
+                dequantise(matched.forms[name], checkpoint.read(stored), checkpoint.read(scales), out)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path_of(scales)}: {scales}: {error}") from None
+            checkpoint.forget(scales)
+        else:
+            raw = checkpoint.read(stored)
+            if name.endswith(".tid2eid"):
+                _check_expert_table(raw, config, checkpoint.path_of(stored), name)
+            out[...] = raw
+            del raw
+        checkpoint.forget(stored)
+        done += out.nbytes
+        progress(done, total)
+        if not stack:
+            embedding = out if name == "embed.weight" and config.tie_word_embeddings else embedding
+            yield name, out
+        elif index == config.n_routed_experts - 1:
+            yield stack, stacks.pop(stack)
+        del out
+    if embedding is not None:
+        head = matched.stored.get("head.weight")
+        if head is not None and not _same(checkpoint, head, matched.stored["embed.weight"]):
+            raise ValueError(
+                f"{checkpoint.path_of(head)}: {head} differs from the embedding: expected the "
+                "same, as tie_word_embeddings is true"
+            )
+        yield "head.weight", embedding
+
+
+def check_quantisation(folder: str) -> None:
+    """ValueError where the folder's config.json, if there is one, says that weights are quantised in another way."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        return
+    quantised = read_json_object(path, max_bytes=MAX_CONFIG_BYTES).get("quantization_config")
+    if not isinstance(quantised, Mapping):
+        return
+    for key, expected in (("quant_method", "fp8"), ("fmt", "e4m3"), ("weight_block_size", [BLOCK, BLOCK])):
+        got = quantised.get(key)
+        if got is not None and got != expected:
+            raise ValueError(f"{path}: quantization_config.{key} is {shorten(got)}: expected {expected!r}")
+
+
+def _same(checkpoint: Checkpoint, left: str, right: str) -> bool:
+    a, b = checkpoint.read(left), checkpoint.read(right)
+    return a.shape == b.shape and bool(np.array_equal(a.astype(np.float32), b.astype(np.float32)))
+
+
+def _check_expert_table(raw: np.ndarray, config: DSV4Config, path: str, name: str) -> None:
+    experts = config.n_routed_experts
+    outside = (raw < 0) | (raw >= experts)
+    if outside.any():
+        token, pick = np.argwhere(outside)[0]
+        raise ValueError(
+            f"{path}: {name}[{token}, {pick}] is {raw[token, pick]}: expected an expert from 0 to {experts - 1}"
+        )

@@ -1,0 +1,114 @@
+"""Finds, loads and registers the native libraries, once."""
+
+import ctypes
+import functools
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+_LOG = logging.getLogger(__name__)
+
+LIBRARY_DIR_VARIABLE = "DSV4_JAX_LIB_DIR"
+"""Environment variable naming a folder to take the libraries from instead of the package's own ``_lib``."""
+
+# For each library the handlers in it: name of the custom call -> symbol.
+_HANDLERS = {
+    "cpu": {
+        "dsv4_append_swa": "Dsv4AppendSwa",
+        "dsv4_append_swa_fused": "Dsv4AppendSwaFused",
+        "dsv4_compress": "Dsv4Compress",
+        "dsv4_compress_indexer": "Dsv4CompressIndexer",
+        "dsv4_read_entries": "Dsv4ReadEntries",
+        "dsv4_read_keys": "Dsv4ReadKeys",
+        "dsv4_read_window": "Dsv4ReadWindow",
+        "dsv4_set_rows": "Dsv4SetRows",
+        "dsv4_sinkhorn": "Dsv4Sinkhorn",
+        "dsv4_write_layer": "Dsv4WriteLayer",
+    },
+    "cuda": {
+        "dsv4_append_swa": "Dsv4AppendSwa",
+        "dsv4_append_swa_fused": "Dsv4AppendSwaFused",
+        "dsv4_compress": "Dsv4Compress",
+        "dsv4_compress_indexer": "Dsv4CompressIndexer",
+        "dsv4_read_entries": "Dsv4ReadEntries",
+        "dsv4_read_keys": "Dsv4ReadKeys",
+        "dsv4_read_window": "Dsv4ReadWindow",
+        "dsv4_write_layer": "Dsv4WriteLayer",
+    },
+}
+_XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
+
+
+@functools.cache
+def available() -> frozenset[str]:
+    """Which native implementations this process has, a subset of {"cpu", "cuda"}; the first call loads them."""
+    found = frozenset(platform for platform in _HANDLERS if _register(platform))
+    wanted = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    if wanted not in found:
+        _LOG.warning(
+            "dsv4_jax runs in plain jax.numpy: no native library for %s in %s.",
+            wanted,
+            " or ".join(str(folder) for folder in library_dirs()),
+        )
+    return found
+
+
+def call(
+    name: str,
+    implementation: str | None,
+    limit: Callable[[str], str | None],
+    in_native: Callable[..., Any],
+    in_jnp: Callable[..., Any],
+    *operands: Any,
+) -> Any:
+    """Calls the implementation asked for ("jnp", "cpu", "cuda"), or for None the native one wherever there is one.
+
+    limit(platform) says what keeps the native implementation from serving, or None. Raises ValueError for another
+    name, and for a native implementation that cannot serve.
+    """
+    if implementation not in (None, "jnp", *_HANDLERS):
+        raise ValueError(f"{name}: got implementation {implementation!r}; expected None, 'jnp', 'cpu' or 'cuda'.")
+    if implementation in _HANDLERS:
+        reason: str | None
+        if implementation not in available():
+            reason = f"the native library for {implementation!r} is not installed"
+        else:
+            reason = limit(implementation)
+        if reason:
+            raise ValueError(f"{name}: implementation {implementation!r} cannot be used: {reason}; leave it to None.")
+        return in_native(*operands)
+    choices = {} if implementation else {p: in_native for p in available() if limit(p) is None}
+    return jax.lax.platform_dependent(*operands, **choices, default=in_jnp) if choices else in_jnp(*operands)
+
+
+def library_dirs() -> list[pathlib.Path]:
+    """The folders the libraries are looked for in, in order."""
+    chosen = os.environ.get(LIBRARY_DIR_VARIABLE)
+    if chosen:
+        return [pathlib.Path(chosen)]
+    # An editable installation has two: the sources, and what was built from them.
+    package = sys.modules[__name__.partition(".")[0]]
+    return [pathlib.Path(folder) / "_lib" for folder in package.__path__]
+
+
+def _register(platform: str) -> bool:
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    for folder in library_dirs():
+        path = folder / f"libdsv4_jax_{platform}{suffix}"
+        if not path.exists():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            handlers = {name: getattr(library, symbol) for name, symbol in _HANDLERS[platform].items()}
+            for name, handler in handlers.items():
+                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform=_XLA_PLATFORMS[platform])
+        except Exception as error:  # whatever is wrong with the library, jax.numpy still works
+            _LOG.warning("dsv4_jax: %s cannot be used: %s", path, error)
+            continue
+        return True
+    return False

@@ -1,0 +1,1 @@
+"""How records and indexer keys are stored."""

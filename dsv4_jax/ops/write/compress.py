@@ -1,0 +1,264 @@
+"""CSA and HCA compression: tokens enter a tail, a full window becomes one entry of a block.
+
+CSA (ratio 4) overlaps: an entry is the per-channel softmax over eight rows, lane a of the previous window and lane b
+of its own. HCA (ratio 128) has one lane and no overlap. See arXiv 2606.19348, section 2.3. The state is float32.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import dispatch
+from ..formats.fp4 import GROUP_SIZE, hadamard, quantise_fp4
+from ..formats.record import Record, encode_record
+from ..nn.rms_norm import rms_norm
+from ..nn.rope import apply_rope, rope_angles
+from ..segments import Segments
+from . import compressor_tail, running_tail
+from .compressor_tail import CompressorTail
+from .rows import set_rows
+from .running_tail import RunningTail
+
+Array = jax.Array
+Tail = CompressorTail | RunningTail
+
+
+class CompressorWeights(NamedTuple):
+    """What turns the raw projections into an entry."""
+
+    ape: Array  # (ratio, lanes * d) float32, added to the gate by position mod ratio
+    norm: Array  # (d,) float32, RMSNorm weight
+    inv_freq: Array  # (rope_dim // 2,) float32, RoPE frequencies of compressed layers
+
+
+class IndexerKeys(NamedTuple):
+    """Indexer keys as stored, any leading shape (...)."""
+
+    keys: Array  # (..., index_head_dim // 2) uint8 FP4 pairs | (..., index_head_dim) bfloat16 | float32
+    scale: Array | None  # (..., groups) uint8; None in the exact forms
+
+
+def block_address(table: Array, slots: Array, entries: Array, per_block: int) -> tuple[Array, Array]:
+    """Physical (block, offset) of entries (M,) of slots (M,) int32; block -1 where there is none.
+
+    table (R, blocks of a request) int32 holds -1 where no block was given; a slot below 0 has none.
+    """
+    column = jnp.where(slots >= 0, entries // per_block, table.shape[1])
+    return table.at[jnp.maximum(slots, 0), column].get(mode="fill", fill_value=-1), entries % per_block
+
+
+def _compress(
+    stored: Any,
+    encode: Callable[[Array], Any],
+    tail: Tail,
+    kv: Array,
+    gate: Array,
+    weights: CompressorWeights,
+    slots: Array,
+    positions: Array,
+    segments: Segments,
+    table: Array,
+    layer: int,
+    eps: float,
+) -> tuple[Any, Tail]:
+    ratio = weights.ape.shape[0]
+    kv = kv.astype(jnp.float32)
+    gate = gate.astype(jnp.float32) + weights.ape[jnp.where(positions >= 0, positions % ratio, 0)]
+    if isinstance(tail, RunningTail):
+        closed, tail = running_tail.take_tokens(tail, kv, gate, layer, segments, ratio)
+    else:
+        closed, tail = compressor_tail.take_tokens(tail, kv, gate, layer, slots, positions, segments, ratio)
+    values = rms_norm(closed.pooled, weights.norm, eps=eps)
+    values = apply_rope(values, *rope_angles(closed.entries * ratio, weights.inv_freq))
+    block, offset = block_address(table, closed.slots, closed.entries, jax.tree.leaves(stored)[0].shape[2])
+    stored = jax.tree.map(lambda rows, new: set_rows(rows, (layer, block, offset), new), stored, encode(values))
+    return stored, tail
+
+
+def _compress_native(
+    stored: Any,
+    tail: Tail,
+    kv: Array,
+    gate: Array,
+    weights: CompressorWeights,
+    segments: Segments,
+    table: Array,
+    *,
+    name: str,
+    **attributes: Any,
+) -> tuple[Any, Tail]:
+    state, structure = jax.tree.flatten((stored, tail))
+    results = jax.ffi.ffi_call(
+        name,
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state),
+        input_output_aliases={i: i for i in range(len(state))},
+    )(*state, *compress_operands(kv, gate, weights, segments, table), **attributes)
+    return jax.tree.unflatten(structure, results)
+
+
+def compress_operands(
+    kv: Array, gate: Array, weights: CompressorWeights, segments: Segments, table: Array
+) -> list[Array]:
+    """The native operations' operands after the arrays of pool and tail."""
+    ratio = weights.ape.shape[0]
+    windows = (segments.tokens.shape[1] - 1) // ratio + 1
+    entries = segments.starts[:, None] // ratio + jnp.arange(windows, dtype=jnp.int32)[None]
+    # The same for every layer of a step, and so computed once.
+    cos, sin = rope_angles(entries * ratio, weights.inv_freq)
+    if kv.dtype != gate.dtype:
+        kv, gate = kv.astype(jnp.float32), gate.astype(jnp.float32)
+    if segments.tokens.shape[1] == 1:
+        # Token s is that of segment s, and nobody reads `tokens`; XLA would count them anew in a launch for every call.
+        segments = segments._replace(tokens=segments.slots[:, None])
+    where = (segments.slots, segments.starts, segments.counts, segments.tokens, table)
+    return [kv, gate, weights.ape, weights.norm, cos, sin, *where]
+
+
+def _dispatch(
+    name: str,
+    implementation: str | None,
+    limit: Callable[[str], str | None],
+    in_jnp: Callable[..., tuple[Any, Any]],
+    in_native: Callable[..., tuple[Any, Any]],
+    operands: tuple,
+    tokens: tuple[Array, Array],
+) -> tuple[Any, Any]:
+    """The implementation asked for, or on each platform the native one if there is one; `tokens`: slots, positions."""
+    if implementation not in (None, "jnp", "cpu", "cuda"):
+        raise ValueError(f"{name}: got implementation {implementation!r}; expected None, 'jnp', 'cpu' or 'cuda'.")
+    if implementation in ("cpu", "cuda"):
+        if reason := limit(implementation):
+            raise ValueError(f"{name}: implementation {implementation!r} cannot be used: {reason}; leave it to None.")
+        return in_native(*operands)
+    choices = {} if implementation else {p: in_native for p in dispatch.available() if limit(p) is None}
+    if not choices:
+        return in_jnp(*operands, *tokens)
+    choices = {platform: lambda operands, tokens: in_native(*operands) for platform in choices}
+    return jax.lax.platform_dependent(
+        operands, tokens, **choices, default=lambda operands, tokens: in_jnp(*operands, *tokens)
+    )
+
+
+def native_limit(platform: str, stored: Any, tail: Tail, weights: CompressorWeights) -> str | None:
+    """What keeps the native implementation for "cpu" or "cuda" from serving these arrays; None if nothing does."""
+    if platform not in dispatch.available():
+        return f"the native library for {platform!r} is not installed"
+    first = jax.tree.leaves(stored)[0]
+    if first.dtype != jnp.uint8:
+        return f"it stores only FP8 records and FP4 keys (uint8), not {first.dtype}"
+    ratio, rope_dim = weights.ape.shape[0], 2 * weights.inv_freq.shape[-1]
+    dim, lanes = tail[0].shape[-1], 1 if isinstance(tail, RunningTail) or tail.kb is None else 2
+    if dim % 2:
+        return f"it supports only an even number of values, not {dim}"
+    geometry = (ratio, lanes, dim, rope_dim)
+    supported = [(4, 2, 512, 64), (128, 1, 512, 64)] if isinstance(stored, Record) else [(4, 2, 128, 64)]
+    if platform == "cuda" and geometry not in supported:
+        return f"of (ratio, lanes, d, RoPE part) it supports only {' and '.join(map(str, supported))}, not {geometry}"
+    return None
+
+
+def compress(
+    entries: Record,
+    tail: Tail,
+    kv: Array,
+    gate: Array,
+    weights: CompressorWeights,
+    slots: Array,
+    positions: Array,
+    segments: Segments,
+    table: Array,
+    *,
+    layer: int,
+    eps: float,
+    implementation: str | None = None,
+) -> tuple[Record, Tail]:
+    """Takes the step's tokens into the tail and writes an entry for every window that closes.
+
+    entries: Record arrays (L, blocks, entries per block, ...). tail: a full one, or a running one where there is no
+    overlap. kv, gate: raw projections (T, lanes * d) float32 | bfloat16, lane a first. slots, positions (T,) int32 with
+    the segments made of them. table (R, blocks of a request) int32. A padding token changes nothing; an entry whose
+    block is not in the table is dropped. `implementation`: "jnp", "cpu" or "cuda"; None takes the native one where
+    there is one. The native ones agree bit for bit with each other; before it is quantised, an entry is that of the
+    jax.numpy form, with either tail, within 1e-6.
+    Returns the new entries and tail; ValueError for an implementation that cannot be used.
+    """
+
+    def in_jnp(entries, tail, kv, gate, weights, segments, table, slots, positions):
+        return _compress(
+            entries, lambda x: encode_record(x, entries), tail, kv, gate, weights, slots, positions, segments, table,
+            layer, eps,
+        )  # fmt: skip
+
+    return _dispatch(
+        "compress",
+        implementation,
+        lambda platform: native_limit(platform, entries, tail, weights),
+        in_jnp,
+        functools.partial(_compress_native, name="dsv4_compress", layer=np.int64(layer), eps=np.float32(eps)),
+        (entries, tail, kv, gate, weights, segments, table),
+        (slots, positions),
+    )
+
+
+def encode_keys(x: Array, format: str, *, rotate: bool = True) -> IndexerKeys:
+    """Keys x (..., index_head_dim) float32 -> as stored; the FP4 formats are rotated by the Hadamard matrix first.
+
+    rotate: False leaves the rotation out (queries must then do without it too).
+    """
+    if format in ("fp32", "bf16"):
+        return IndexerKeys(x.astype(jnp.float32 if format == "fp32" else jnp.bfloat16), None)
+    return IndexerKeys(*quantise_fp4(hadamard(x) if rotate else x, format))
+
+
+def compress_indexer(
+    keys: IndexerKeys,
+    tail: CompressorTail,
+    kv: Array,
+    gate: Array,
+    weights: CompressorWeights,
+    slots: Array,
+    positions: Array,
+    segments: Segments,
+    table: Array,
+    *,
+    format: str,
+    layer: int,
+    eps: float,
+    rotate: bool = True,
+    implementation: str | None = None,
+) -> tuple[IndexerKeys, CompressorTail]:
+    """As `compress`, for the indexer's own keys; format "nvfp4" | "mxfp4" | "bf16" | "fp32", rotate as `encode_keys`.
+
+    Raises ValueError also for FP4 keys whose groups are not those of the format.
+    """
+    if (
+        format in GROUP_SIZE
+        and keys.scale is not None
+        and tail.ka.shape[-1] != GROUP_SIZE[format] * keys.scale.shape[-1]
+    ):
+        raise ValueError(
+            f"compress_indexer: got keys.scale {keys.scale.shape}; expected a scale per {GROUP_SIZE[format]} of "
+            f"{tail.ka.shape[-1]} values for {format!r}."
+        )
+
+    def in_jnp(keys, tail, kv, gate, weights, segments, table, slots, positions):
+        return _compress(
+            keys, lambda x: encode_keys(x, format, rotate=rotate), tail, kv, gate, weights, slots, positions, segments,
+            table, layer, eps,
+        )  # fmt: skip
+
+    return _dispatch(
+        "compress_indexer",
+        implementation,
+        lambda platform: native_limit(platform, keys, tail, weights),
+        in_jnp,
+        functools.partial(
+            _compress_native, name="dsv4_compress_indexer", layer=np.int64(layer), eps=np.float32(eps), rotate=rotate
+        ),
+        (keys, tail, kv, gate, weights, segments, table),
+        (slots, positions),
+    )

@@ -1,0 +1,113 @@
+// read_window, read_entries and read_keys on the CPU, for any geometry.
+#include <algorithm>
+
+#include "common/export.h"
+#include "common/parallel_for.h"
+#include "common/vector_clones.h"
+#include "formats/dequantise.h"
+#include "read/op.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr int64_t kBytesPerChunk = 128 << 10;  // of the result: some 10 us of work
+
+void store(float value, float* out) { *out = value; }
+void store(float value, BFloat16* out) { *out = to_bf16(value); }
+
+DSV4_VECTOR_CLONES void decode_codes(const uint8_t* codes, int64_t n, float scale, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = e4m3_value(codes[i]) * scale;
+}
+
+DSV4_VECTOR_CLONES void decode_codes(const uint8_t* codes, int64_t n, float scale, BFloat16* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(e4m3_value(codes[i]) * scale);
+}
+
+template <typename Out>
+void decode_record(const ReadRecords& call, int64_t row, Out* out) {
+  const uint8_t* codes = call.nope + row * call.nope_width;
+  if (call.scale_width == 0) {
+    decode_codes(codes, call.nope_width, static_cast<const float*>(call.scale)[row], out);
+  } else {
+    const uint8_t* scales = static_cast<const uint8_t*>(call.scale) + row * call.scale_width;
+    for (int64_t i = 0; i < call.nope_width; i += kE8M0Group) {
+      decode_codes(codes + i, kE8M0Group, e8m0_value(scales[i / kE8M0Group]), out + i);
+    }
+  }
+  const BFloat16* rope = call.rope + row * call.rope_width;
+  for (int64_t i = 0; i < call.rope_width; ++i) store(to_float(rope[i]), out + call.nope_width + i);
+}
+
+DSV4_VECTOR_CLONES void decode_key(const ReadKeys& call, int64_t row, float* out) {
+  const int64_t groups = call.dim / call.group;
+  const uint8_t *codes = call.keys + row * (call.dim / 2), *scales = call.scale + row * groups;
+  // In two passes, whose loops are long enough for vectors.
+  for (int64_t i = 0; i < call.dim / 2; ++i) {
+    out[2 * i] = e2m1_value(codes[i]);
+    out[2 * i + 1] = e2m1_value(static_cast<uint32_t>(codes[i]) >> 4);
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const float scale = call.group == 16 ? e4m3_value(scales[g]) : e8m0_value(scales[g]);
+    for (int64_t i = g * call.group; i < (g + 1) * call.group; ++i) out[i] *= scale;
+  }
+}
+
+// decode(row, out) fills one of call.vectors() vectors of `width` values each.
+template <typename Call, typename Rows, typename Out, typename Decode>
+void read_all(ffi::ThreadPool& pool, const Call& call, const Rows& rows, int64_t width, Out* out, const Decode& decode) {
+  const int64_t bytes = std::max<int64_t>(1, width * static_cast<int64_t>(sizeof(Out)));
+  parallel_for(pool, call.vectors(), std::max<int64_t>(1, kBytesPerChunk / bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v) {
+      const int64_t row = rows.row(v / call.per_request, v % call.per_request);
+      row < 0 ? void(std::fill_n(out + v * width, width, Out{})) : decode(row, out + v * width);
+    }
+  });
+}
+
+template <typename Rows>
+void read_records(ffi::ThreadPool& pool, const ReadRecords& call, const Rows& rows) {
+  const int64_t width = call.nope_width + call.rope_width;
+  const auto decode = [&](int64_t row, auto* out) { decode_record(call, row, out); };
+  call.out_is_float ? read_all(pool, call, rows, width, static_cast<float*>(call.out), decode)
+                    : read_all(pool, call, rows, width, static_cast<BFloat16*>(call.out), decode);
+}
+
+ffi::Error read_window(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer,
+                       int64_t window) {
+  ReadRecords call;
+  WindowRows rows;
+  const ffi::Error error = bind_read_window(args, results, layer, window, &call, &rows);
+  if (error.success()) read_records(pool, call, rows);
+  return error;
+}
+
+ffi::Error read_entries(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer) {
+  ReadRecords call;
+  EntryRows rows;
+  const ffi::Error error = bind_read_entries(args, results, layer, &call, &rows);
+  if (error.success()) read_records(pool, call, rows);
+  return error;
+}
+
+ffi::Error read_keys(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer) {
+  ReadKeys call;
+  EntryRows rows;
+  const ffi::Error error = bind_read_keys(args, results, layer, &call, &rows);
+  if (error.success()) {
+    read_all(pool, call, rows, call.dim, call.out, [&](int64_t row, float* out) { decode_key(call, row, out); });
+  }
+  return error;
+}
+
+}  // namespace
+}  // namespace dsv4
+
+#define DSV4_DEFINE_READ(symbol, function, ...)                                                                      \
+  DSV4_EXPORT_HANDLER(symbol);                                                                                       \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                                     \
+      symbol, function,                                                                                              \
+      xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("layer") __VA_ARGS__)
+
+DSV4_DEFINE_READ(Dsv4ReadWindow, dsv4::read_window, .Attr<int64_t>("window"));
+DSV4_DEFINE_READ(Dsv4ReadEntries, dsv4::read_entries, );
+DSV4_DEFINE_READ(Dsv4ReadKeys, dsv4::read_keys, );

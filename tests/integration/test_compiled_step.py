@@ -1,0 +1,102 @@
+"""One decode step of V4-Flash's 43-layer cache, as compiled: in place, and no more memory than one layer reads."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv4_jax import DSV4Config, KVCacheManager, build_schedule
+from dsv4_jax.cache.handle import LayerCacheHandle
+from dsv4_jax.ops import dispatch
+from dsv4_jax.ops.read.attention import KeyGroup, attend
+from dsv4_jax.ops.read.select_entries import index_scores, select_top_k
+from dsv4_jax.ops.write.compress import CompressorWeights
+from dsv4_jax.ops.write.write_layer import Projections, RawWindow
+
+# A batch unlike the heads and the layers of a kind, so that a shape tells whose array it is.
+BATCH, CONTEXT, HEADS, TOP_K = 3, 512, 2, 32
+CONFIG = DSV4Config.flash()
+SCHEDULE = build_schedule(CONFIG)
+
+
+def weights(ratio, dim, lanes):
+    return CompressorWeights(jnp.zeros((ratio, lanes * dim)), jnp.ones(dim), jnp.ones(32))
+
+
+def write(handle, kind, x):
+    """At once, as the model does it, or part by part: in every other pair of layers."""
+    indexer = (x[:, :256], x[:, 256:512], weights(4, 128, 2)) if kind == "CSA" else None
+    compressor = {
+        "CSA": (x, x, weights(4, 512, 2)),
+        "HCA": (x[:, :512], x[:, 512:], weights(128, 512, 1)),
+    }.get(kind)
+    window = RawWindow(x[:, :512], jnp.ones(512), jnp.ones((BATCH, 32)), jnp.zeros((BATCH, 32)))
+    if handle.layer_idx // 2 % 2:
+        return handle.write_layer(window, compressor and Projections(*compressor), indexer and Projections(*indexer))
+    handle = handle if indexer is None else handle.write_indexer(*indexer)
+    handle = handle if compressor is None else handle.write_compressed(*compressor)
+    return handle.write_swa(x[:, :512])
+
+
+def layer(handle, kind, x):
+    """What a layer does with its cache; x (T, 1024) stands for all that a model would project."""
+    handle, groups = write(handle, kind, x), ()
+    if kind == "CSA":
+        keys = handle.read_indexer_view()
+        scores = index_scores(x[:, :256].reshape(-1, 2, 128), x[:, :2], keys.keys, keys.valid, handle.plan.segments)
+        view = handle.read_classical_view(select_top_k(scores, handle.visible_entries(), TOP_K))
+        groups = (KeyGroup(view.kv, view.valid, per_token=True),)
+    if kind == "HCA":
+        view = handle.read_classical_view()
+        groups = (KeyGroup(view.kv, view.valid),)
+    window = handle.read_swa_view()
+    q = jnp.stack([x[:, :512], x[:, 512:]], axis=1)
+    out = attend(q, (KeyGroup(window.kv, window.valid), *groups), jnp.zeros(HEADS), handle.plan.segments, scale=0.04)
+    return handle, x + 0.1 * out.reshape(x.shape)
+
+
+def step(cache, plan, x):
+    cache = cache.with_blocks(plan.new_blocks)
+    for spec in SCHEDULE:
+        handle, x = layer(LayerCacheHandle(cache, plan, spec.layer_idx), spec.attn.name, x)
+        cache = handle.cache
+    return cache, x
+
+
+@pytest.mark.skipif(
+    "cpu" not in dispatch.available(), reason="XLA:CPU copies bfloat16 arrays; the native library avoids it"
+)
+def test_decode_step_of_43_layers():
+    manager = KVCacheManager(
+        CONFIG,
+        SCHEDULE,
+        max_concurrent_requests=BATCH,
+        num_blocks_per_csa_layer=BATCH * CONTEXT // 128,
+        num_blocks_per_hca_layer=BATCH * CONTEXT // 128,
+        max_context_len=CONTEXT,
+    )
+    slots = [manager.admit_request() for _ in range(BATCH)]
+    plan = manager.plan_step(slots, [0] * BATCH)
+    x = jnp.ones((BATCH, 1024))
+    compiled = jax.jit(step, donate_argnums=0).lower(manager.cache, plan, x).compile()
+
+    memory = compiled.memory_analysis()
+    assert len(SCHEDULE) == 43
+    assert memory.alias_size_in_bytes == manager.memory_bytes()
+
+    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(manager.cache)}
+    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", compiled.as_text())
+    assert not shapes & set(copied)
+
+    # An HCA layer reads most: window and entries, and in a step that closes a window its 127 rows of kv and gate. Room
+    # for half as much again: indices, masks, scores.
+    rows = 128 + CONTEXT // 128 + 2 * 128
+    assert memory.temp_size_in_bytes <= 1.5 * BATCH * rows * CONFIG.head_dim * 4
+
+    # And it runs: the cache goes in and comes out of the same program for another step.
+    manager.cache, x = compiled(manager.cache, plan, x)
+    manager.cache, x = compiled(manager.cache, manager.plan_step(slots, [1] * BATCH), x)
+    assert np.isfinite(x).all()
+    assert np.asarray(manager.state_pools[42].swa_head).tolist() == [2] * BATCH
