@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsv4_jax.files.untrusted_json import read_json_object, shorten
 from dsv4_jax.model.config_forms import gather
@@ -29,9 +29,7 @@ from dsv4_jax.model.field_checks import (
     token_id,
     token_ids,
 )
-
-if TYPE_CHECKING:
-    from dsv4_jax.model.layer_schedule import LayerSpec
+from dsv4_jax.model.layer_schedule import LayerSpec, build_schedule
 
 __all__ = ["KNOWN_RATIOS", "SCORING_FUNCS", "DSV4Config"]
 
@@ -232,8 +230,6 @@ class DSV4Config:
     @property
     def schedule(self) -> tuple[LayerSpec, ...]:
         """`build_schedule` of this configuration: what each layer is made of."""
-        from dsv4_jax.model.layer_schedule import build_schedule
-
         return build_schedule(self)
 
     def replace(self, **overrides: Any) -> DSV4Config:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from dsv4_jax.model.config import KNOWN_RATIOS, DSV4Config
+from .field_checks import KNOWN_RATIOS
 
 
 class AttentionType(enum.Enum):
@@ -54,7 +56,23 @@ class LayerSpec:
             object.__setattr__(self, "compress_ratio", _RELEASED_RATIO[self.attn])
 
 
-def build_schedule(config: DSV4Config) -> tuple[LayerSpec, ...]:
+class LayerRatios(Protocol):
+    """What a schedule follows from; `DSV4Config` is one."""
+
+    @property
+    def compress_ratios(self) -> Sequence[int]:
+        """Tokens per compressed entry, of each layer."""
+
+    @property
+    def attention_of_ratio(self) -> Mapping[int, str]:
+        """The kind of attention that a ratio stands for."""
+
+    @property
+    def num_hash_layers(self) -> int:
+        """First layers that route by token id."""
+
+
+def build_schedule(config: LayerRatios) -> tuple[LayerSpec, ...]:
     """One `LayerSpec` per layer, in order; the first `num_hash_layers` route by token id."""
     return tuple(
         LayerSpec(

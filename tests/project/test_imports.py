@@ -46,3 +46,17 @@ def test_imports_go_one_way(room):
 def test_the_host_touches_no_device_array():
     for file in (PACKAGE / "cache" / "host").rglob("*.py"):
         assert not any(name.split(".")[0] == "jax" for name in imported(file)), file
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    files = {
+        ".".join(("dsv4_jax", *file.relative_to(PACKAGE).with_suffix("").parts)): file for file in PACKAGE.rglob("*.py")
+    }
+    arrows = {name: set() for name in files}
+    for name, file in files.items():
+        for target in imported(file):
+            module = target if target in files else target.rpartition(".")[0]
+            arrows[name] |= {module} & files.keys() - {name}
+    while leaves := {name for name, targets in arrows.items() if not targets}:
+        arrows = {name: targets - leaves for name, targets in arrows.items() if name not in leaves}
+    assert not arrows
