@@ -9,6 +9,7 @@ import numpy as np
 from .cost import cache_cost
 from .counts import count, is_integer
 from .fingerprint import model_fingerprint
+from .geometry import CacheGeometry
 from .handle import LayerCacheHandle
 from .host import planning
 from .host.prefix import PrefixIndex, PrefixPolicy, recomputation_reach
@@ -16,7 +17,7 @@ from .host.requests import RequestTable
 from .kv_cache import KVCache
 from .lifecycle import RequestLifecycle
 from .plan import StepPlan, group_tokens
-from .schema import build_schema
+from .schema import build_schema, compute_block_budget
 from .transfer.slots import enter_cells
 
 MAX_CONTEXT_LEN = (1 << 31) - 1
@@ -102,6 +103,33 @@ class KVCacheManager(RequestLifecycle):
                 raise ValueError(f"prefix is {prefix!r}: expected a PrefixPolicy, such as PrefixPolicy('full')")
             index = PrefixIndex(prefix, identity, config.block_size, recomputation_reach(schemas))
         super().__init__(cache, requests, fingerprint=identity, prefix=index, debug_nan=debug_nan)
+
+    @classmethod
+    def create(
+        cls, geometry: CacheGeometry, *, max_concurrent_requests: int, max_context_len: int, **options: Any
+    ) -> "KVCacheManager":
+        """A manager for requests of one's own model, with as many blocks as they can need at once.
+
+        Args:
+          geometry: what the cache needs to know of the model; `DSV4Config.geometry` is that of a DeepSeek-V4.
+          max_concurrent_requests: slots.
+          max_context_len: tokens of one request at most.
+          **options: the others of `KVCacheManager`, such as `cache_dtype` and `prefix`.
+
+        Raises:
+          ValueError: sizes that no cache can have.
+        """
+        max_context_len = count("max_context_len", max_context_len, least=1, most=MAX_CONTEXT_LEN)
+        budget = compute_block_budget(geometry, geometry.schedule, max_context_len, max_concurrent_requests)
+        return cls(
+            geometry,
+            geometry.schedule,
+            max_concurrent_requests=max_concurrent_requests,
+            num_blocks_per_csa_layer=budget["csa"],
+            num_blocks_per_hca_layer=budget["hca"],
+            max_context_len=max_context_len,
+            **options,
+        )
 
     @classmethod
     def from_memory(

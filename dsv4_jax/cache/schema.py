@@ -110,7 +110,7 @@ def build_schema(
     max_rollback: int = 0,
     hca_tail: str = "full",
 ) -> CacheSchema:
-    """Schema of the layer `spec` (a LayerSpec) of `config` (a DSV4Config).
+    """Schema of the layer `spec` (a LayerSpec or LayerKind) of `config` (a DSV4Config or CacheGeometry).
 
     cache_dtype: "fp8" | "fp8_ue8m0" | "bf16" | "fp32"; indexer_dtype: "nvfp4" | "mxfp4" | "bf16" | "fp32", by default
     the form that goes with cache_dtype. hca_tail: "full" keeps the float32 rows of up to 127 + max_rollback tokens in

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dsv4_jax.cache.geometry import CacheGeometry
 from dsv4_jax.files.untrusted_json import read_json_object, shorten
 from dsv4_jax.model.config_forms import gather
 from dsv4_jax.model.field_checks import (
@@ -231,6 +232,19 @@ class DSV4Config:
     def schedule(self) -> tuple[LayerSpec, ...]:
         """`build_schedule` of this configuration: what each layer is made of."""
         return build_schedule(self)
+
+    @property
+    def geometry(self) -> CacheGeometry:
+        """What the cache of this model needs to know."""
+        return CacheGeometry(
+            layers=tuple(spec.attn for spec in self.schedule),
+            head_dim=self.head_dim,
+            rope_dim=self.rope_dim,
+            window=self.sliding_window,
+            index_head_dim=self.index_head_dim,
+            csa_ratio=self.csa_ratio,
+            hca_ratio=self.hca_ratio,
+        )
 
     def replace(self, **overrides: Any) -> DSV4Config:
         """A copy with other values for some fields, checked like a new one.

@@ -7,19 +7,10 @@ import enum
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from ..cache.geometry import AttentionType
 from .field_checks import KNOWN_RATIOS
 
-
-class AttentionType(enum.Enum):
-    """The attention of a layer (report arXiv 2606.19348, section 2.3).
-
-    Every type sees the sliding window; CSA and HCA see compressed entries besides. The values are
-    Hugging Face's `layer_types`.
-    """
-
-    SWA = "sliding_attention"
-    CSA = "compressed_sparse_attention"
-    HCA = "heavily_compressed_attention"
+__all__ = ["AttentionType", "FFNType", "LayerSpec", "RouterMode", "build_schedule"]
 
 
 class FFNType(enum.Enum):
@@ -35,7 +26,8 @@ class RouterMode(enum.Enum):
     DENSE = "dense"  # by learned scores
 
 
-_RELEASED_RATIO = {AttentionType(name): ratio for ratio, name in KNOWN_RATIOS.items()}
+_OF_NAME = dict(zip(KNOWN_RATIOS.values(), AttentionType, strict=True))  # Hugging Face's `layer_types`
+_RELEASED_RATIO = {_OF_NAME[name]: ratio for ratio, name in KNOWN_RATIOS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +69,7 @@ def build_schedule(config: LayerRatios) -> tuple[LayerSpec, ...]:
     return tuple(
         LayerSpec(
             layer_idx=layer,
-            attn=AttentionType(config.attention_of_ratio[ratio]),
+            attn=_OF_NAME[config.attention_of_ratio[ratio]],
             ffn=FFNType.MOE,
             router_mode=RouterMode.HASH if layer < config.num_hash_layers else RouterMode.DENSE,
             compress_ratio=ratio,
