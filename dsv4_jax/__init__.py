@@ -3,44 +3,89 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .cache.host.prefix import PrefixPolicy
-    from .cache.manager import KVCacheManager
-    from .cache.transfer.snapshot import Snapshot
-    from .cache.transfer.snapshot_file import load_snapshot, save_snapshot
-    from .decode.generate import generate, stream
-    from .model.config import DSV4Config
-    from .model.layer_schedule import build_schedule
-    from .model.pretrained import from_pretrained
-
-__all__ = [
-    "DSV4Config",
-    "KVCacheManager",
-    "PrefixPolicy",
-    "Snapshot",
-    "build_schedule",
-    "from_pretrained",
-    "generate",
-    "load_snapshot",
-    "save_snapshot",
-    "stream",
-]
-
 __version__ = "0.1.0"
 
 # Imported when first asked for: JAX and Flax take seconds, and `dsv4-jax --help` needs neither.
+if TYPE_CHECKING:
+    # What the cache needs to know of a model.
+    from .cache.cost import cache_cost as cache_cost
+    from .cache.geometry import AttentionType as AttentionType
+    from .cache.geometry import CacheGeometry as CacheGeometry
+
+    # A layer of a step: what it writes and reads.
+    from .cache.handle import LayerCacheHandle as LayerCacheHandle
+
+    # The cache, and the host's side of it.
+    from .cache.host.prefix import PrefixPolicy as PrefixPolicy
+    from .cache.host.slot import Slot as Slot
+    from .cache.kv_cache import KVCache as KVCache
+    from .cache.manager import KVCacheManager as KVCacheManager
+    from .cache.occupancy import occupancy as occupancy
+    from .cache.plan import StepPlan as StepPlan
+    from .cache.schema import build_schema as build_schema
+    from .cache.schema import compute_block_budget as compute_block_budget
+
+    # A request outside the cache.
+    from .cache.transfer.snapshot import Snapshot as Snapshot
+    from .cache.transfer.snapshot_file import load_snapshot as load_snapshot
+    from .cache.transfer.snapshot_file import save_snapshot as save_snapshot
+    from .cache.views import ClassicalView as ClassicalView
+    from .cache.views import IndexerView as IndexerView
+    from .cache.views import SWAView as SWAView
+
+    # Text from a checkpoint.
+    from .cli.options import packaged_checkpoint as packaged_checkpoint
+    from .decode.generate import generate as generate
+    from .decode.generate import make_manager as make_manager
+    from .decode.generate import stream as stream
+    from .decode.loop import DecodeLoop as DecodeLoop
+    from .model.config import DSV4Config as DSV4Config
+    from .model.layer_schedule import build_schedule as build_schedule
+    from .model.pretrained import from_pretrained as from_pretrained
+    from .ops.formats.fp4 import hadamard as hadamard
+    from .ops.write.compress import CompressorWeights as CompressorWeights
+    from .ops.write.write_layer import Projections as Projections
+    from .ops.write.write_layer import RawWindow as RawWindow
+
 _MODULES = {
+    # What the cache needs to know of a model.
+    "CacheGeometry": ".cache.geometry",
+    "AttentionType": ".cache.geometry",
     "DSV4Config": ".model.config",
+    "build_schedule": ".model.layer_schedule",
+    # The cache, and the host's side of it.
+    "KVCache": ".cache.kv_cache",
     "KVCacheManager": ".cache.manager",
     "PrefixPolicy": ".cache.host.prefix",
+    "Slot": ".cache.host.slot",
+    "StepPlan": ".cache.plan",
+    # A layer of a step: what it writes and reads.
+    "LayerCacheHandle": ".cache.handle",
+    "CompressorWeights": ".ops.write.compress",
+    "Projections": ".ops.write.write_layer",
+    "RawWindow": ".ops.write.write_layer",
+    "SWAView": ".cache.views",
+    "ClassicalView": ".cache.views",
+    "IndexerView": ".cache.views",
+    "hadamard": ".ops.formats.fp4",
+    # A request outside the cache.
     "Snapshot": ".cache.transfer.snapshot",
-    "build_schedule": ".model.layer_schedule",
+    "save_snapshot": ".cache.transfer.snapshot_file",
+    "load_snapshot": ".cache.transfer.snapshot_file",
+    # What it costs, what it holds.
+    "build_schema": ".cache.schema",
+    "cache_cost": ".cache.cost",
+    "compute_block_budget": ".cache.schema",
+    "occupancy": ".cache.occupancy",
+    # Text from a checkpoint.
+    "packaged_checkpoint": ".cli.options",
     "from_pretrained": ".model.pretrained",
     "generate": ".decode.generate",
-    "load_snapshot": ".cache.transfer.snapshot_file",
-    "save_snapshot": ".cache.transfer.snapshot_file",
     "stream": ".decode.generate",
+    "DecodeLoop": ".decode.loop",
+    "make_manager": ".decode.generate",
 }
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:

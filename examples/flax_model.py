@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv4_jax import DSV4Config, KVCacheManager
-from dsv4_jax.cache.handle import LayerCacheHandle
-from dsv4_jax.cache.views import ClassicalView, SWAView
-from dsv4_jax.ops.formats.fp4 import hadamard
-from dsv4_jax.ops.write.compress import CompressorWeights
+from dsv4_jax import (
+    ClassicalView,
+    CompressorWeights,
+    DSV4Config,
+    KVCacheManager,
+    LayerCacheHandle,
+    SWAView,
+    hadamard,
+)
 
 # What the cache needs to know of the model: layers, widths of records and indexer keys, and the longest context.
 CONFIG = DSV4Config.flash().replace(

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax import DSV4Config, KVCacheManager
-from dsv4_jax.cache.handle import LayerCacheHandle
-from dsv4_jax.ops.write.compress import CompressorWeights
+from dsv4_jax import CompressorWeights, DSV4Config, KVCacheManager, LayerCacheHandle
 
 HIDDEN, HEADS, DIM, LAYER = 64, 4, 512, 1
 CONFIG = DSV4Config.flash().replace(num_hidden_layers=2, compress_ratios=(0, 128), num_hash_layers=0)

@@ -3,8 +3,7 @@
 The same from the command line: dsv4-jax plan --config flash --memory 80GiB --context 131072 --concurrency 16
 """
 
-from dsv4_jax import DSV4Config, KVCacheManager
-from dsv4_jax.cache.cost import cache_cost
+from dsv4_jax import DSV4Config, KVCacheManager, cache_cost
 
 GIB = 2**30
 

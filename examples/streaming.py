@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 
 import dsv4_jax
-from dsv4_jax.cli import packaged_checkpoint
 
 PROMPTS = ["import os\n", "def main():\n", "class Stack:\n"]
 
@@ -69,4 +68,4 @@ def main(checkpoint: str | pathlib.Path, new_tokens: int = 40) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else packaged_checkpoint())
+    main(sys.argv[1] if len(sys.argv) > 1 else dsv4_jax.packaged_checkpoint())
