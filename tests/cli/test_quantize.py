@@ -44,7 +44,7 @@ def test_what_cannot_be_done_is_one_sentence_and_status_2(run, tmp_path):
 def test_ctrl_c_leaves_nothing(tmp_path):
     """A real signal, in the middle of writing: the temporary folder is there, and then nothing is."""
     slowly = (
-        "import time; from dsv4_jax.model import released_form as r; q = r.quantise\n"
+        "import time; from dsv4_jax.model.files import released_form as r; q = r.quantise\n"
         "r.quantise = lambda *a: (time.sleep(0.1), q(*a))[1]"
     )
     program = start_command_line("quantize", SHARP, tmp_path / "out", first=slowly)
