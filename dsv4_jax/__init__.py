@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .model.layer_schedule import build_schedule as build_schedule
     from .model.pretrained import from_pretrained as from_pretrained
     from .ops.formats.fp4 import hadamard as hadamard
+    from .ops.read.attend import RawQuery as RawQuery
     from .ops.write.compress import CompressorWeights as CompressorWeights
     from .ops.write.write_layer import Projections as Projections
     from .ops.write.write_layer import RawWindow as RawWindow
@@ -64,6 +65,7 @@ _MODULES = {
     "CompressorWeights": ".ops.write.compress",
     "Projections": ".ops.write.write_layer",
     "RawWindow": ".ops.write.write_layer",
+    "RawQuery": ".ops.read.attend",
     "SWAView": ".cache.views",
     "ClassicalView": ".cache.views",
     "IndexerView": ".cache.views",

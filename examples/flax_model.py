@@ -6,15 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv4_jax import (
-    ClassicalView,
-    CompressorWeights,
-    DSV4Config,
-    KVCacheManager,
-    LayerCacheHandle,
-    SWAView,
-    hadamard,
-)
+from dsv4_jax import CompressorWeights, DSV4Config, KVCacheManager, LayerCacheHandle, hadamard
 
 # What the cache needs to know of the model: layers, widths of records and indexer keys, and the longest context.
 CONFIG = DSV4Config.flash().replace(
@@ -46,6 +38,7 @@ class Attention(nnx.Module):
         self.q = nnx.Linear(HIDDEN, HEADS * dim, use_bias=False, rngs=rngs)
         self.kv = nnx.Linear(HIDDEN, dim, use_bias=False, rngs=rngs)
         self.out = nnx.Linear(HEADS * dim, HIDDEN, use_bias=False, rngs=rngs)
+        self.sink = nnx.Param(jnp.zeros(HEADS))
         if ratio:
             self.compressor = Compressor(ratio, dim, 1 + self.overlap, rngs)
         if self.overlap:
@@ -54,24 +47,18 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, handle: LayerCacheHandle) -> tuple[jax.Array, LayerCacheHandle]:
         """x (T, HIDDEN), one token of every request."""
-        handle = handle.write_swa(self.kv(x))
-        views: list[SWAView | ClassicalView] = [handle.read_swa_view()]
+        handle, chosen = handle.write_swa(self.kv(x)), None
         if self.overlap:
             handle = self.index_keys(handle.write_indexer, x)
-            handle = self.compressor(handle.write_compressed, x)
             keys = handle.read_indexer_view()
             q = hadamard(self.index_q(x)) if handle.keys_rotated else self.index_q(x)
             scores = jnp.where(keys.valid, jnp.einsum("td,ted->te", q, keys.keys), -jnp.inf)
             best, chosen = jax.lax.top_k(scores, TOP_K)
-            views.append(handle.read_classical_view(jnp.where(jnp.isfinite(best), chosen, -1)))
-        elif hasattr(self, "compressor"):
+            chosen = jnp.where(jnp.isfinite(best), chosen, -1)
+        if hasattr(self, "compressor"):
             handle = self.compressor(handle.write_compressed, x)
-            views.append(handle.read_classical_view())
-        kv = jnp.concatenate([view.kv for view in views], axis=1)
-        valid = jnp.concatenate([view.valid for view in views], axis=1)[:, None]
-        scores = jnp.einsum("thd,tnd->thn", self.q(x).reshape(-1, HEADS, CONFIG.head_dim), kv)
-        weights = jax.nn.softmax(jnp.where(valid, scores * CONFIG.head_dim**-0.5, -jnp.inf))
-        out = jnp.einsum("thn,tnd->thd", weights, kv)
+        q = self.q(x).reshape(-1, HEADS, CONFIG.head_dim)
+        out = handle.attend(q, self.sink[...], selected=chosen)
         return self.out(out.reshape(len(x), -1)), handle
 
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from ..ops.formats.record import Record, decode_record, encode_record
 from ..ops.nn.rms_norm import rms_norm
 from ..ops.nn.rope import apply_rope
+from ..ops.read.attend import Fresh, RawQuery, attend
 from ..ops.read.entries import read_entries, read_keys
 from ..ops.read.window import read_window
 from ..ops.segments import per_token, to_segments
@@ -21,7 +22,7 @@ from ..ops.write.compress import CompressorWeights, compress, compress_indexer
 from ..ops.write.ordering import after as ordered_after
 from ..ops.write.write_layer import Projections, RawWindow
 from .kv_cache import KVCache
-from .layer_inputs import check_array, check_floating, check_rows, check_weights
+from .layer_inputs import FLOATS, check_array, check_floating, check_raw, check_rows, check_weights
 from .layer_writes import write_at_once
 from .paged_cache import PagedKVPool
 from .plan import StepPlan
@@ -156,6 +157,79 @@ class LayerCacheHandle:
         token = jnp.asarray(self.plan.positions)[:, None]
         live = (jnp.asarray(self.plan.slots) >= 0)[:, None]
         return SWAView(kv, positions, live & (row >= 0) & (row <= token) & (row > token - window))
+
+    # Attention.
+
+    def attend(
+        self,
+        q: Array,
+        sink: Array,
+        *,
+        selected: Array | None = None,
+        fresh: Array | None = None,
+        scale: float | None = None,
+        raw: RawQuery | None = None,
+    ) -> Array:
+        """One softmax over the window, the compressed entries and a sink, straight from the stored records.
+
+        A decode step writes its token, then attends. A step that brings several tokens of a slot attends first, with
+        `fresh`, and writes after (`write_swa(fresh, after=output)`); its entries are written before in both. Slots,
+        positions and tables decide what a token sees, never what a row holds; padding gets 0. What numbers are promised
+        is in docs/records.md. (arXiv 2606.19348, section 2.3.)
+
+        Args:
+          q: (T, heads, head_dim) float32 | bfloat16, normed and rotated; with `raw` neither.
+          sink: (heads,) float32, a logit that only adds to the denominator.
+          selected: (T, K) int32, entries that each token attends to by index in the request, -1 for none; None for
+            every visible one. A layer without entries takes None.
+          fresh: (T, head_dim) float32 | bfloat16, the step's kv as `write_swa` takes it, not written yet.
+          scale: factor of the scores, by default head_dim ** -0.5.
+          raw: cos and sin (T, rope_dim // 2) float32 of the tokens and eps: q comes straight from its projection, is
+            normed per head and rotated here, and the output is rotated back.
+        Returns:
+          (T, heads, head_dim) in the dtype of q.
+        Raises:
+          ValueError: for another shape or dtype, `selected` in an SWA layer, or a step that brings several tokens of a
+            slot without `fresh`.
+        """
+        tokens, schema = self.plan.slots.shape[0], self.schema
+        check_array(self.layer_idx, "q", q, (tokens, "heads", schema.head_dim), FLOATS)
+        check_array(self.layer_idx, "sink", sink, (q.shape[1],), (jnp.float32,), " (a logit for each head of q)")
+        if selected is not None:
+            self._need(("csa", "hca"), "compressed entries")
+            check_array(self.layer_idx, "selected", selected, (tokens, "K"), (jnp.int32,))
+        if raw is not None:
+            check_raw(self.layer_idx, raw, tokens, schema.rope_dim)
+        ring = self.cache.state[schema.kind].ring
+        stored = Record(ring.nope, ring.rope, ring.inv_scale)
+        own = None
+        if fresh is not None:
+            self._check("fresh", fresh, schema.head_dim)
+            # As it will be stored, so that results do not depend on where a prompt is cut.
+            own = Fresh(encode_record(fresh, stored), self.plan.segments)
+        elif not self.plan.one_token_per_slot:
+            raise ValueError(
+                f"layer {self.layer_idx}: attend got several tokens of a slot without fresh, expected their kv: attend "
+                "first, then write_swa(kv, after=output)"
+            )
+        pool = self.cache.paged.get(schema.kind)
+        return attend(
+            q,
+            sink,
+            jnp.asarray(self.plan.slots),
+            jnp.asarray(self.plan.positions),
+            stored,
+            None if pool is None else pool.entries,
+            None if pool is None else self._table,
+            selected,
+            own,
+            raw,
+            layer=self._index,
+            window=schema.swa_window_size,
+            ratio=schema.compress_ratio,
+            max_entries=None if pool is None else self.max_entries,
+            scale=schema.head_dim**-0.5 if scale is None else scale,
+        )
 
     # Compressed entries.
 

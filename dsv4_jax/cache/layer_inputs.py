@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ..ops.read.attend import RawQuery
 from ..ops.write.compress import CompressorWeights
 
 FLOATS = (jnp.float32, jnp.bfloat16)
@@ -39,3 +40,13 @@ def check_floating(layer: int, dtype: Any) -> None:
     """ValueError unless dtype is one that values can be read as."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"layer {layer}: dtype is {jnp.dtype(dtype).name}, expected a floating one such as bfloat16")
+
+
+def check_raw(layer: int, raw: Any, tokens: int, rope_dim: int) -> None:
+    """ValueError unless raw says how queries of these tokens are normed and rotated."""
+    if not isinstance(raw, RawQuery):
+        raise ValueError(f"layer {layer}: raw is a {type(raw).__name__}, expected a RawQuery (cos, sin, eps)")
+    for name, x in (("raw.cos", raw.cos), ("raw.sin", raw.sin)):
+        check_array(layer, name, x, (tokens, rope_dim // 2), (jnp.float32,))
+    if not isinstance(raw.eps, float):
+        raise ValueError(f"layer {layer}: raw.eps is a {type(raw.eps).__name__}, expected a Python float")

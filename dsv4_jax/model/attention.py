@@ -11,7 +11,7 @@ from ..cache.handle import LayerCacheHandle
 from ..ops.formats.fp4 import hadamard
 from ..ops.nn.rms_norm import rms_norm
 from ..ops.nn.rope import apply_rope, rope_angles, rope_frequencies
-from ..ops.read.attention import KeyGroup, attend
+from ..ops.read.attend import RawQuery
 from ..ops.read.select_entries import index_scores, select_top_k
 from ..ops.write.compress import CompressorWeights
 from ..ops.write.write_layer import Projections, RawWindow
@@ -102,7 +102,6 @@ class Attention(nnx.Module):
         cos, sin = rope_angles(jnp.asarray(handle.plan.positions), self.inv_freq)
         qr = self.q_norm(self.wq_a(x))
         q = self.wq_b(qr).reshape(x.shape[0], c.num_attention_heads, c.head_dim)
-        q = apply_rope(rms_norm(q, eps=c.rms_norm_eps), cos[:, None], sin[:, None])
         raw, norm, eps = self.wkv(x), self.norm.weight[...], c.rms_norm_eps
         compressor, indexer = self._projections(x)
 
@@ -114,18 +113,13 @@ class Attention(nnx.Module):
             handle = handle if compressor is None else handle.write_compressed(*compressor, eps=eps)
             # In float32, as write_layer does it: what is stored does not depend on how a prompt is cut.
             fresh = apply_rope(rms_norm(raw.astype(jnp.float32), norm, eps=eps), cos, sin)
-        groups = self._entries(x, qr, cos, sin, handle)
-        window = handle.read_swa_view(fresh)
-        out = attend(
-            q,
-            (KeyGroup(window.kv, window.valid), *groups),
-            self.attn_sink[...],
-            handle.plan.segments,
-            scale=c.head_dim**-0.5,
-        )
+        out = handle.attend(
+            q, self.attn_sink[...], selected=self._selected(x, qr, cos, sin, handle), fresh=fresh,
+            raw=RawQuery(cos, sin, eps),
+        )  # fmt: skip
         if fresh is not None:
             handle = handle.write_swa(fresh, after=out)
-        return self._project(apply_rope(out, cos[:, None], sin[:, None], inverse=True)), handle
+        return self._project(out), handle
 
     def _projections(self, x: Array) -> tuple[Projections | None, Projections | None]:
         """Of the compressor and of the indexer's, where the layer has them."""
@@ -134,26 +128,14 @@ class Attention(nnx.Module):
         indexer = self.indexer.compressor(x, self.inv_freq) if self.kind is AttentionType.CSA else None
         return self.compressor(x, self.inv_freq), indexer
 
-    def _entries(self, x: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle) -> tuple[KeyGroup, ...]:
-        """The compressed entries each token attends to."""
-        if self.kind is AttentionType.SWA or not handle.max_entries:
-            return ()
-        if self.kind is AttentionType.HCA or handle.max_entries <= self.indexer.k:
-            view = handle.read_classical_view()
-            return (KeyGroup(view.kv, view.valid),)
-        selected = self.indexer.select(x, qr, cos[:, None], sin[:, None], handle)
-        if handle.plan.segments.tokens.shape[1] * self.indexer.k <= handle.max_entries:
-            view = handle.read_classical_view(selected)
-            return (KeyGroup(view.kv, view.valid, per_token=True),)
-        # The tokens of a segment share most entries: reading all of them once is less than each token's own.
-        view = handle.read_classical_view()
-        token = jnp.arange(x.shape[0])[:, None]
-        chosen = jnp.where(selected >= 0, selected, handle.max_entries)
-        chosen = jnp.zeros_like(view.valid).at[token, chosen].set(True, mode="drop")
-        return (KeyGroup(view.kv, view.valid & chosen),)
+    def _selected(self, x: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle) -> Array | None:
+        """The compressed entries each token attends to (T, k) int32; None for all that it sees."""
+        if self.kind is not AttentionType.CSA or handle.max_entries <= self.indexer.k:
+            return None
+        return self.indexer.select(x, qr, cos[:, None], sin[:, None], handle)
 
     def _project(self, out: Array) -> Array:
-        """Grouped output projection: (T, heads, head_dim) float32 -> (T, hidden)."""
+        """Grouped output projection: (T, heads, head_dim) -> (T, hidden)."""
         c, weight = self.config, self.wo_a.weight[...]
         groups = out.astype(weight.dtype).reshape(out.shape[0], c.o_groups, -1)
         weight = weight.reshape(c.o_groups, c.o_lora_rank, -1)

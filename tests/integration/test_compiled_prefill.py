@@ -31,8 +31,11 @@ def prefill(cache, plan, x):
             seen = handle.read_indexer_view().valid.sum(axis=1, dtype=jnp.float32)[:, None]
         if kind == "hca":
             handle = handle.write_compressed(kv, kv, weights(128, 1, 512))
-        window = handle.read_swa_view(kv)
-        x = x * 0.5 + window.valid.sum(axis=1, dtype=jnp.float32)[:, None] * window.kv.mean() + seen
+        if layer_idx % 2:
+            window = handle.read_swa_view(kv)
+            x = x * 0.5 + window.valid.sum(axis=1, dtype=jnp.float32)[:, None] * window.kv.mean() + seen
+        else:
+            x = x * 0.5 + handle.attend(x.reshape(-1, 2, 512), jnp.zeros(2), fresh=kv).reshape(x.shape) + seen
         cache = handle.write_swa(kv, after=x).cache
     return cache, x
 

@@ -23,7 +23,7 @@ def ring_positions(newest: Array, num_rows: int) -> Array:
 
 
 def read_window(
-    ring: SWARing,
+    ring: SWARing | Record,
     slots: Array,
     newest: Array,
     *,
@@ -40,9 +40,9 @@ def read_window(
     It does not read rows outside the window. ValueError for an implementation that cannot be used.
     """
     record = Record(ring.nope, ring.rope, ring.inv_scale)
-    positions = ring_positions(newest, ring.pos.shape[2])
+    positions = ring_positions(newest, ring.nope.shape[2])
     inside = (positions >= 0) & (positions > (newest - window)[:, None])
-    inside &= ((slots >= 0) & (slots < ring.pos.shape[1]))[:, None]
+    inside &= ((slots >= 0) & (slots < ring.nope.shape[1]))[:, None]
 
     def in_jnp(record: Record, slots: Array, newest: Array, inside: Array) -> Array:
         rows = jax.tree.map(lambda x: x.at[layer, jnp.maximum(slots, 0)].get(mode="clip"), record)
