@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import gpu_attend
 import gpu_reads
 import gpu_step
 import gpu_timing
@@ -25,10 +26,10 @@ import jax.numpy as jnp
 from dsv4_jax.ops import dispatch
 
 
-def rows() -> list[Callable[[], gpu_timing.Row]]:
+def rows() -> list[functools.partial[gpu_timing.Row]]:
     """All rows of the table, in order, not yet prepared."""
     f32, bf16 = jnp.float32, jnp.bfloat16
-    made = []
+    made: list[functools.partial[gpu_timing.Row]] = []
 
     def row(benchmark: Callable[..., gpu_timing.Row], *args, **options) -> None:
         made.append(functools.partial(benchmark, *args, **options))
@@ -63,6 +64,7 @@ def rows() -> list[Callable[[], gpu_timing.Row]]:
     row(gpu_reads.chosen_entries, "fp8", f32)
     row(gpu_reads.window, "fp8", bf16)
     row(gpu_reads.all_keys, "mxfp4")
+    made.extend(gpu_attend.rows())
     for options in gpu_step.CACHES:
         for one_launch in (False, True):
             row(gpu_step.all_writes, steps=1, options=options, one_launch=one_launch, target=200.0)
@@ -73,14 +75,16 @@ def rows() -> list[Callable[[], gpu_timing.Row]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=os.environ.get("OUT", "gpu_results"), help="folder of the JSON file")
+    parser.add_argument("--only", choices=["attend", "reads", "step", "writes"], help="the rows of this part alone")
     options = parser.parse_args()
     if jax.default_backend() != "gpu" or "cuda" not in dispatch.available():
         sys.exit("bench gpu: needs an NVIDIA GPU, JAX with CUDA and the native library for it (scripts/build_ffi)")
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is one of the numbers
     start = time.perf_counter()
-    gpu_timing.run(rows())
-    gpu_step.report_program()
-    gpu_step.report_bytes()
+    gpu_timing.run(row for row in rows() if options.only in (None, row.func.__module__.removeprefix("gpu_")))
+    if options.only in (None, "step"):
+        gpu_step.report_program()
+        gpu_step.report_bytes()
     gpu_timing.fact("this benchmark", time.perf_counter() - start, "s")
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True

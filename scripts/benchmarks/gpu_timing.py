@@ -25,6 +25,8 @@ class Row:
     per: int = 1  # operations in a call
     total: int | None = None  # least bytes an operation must move
     target: float | None = None  # microseconds
+    arithmetic: float | None = None  # microseconds of its products at the chip's full rate
+    peer: tuple[str, float] | None = None  # who published which microseconds for as much work
     host: bool = False  # whether to report also how long the host is busy with a call
 
 
@@ -77,8 +79,16 @@ def copy_microseconds(total: int) -> float:
     return median_microseconds(call, None)[0] / count
 
 
-def report(name: str, took: float, *, total: int | None = None, target: float | None = None) -> None:
-    """Prints and keeps one row; total: the least bytes that must move."""
+def report(
+    name: str,
+    took: float,
+    *,
+    total: int | None = None,
+    target: float | None = None,
+    arithmetic: float | None = None,
+    peer: tuple[str, float] | None = None,
+) -> None:
+    """Prints and keeps one row; total: the least bytes that must move; the others as in `Row`."""
     row = {"name": name, "us": took, "target_us": target}
     text = f"{name:66} {took:8.2f} us"
     if target is not None:
@@ -87,6 +97,12 @@ def report(name: str, took: float, *, total: int | None = None, target: float | 
         floor = copy_microseconds(total)
         row |= {"bytes": total, "copy_us": floor, "of_copy": floor / took, "TB_per_s": total / took / 1e6}
         text += f"  copy {floor:7.2f}  {floor / took:4.0%}  {total / took / 1e6:5.2f} TB/s"
+    if arithmetic is not None:
+        row["arithmetic_us"] = arithmetic
+        text += f"  arithmetic {arithmetic:7.2f}"
+    if peer is not None:
+        row |= {"peer": peer[0], "peer_us": peer[1]}
+        text += f"  {peer[0]} {peer[1]:6.1f}"
     RESULTS.append(row)
     print(text, flush=True)
 
@@ -117,7 +133,9 @@ def run(benchmarks: Iterable[Callable[[], Row]], workers: int = 8) -> None:
     for row in rows:
         try:
             took, row.state = median_microseconds(row.call, row.state)
-            report(row.name, took / row.per, total=row.total, target=row.target)
+            report(
+                row.name, took / row.per, total=row.total, target=row.target, arithmetic=row.arithmetic, peer=row.peer
+            )
             if row.host:
                 fact(f"{row.name}: host time of a call", host_microseconds(row.call, row.state), "us")
         except Exception as error:
