@@ -34,6 +34,7 @@ _HANDLERS = {
     "cuda": {
         "dsv4_append_swa": "Dsv4AppendSwa",
         "dsv4_append_swa_fused": "Dsv4AppendSwaFused",
+        "dsv4_attend": "Dsv4Attend",
         "dsv4_compress": "Dsv4Compress",
         "dsv4_compress_indexer": "Dsv4CompressIndexer",
         "dsv4_read_entries": "Dsv4ReadEntries",

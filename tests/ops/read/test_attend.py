@@ -187,7 +187,9 @@ def check(case, implementation, tokens=None):
     exact = case.exact(tokens)
     error = np.linalg.norm((got[tokens].astype(np.float64) - exact).reshape(len(tokens), -1), axis=-1)
     size = np.linalg.norm(exact.reshape(len(tokens), -1), axis=-1)
-    bound = (1e-3 if implementation == "cuda" else 1e-5) + (2.0**-9 if got.dtype == BF16 else 0)  # a result's rounding
+    # On the GPU probabilities and values are 16-bit factors; a bfloat16 result is rounded besides.
+    rounding = 2.0**-9 if got.dtype == BF16 else 0
+    bound = ({"cuda": 1e-3 if rounding else 1.5e-3}.get(implementation, 1e-5)) + rounding
     assert (error <= bound * size).all(), (error / np.maximum(size, 1e-30), size)
     return got
 
