@@ -62,10 +62,11 @@ def attend(
     row holds. Keys are values. The sink's logit only adds to the denominator. A token of slot -1 or out of range, or of
     a negative position, is padding and gets 0, as does one that sees nothing.
 
-    Numbers: float32 arithmetic in "jnp" and "cpu", within 1e-5 of exact arithmetic on the same records (relative, L2
-    over a token's heads); 16-bit products in "cuda", within 1e-3 of bfloat16 queries (1.5e-3 of float32), before the
-    result is rounded to its dtype. A token's bits depend on the shapes of the call alone: not on the order of the batch, on padding, on its slot, on the other
-    tokens or on the run. What is not finite in a visible row makes that token's output NaN, and no other's.
+    Numbers: float32 arithmetic in "jnp" and "cpu", within 1e-5 of exact arithmetic on the same records (relative,
+    L2 over a token's heads); 16-bit products in "cuda", within 1e-3 of bfloat16 queries (1.5e-3 of float32), before
+    the result is rounded to its dtype. A token's bits depend on the shapes of the call alone: not on the order of
+    the batch, on padding, on its slot, on the other tokens or on the run. What is not finite in a visible row makes
+    that token's output NaN, and no other's.
 
     Args:
       q: (T, H, d) float32 | bfloat16, normed and rotated; with `raw` neither.
