@@ -156,11 +156,13 @@ class CacheHolder:
         """Gives back what was released and no planned step can read any more, once the cache is here to be cleared."""
         if not self._requests.waiting or self._is_donated():
             return
-        for released in self._requests.settle():
-            # An entry that nobody gave a block must find none, not that of a former owner.
+        for released in self._requests.settling():
+            # An entry that nobody gave a block must find none, not that of a former owner. The device comes first:
+            # where it refuses, what was released goes on waiting.
             self._cache = enter_cells(self._cache, self._ledger.entered(released.cells))
             if self._debug_nan:
                 self._make_unreadable(released.blocks, released.slots)
+            self._requests.free(released)
 
     def _can_reclaim(self) -> bool:
         """Whether kept blocks can be given out at once: no planned step may read them, and the cache is here."""

@@ -1,5 +1,7 @@
 """Requests come, go, branch, go back, leave the cache and return."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,8 +47,9 @@ class RequestLifecycle(CacheHolder):
             return AdmittedPrompt(self._requests.open(), 0, 0, 0)
         cache = self._live_cache()
         slot = self._requests.adopt(match.blocks, match.start)
-        cache = write_rows(cache, slot, match.state or {}, match.start)
-        self._cache = enter_cells(cache, self._ledger.all_entered(slot))
+        with self._opened(slot):
+            self._cache = write_rows(cache, slot, match.state or {}, match.start)
+            self._cache = enter_cells(self._cache, self._ledger.all_entered(slot))
         return AdmittedPrompt(slot, match.start, match.hit_tokens, match.hit_tokens - match.start)
 
     def keep_prefix(self, slot: int, token_ids: Any, *, salt: bytes = b"") -> int:
@@ -123,8 +126,9 @@ class RequestLifecycle(CacheHolder):
         target, copies = self._requests.fork(slot, shared)
         # At most the open block and what a rollback reaches back to: a fixed number, so that forks compile once.
         most = -(-self.max_rollback // self.block_size) + 1
-        pairs = {kind: jnp.asarray(rows_array(rows, most, 2)) for kind, rows in copies.items()}
-        self._cache = copy_slot(self._cache, jnp.int32(slot), jnp.int32(target), pairs)
+        with self._opened(target):
+            pairs = {kind: jnp.asarray(rows_array(rows, most, 2)) for kind, rows in copies.items()}
+            self._cache = copy_slot(self._cache, jnp.int32(slot), jnp.int32(target), pairs)
         return target
 
     def snapshot(self, slot: int, *, rollback: int = 0) -> Snapshot:
@@ -157,10 +161,22 @@ class RequestLifecycle(CacheHolder):
         settled = snapshot.length - min(snapshot.rollback, self.max_rollback)
         slot = self._requests.open(snapshot.length, settled)
         blocks = self._ledger.blocks(slot)
-        cache = write_entries(self._cache, snapshot, blocks)
-        cache = write_rows(cache, slot, snapshot.arrays, snapshot.length)
-        self._cache = enter_cells(cache, self._ledger.all_entered(slot))
+        with self._opened(slot):
+            self._cache = write_entries(self._cache, snapshot, blocks)
+            self._cache = write_rows(self._cache, slot, snapshot.arrays, snapshot.length)
+            self._cache = enter_cells(self._cache, self._ledger.all_entered(slot))
         return slot
+
+    @contextmanager
+    def _opened(self, slot: int) -> Iterator[None]:
+        """Around the writes that fill a request just opened: where one fails, the request ends and nothing is lost."""
+        try:
+            yield
+        except BaseException:
+            self._requests.close(slot)
+            with suppress(Exception):  # where the device still refuses, what waits is given back by the next call
+                self._settle()
+            raise
 
     def preempt(self, slot: int, *, rollback: int = 0) -> Snapshot:
         """Takes a request out of the cache to make room; `restore` resumes it. See `snapshot`, `release_request`."""

@@ -161,9 +161,12 @@ class RequestTable:
         return kept
 
     def shrink(self, slot: int, length: int) -> None:
-        """A request has only `length` tokens any more; it gives up the blocks beyond."""
+        """A request has only `length` tokens any more; it gives up the blocks beyond.
+
+        While a prefix hit is computed again, blocks beyond the length hold entries that are not written a second time.
+        """
         self._lengths[slot] = length
-        self.give_up(self.ledger.truncate(slot, self.blocks_for(length)))
+        self.give_up(self.ledger.truncate(slot, self.blocks_for(max(length, self._complete_from[slot]))))
 
     def blocks_for(self, num_tokens: int) -> dict[str, int]:
         """Blocks that so many tokens of one request need, by kind."""
@@ -187,16 +190,17 @@ class RequestTable:
         released.after = self.pending.newest()
         self._released.append(released)
 
-    def settle(self) -> list[Released]:
-        """Makes free what no outstanding plan can read -> what that is; its places in the tables are to be entered."""
+    def settling(self) -> list[Released]:
+        """What no outstanding plan can read any more; its places in the tables are to be entered, then it is free."""
         oldest = self.pending.oldest()
-        done = [r for r in self._released if r.after < oldest]
-        self._released = [r for r in self._released if r.after >= oldest]
-        for released in done:
-            self.ledger.unhold(released.blocks)
-            for slot in released.slots:
-                heapq.heappush(self.free_slots, slot)
-        return done
+        return [released for released in self._released if released.after < oldest]
+
+    def free(self, released: Released) -> None:
+        """Makes free what `settling` named."""
+        self._released = [other for other in self._released if other is not released]
+        self.ledger.unhold(released.blocks)
+        for slot in released.slots:
+            heapq.heappush(self.free_slots, slot)
 
     @property
     def waiting(self) -> list[Released]:
