@@ -43,10 +43,14 @@ def check_chosen(chosen, scores, seen, k):
 
 
 def decode(q, w, keys, table, slots, visible, k, format="nvfp4", **kwargs):
-    slots, visible = jnp.asarray(slots, jnp.int32), jnp.asarray(visible, jnp.int32)
-    segments = one_token_segments(slots, visible * RATIO)
     where = {"format": format, "layer": 0, "max_entries": table.shape[1] * E, **kwargs}
-    return np.asarray(select(jnp.asarray(q), jnp.asarray(w), keys, jnp.asarray(table), segments, visible, k, **where))
+
+    @jax.jit
+    def call(q, w, keys, table, slots, visible):
+        return select(q, w, keys, table, one_token_segments(slots, visible * RATIO), visible, k, **where)
+
+    slots, visible = np.asarray(slots, np.int32), np.asarray(visible, np.int32)
+    return np.asarray(call(q, w, keys, table, slots, visible))
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "fp32"])
