@@ -14,6 +14,7 @@ from ..ops.nn.rms_norm import rms_norm
 from ..ops.nn.rope import apply_rope
 from ..ops.read.attend import Fresh, RawQuery, attend
 from ..ops.read.entries import read_entries, read_keys
+from ..ops.read.select import select
 from ..ops.read.window import read_window
 from ..ops.segments import per_token, to_segments
 from ..ops.write.append_swa import SWARing, append_swa
@@ -377,6 +378,39 @@ class LayerCacheHandle:
             format=self.schema.indexer_dtype, layer=self._index, max_blocks=self._num_columns(),
         )  # fmt: skip
         return IndexerView(keys, positions, valid)
+
+    def select(self, q: Array, weights: Array, k: int, *, raw: tuple[Array, Array] | None = None) -> Array:
+        """The k best entries for each token, by the indexer's scores (arXiv 2606.19348, section 2.3); CSA layers only.
+
+        A token that sees at most k entries gets all of them, and where `max_entries` <= k no key is read. Equal scores
+        go to the lower index; a NaN counts as the best score.
+
+        Args:
+          q: (T, heads, index_head_dim) float32 | bfloat16, rotated by RoPE; where keys are stored rotated by Hadamard,
+            the query is rotated here.
+          weights: (T, heads) float32 | bfloat16, of the heads.
+          k: how many entries, at least 1.
+          raw: cos and sin (T, rope_dim // 2) float32, where q is not rotated by RoPE yet.
+
+        Returns:
+          (T, k) int32: index in the request, in no particular order, -1 where fewer are visible.
+
+        Raises:
+          ValueError: an SWA or HCA layer, another shape or dtype, or k below 1.
+        """
+        self._need(("csa",), "indexer keys")
+        if k < 1:
+            raise ValueError(f"layer {self.layer_idx}: k is {k}, expected at least 1")
+        tokens, floating = self.plan.slots.shape[0], (jnp.float32, jnp.bfloat16)
+        check_array(self.layer_idx, "q", q, (tokens, "heads", self.schema.index_head_dim), floating)
+        check_array(self.layer_idx, "weights", weights, (tokens, q.shape[1]), floating)
+        for name, x in zip(("cos", "sin"), raw or (), strict=False):
+            check_array(self.layer_idx, name, x, (tokens, "r"), (jnp.float32,))
+        return select(
+            q, weights, _given(self.cache.paged["csa"].indexer), self._table, self.plan.segments,
+            self.visible_entries(), k, format=self.schema.indexer_dtype, layer=self._index,
+            max_entries=self.max_entries, raw=raw,
+        )  # fmt: skip
 
     @property
     def keys_rotated(self) -> bool:

@@ -8,11 +8,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ..cache.handle import LayerCacheHandle
-from ..ops.formats.fp4 import hadamard
 from ..ops.nn.rms_norm import rms_norm
 from ..ops.nn.rope import apply_rope, rope_angles, rope_frequencies
 from ..ops.read.attend import RawQuery
-from ..ops.read.select_entries import index_scores, select_top_k
 from ..ops.write.compress import CompressorWeights
 from ..ops.write.write_layer import Projections, RawWindow
 from .config import DSV4Config
@@ -49,14 +47,10 @@ class Indexer(nnx.Module):
         self.compressor = Compressor(config, spec, config.index_head_dim, dtype=dtype, rngs=rngs)
 
     def select(self, x: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle) -> Array:
-        """Entries to attend to (T, k) int32, -1: none; x (T, hidden), qr (T, q_lora_rank), cos and sin (T, 1, r)."""
-        q = apply_rope(self.wq_b(qr).reshape(x.shape[0], self.heads, -1), cos, sin).astype(jnp.float32)
-        if handle.keys_rotated:
-            q = hadamard(q)
+        """Entries to attend to (T, k) int32, -1: none; x (T, hidden), qr (T, q_lora_rank), cos and sin (T, r)."""
+        q = self.wq_b(qr).reshape(x.shape[0], self.heads, -1)
         weights = self.weights_proj(x).astype(jnp.float32) * self.heads**-0.5
-        view = handle.read_indexer_view()
-        scores = index_scores(q, weights, view.keys, view.valid, handle.plan.segments)
-        return select_top_k(scores, handle.visible_entries(), self.k)
+        return handle.select(q, weights, self.k, raw=(cos, sin))
 
 
 class Attention(nnx.Module):
@@ -132,7 +126,7 @@ class Attention(nnx.Module):
         """The compressed entries each token attends to (T, k) int32; None for all that it sees."""
         if self.kind is not AttentionType.CSA or handle.max_entries <= self.indexer.k:
             return None
-        return self.indexer.select(x, qr, cos[:, None], sin[:, None], handle)
+        return self.indexer.select(x, qr, cos, sin, handle)
 
     def _project(self, out: Array) -> Array:
         """Grouped output projection: (T, heads, head_dim) -> (T, hidden)."""
