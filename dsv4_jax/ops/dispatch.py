@@ -24,6 +24,8 @@ _HANDLERS = {
         "dsv4_attend": "Dsv4Attend",
         "dsv4_compress": "Dsv4Compress",
         "dsv4_compress_indexer": "Dsv4CompressIndexer",
+        "dsv4_experts": "Dsv4Experts",
+        "dsv4_project": "Dsv4Project",
         "dsv4_read_entries": "Dsv4ReadEntries",
         "dsv4_read_keys": "Dsv4ReadKeys",
         "dsv4_read_window": "Dsv4ReadWindow",
@@ -37,6 +39,8 @@ _HANDLERS = {
         "dsv4_attend": "Dsv4Attend",
         "dsv4_compress": "Dsv4Compress",
         "dsv4_compress_indexer": "Dsv4CompressIndexer",
+        "dsv4_experts": "Dsv4Experts",
+        "dsv4_project": "Dsv4Project",
         "dsv4_read_entries": "Dsv4ReadEntries",
         "dsv4_read_keys": "Dsv4ReadKeys",
         "dsv4_read_window": "Dsv4ReadWindow",
@@ -86,6 +90,14 @@ def call(
         return in_native(*operands)
     choices = {} if implementation else {p: in_native for p in available() if limit(p) is None}
     return jax.lax.platform_dependent(*operands, **choices, default=in_jnp) if choices else in_jnp(*operands)
+
+
+@functools.cache
+def on_hopper() -> bool:
+    """Whether the GPUs of this process are of compute capability 9.0, for which some native forms are written."""
+    return jax.default_backend() == "gpu" and all(
+        getattr(device, "compute_capability", None) == "9.0" for device in jax.local_devices()
+    )
 
 
 def library_dirs() -> list[pathlib.Path]:

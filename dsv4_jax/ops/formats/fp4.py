@@ -43,7 +43,7 @@ def _power_of_two_scale(amax: Array) -> Array:
     return jnp.clip(exponent - 2 + (mantissa > 0x400000).astype(jnp.int32), 0, 254).astype(jnp.uint8)
 
 
-def _exp2(scale: Array) -> Array:
+def power_of_two(scale: Array) -> Array:
     """E8M0 byte -> float32 power of two (NaN for 0xff); bytes below 1 do not arise from quantising."""
     value = jax.lax.bitcast_convert_type(scale.astype(jnp.int32) << 23, jnp.float32)
     return jnp.where(scale == 0xFF, jnp.float32(jnp.nan), value)
@@ -71,7 +71,7 @@ def quantise_fp4(x: Array, format: str) -> tuple[Array, Array]:
         value, nan = decode_e4m3(scale), jnp.uint8(0x7F)
     else:
         scale = _power_of_two_scale(amax)
-        value, nan = _exp2(scale), jnp.uint8(0xFF)
+        value, nan = power_of_two(scale), jnp.uint8(0xFF)
     codes = _encode_e2m1(x, value[..., None])
     codes = jnp.where(finite[..., None], codes, jnp.uint8(7)).reshape(*x.shape[:-2], x.shape[-2] * group)
     return codes[..., 0::2] | (codes[..., 1::2] << jnp.uint8(4)), jnp.where(finite, scale, nan)
@@ -87,7 +87,7 @@ def dequantise_fp4(codes: Array, scales: Array, format: str) -> Array:
     value = jax.lax.bitcast_convert_type((magnitude << 22) + (126 << 23), jnp.float32)
     value = jnp.where(magnitude < 2, magnitude.astype(jnp.float32) * 0.5, value)
     value = jnp.where(nibbles > 7, -value, value)
-    scale = decode_e4m3(scales) if format == "nvfp4" else _exp2(scales)
+    scale = decode_e4m3(scales) if format == "nvfp4" else power_of_two(scales)
     return (value.reshape(*scales.shape, group) * scale[..., None]).reshape(shape)
 
 

@@ -1,0 +1,137 @@
+// apply_experts on Hopper GPUs. Contract and jax.numpy form: dsv4_jax/ops/nn/experts.py.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/export.h"
+#include "common/launched.h"
+#include "experts/few_tokens.cuh"
+#include "experts/many_tokens.cuh"
+#include "experts/op.h"
+
+namespace dsv4 {
+namespace {
+
+namespace kernels = experts;
+
+constexpr int kBlocks = 132;         // of the persistent kernels: one for each of a Hopper's multiprocessors
+constexpr int64_t kFewTokens = 512;  // up to which reading weights once for every eight tokens of an expert is faster
+constexpr int kHidden = 4096, kInner = 2048;  // the sizes that the kernels for few tokens are made for: V4-Flash
+
+// Takes parts of the scratch result.
+class Scratch {
+ public:
+  explicit Scratch(void* data) : data_(static_cast<uint8_t*>(data)) {}
+  template <typename T>
+  T* take(int64_t n) {
+    T* part = reinterpret_cast<T*>(data_ + used_);
+    used_ += (n * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  uint8_t* data_;
+  int64_t used_ = 0;
+};
+
+template <typename Kernel>
+cudaError_t launch(Kernel kernel, dim3 grid, int threads, int shared, cudaStream_t stream, bool overlap,
+                   const void* call) {
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (status != cudaSuccess) return status;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute, config.numAttrs = overlap ? 1 : 0;
+  void* arguments[] = {const_cast<void*>(call)};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
+}
+
+ffi::Error experts_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, float limit) {
+  ExpertCall call;
+  const ffi::Error error = bind_experts(args, results, &call);
+  if (error.failure()) return error;
+  if (call.is_float || call.hidden % 512 || call.inner % 512 || !(limit > 0.0f) || limit > 64.0f) {
+    return ffi::Error::InvalidArgument(
+        "apply_experts: on CUDA expected bfloat16, sizes that are multiples of 512 and a "
+        "limit of at most 64.");
+  }
+  if (!call.tokens || !call.k)
+    return launched("apply_experts", cudaMemsetAsync(call.y, 0, call.tokens * call.hidden * 2, stream));
+  const bool is_few = call.tokens <= kFewTokens && call.hidden == kHidden && call.inner == kInner;
+  const int64_t entries = call.tokens * call.k;
+  const int tile = is_few ? kernels::kPieceTokens : kernels::kManyTile;
+
+  auto result = results.get<ffi::AnyBuffer>(1);
+  if (!result.has_value()) return ffi::Error::InvalidArgument("apply_experts: got no scratch; expected one.");
+  Scratch scratch((*result)->untyped_data());
+  int32_t* slots = scratch.take<int32_t>(1);
+  int32_t* expert_of = scratch.take<int32_t>(call.experts);
+  int32_t* begin = scratch.take<int32_t>(call.experts + 1);
+  int32_t* list = scratch.take<int32_t>(entries);
+  int32_t* tiles = scratch.take<int32_t>(1 + 2 * (std::min(call.experts, entries) + entries / tile));
+  kernels::ManyCall many = {};
+  kernels::Call& c = many.call;
+  c.inner = scratch.take<__half>(entries * call.inner);
+  c.each = scratch.take<float>(entries * call.hidden);
+  __half* packed = is_few ? nullptr : scratch.take<__half>(call.tokens * call.hidden);
+  float* inverse = is_few ? nullptr : scratch.take<float>(call.tokens);
+  if (scratch.used() > static_cast<int64_t>((*result)->size_bytes())) {
+    return ffi::Error::InvalidArgument("apply_experts: got scratch of " + std::to_string((*result)->size_bytes()) +
+                                       " bytes; expected " + std::to_string(scratch.used()) + ".");
+  }
+  c.x = static_cast<const __nv_bfloat16*>(call.x), c.picks = call.picks, c.weights = call.weights;
+  c.w1 = {call.w1.codes, call.w1.scale}, c.w2 = {call.w2.codes, call.w2.scale}, c.w3 = {call.w3.codes, call.w3.scale};
+  c.out = static_cast<__nv_bfloat16*>(call.y);
+  c.experts = static_cast<int>(call.experts), c.tokens = static_cast<int>(call.tokens), c.k = static_cast<int>(call.k);
+  c.hidden = static_cast<int>(call.hidden), c.inner_size = static_cast<int>(call.inner);
+  c.limit = limit;
+  // |silu(gate) * up| stays below limit^2: as large as halves take.
+  c.inner_scale = std::exp2(std::floor(std::log2(32768.0f / (limit * limit))));
+  many.packed = packed, many.inverse = inverse;
+
+  if (call.tokens > 1 || !is_few) {
+    c.routes = {slots, expert_of, begin, list, tiles};
+    kernels::route_kernel<<<1, 1024, (2 * call.experts + 1) * 4, stream>>>(
+        call.picks, static_cast<int>(entries), c.experts, slots, expert_of, begin, list, tiles, tile);
+  }
+  cudaError_t status;
+  if (is_few) {
+    constexpr int kWarpgroups = 2, kStages = 4;
+    status = launch(kernels::few_kernel<true, kHidden, kInner, kStages, kWarpgroups>, kBlocks,
+                    kWarpgroups * 128 + kernels::kProducers, kernels::Layout<kHidden, kStages, kWarpgroups>::kShared,
+                    stream, false, &c);
+    if (status == cudaSuccess) {
+      status = launch(kernels::few_kernel<false, kInner, kHidden, kStages, kWarpgroups>, kBlocks,
+                      kWarpgroups * 128 + kernels::kProducers, kernels::Layout<kInner, kStages, kWarpgroups>::kShared,
+                      stream, true, &c);
+    }
+  } else {
+    pack_kernel<Codes::kE2M1><<<c.tokens, 256, 0, stream>>>(c.x, c.hidden, packed, inverse);
+    status = launch(kernels::many_tokens_kernel<kernels::GateUpPiece, false>, kBlocks, kProductThreads,
+                    kernels::kManyShared, stream, false, &many);
+    if (status == cudaSuccess) {
+      status = launch(kernels::many_tokens_kernel<kernels::DownPiece, true>, kBlocks, kProductThreads,
+                      kernels::kManyShared, stream, false, &many);
+    }
+  }
+  if (status != cudaSuccess) return launched("apply_experts", status);
+  if (status == cudaSuccess) {
+    status = launch(kernels::sum_picks_kernel, dim3((c.hidden + 1023) / 1024, c.tokens), 256, 0, stream, is_few, &c);
+  }
+  return launched("apply_experts", status);
+}
+
+}  // namespace
+}  // namespace dsv4
+
+DSV4_EXPORT_HANDLER(Dsv4Experts);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    Dsv4Experts, dsv4::experts_on_device,
+    xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets().Attr<float>(
+        "limit"),
+    {xla::ffi::Traits::kCmdBufferCompatible});

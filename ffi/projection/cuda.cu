@@ -1,0 +1,166 @@
+// project on Hopper GPUs. Contract and jax.numpy form: dsv4_jax/ops/nn/projection.py.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "common/export.h"
+#include "common/launched.h"
+#include "projection/many_tokens.cuh"
+#include "projection/op.h"
+#include "projection/some_tokens.cuh"
+
+namespace dsv4 {
+namespace {
+
+namespace kernels = projection;
+
+constexpr int kBlocks = 132;  // a Hopper's multiprocessors
+constexpr int kMostShared = 232448;
+
+// Up to 8 tokens: every block has all columns of its rows.
+template <int kColumns>
+cudaError_t run_few(const kernels::Call& call, cudaStream_t stream) {
+  using F = kernels::Few<kColumns>;
+  const int places = call.tokens == 1 ? 1 : call.tokens == 2 ? 2 : call.tokens <= 4 ? 4 : 8;
+  int stages = 6;
+  while (stages > 1 && F::shared_bytes(stages, call.columns, places) > kMostShared) --stages;
+  const auto run = [&](auto kernel) {
+    const int shared = F::shared_bytes(stages, call.columns, places);
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status != cudaSuccess) return status;
+    kernel<<<std::min(kBlocks, call.rows / F::kRows), kernels::kThreads, shared, stream>>>(call, stages);
+    return cudaGetLastError();
+  };
+  switch (places) {
+    case 1:
+      return run(kernels::few_tokens_kernel<kColumns, 1>);
+    case 2:
+      return run(kernels::few_tokens_kernel<kColumns, 2>);
+    case 4:
+      return run(kernels::few_tokens_kernel<kColumns, 4>);
+    default:
+      return run(kernels::few_tokens_kernel<kColumns, 8>);
+  }
+}
+
+template <typename Kernel, typename... Args>
+cudaError_t launch(Kernel kernel, dim3 grid, int threads, int shared, cudaStream_t stream, bool overlap, Args... args) {
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (status != cudaSuccess) return status;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
+  cudaLaunchAttribute attribute = {};  // begin while the kernel before ends: each waits for what it needs
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute, config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// Up to 64 tokens, in slices of the columns. Scratch: split activations, what to multiply by, sums of slices.
+template <int kTokens>
+cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cudaStream_t stream) {
+  const int blocks = call.rows / kernels::kSomeRows, in_group = blocks / call.groups, slices = call.columns / slice;
+  int each = 1;
+  while (static_cast<int64_t>(blocks) * slices > static_cast<int64_t>(kBlocks) * each && in_group % (2 * each) == 0)
+    each *= 2;
+  uint8_t* split = scratch;
+  float* inverse = reinterpret_cast<float*>(split + static_cast<int64_t>(call.groups) * call.columns * 2 * kTokens);
+  float* parts = inverse + call.groups * kTokens;
+  constexpr bool kInside = kTokens <= kernels::kInsideTokens;
+  cudaError_t status = cudaSuccess;
+  if (!kInside) {
+    status =
+        launch(kernels::split_kernel, dim3(kTokens, call.groups), 256, 0, stream, false, call, kTokens, split, inverse);
+    if (status != cudaSuccess) return status;
+  } else {
+    parts = reinterpret_cast<float*>(scratch);
+  }
+  status = launch(kernels::some_tokens_kernel<kTokens>, dim3(blocks / each, slices), kernels::kSomeThreads,
+                  kernels::some_shared<kTokens>(slice), stream, !kInside, call, each, slice,
+                  static_cast<const uint8_t*>(split), static_cast<const float*>(inverse), parts);
+  if (status != cudaSuccess || slices == 1) return status;
+  const int64_t size = static_cast<int64_t>(call.tokens) * call.rows;
+  return launch(kernels::sum_parts_kernel, dim3(static_cast<unsigned>((size / 4 + 255) / 256)), 256, 0, stream, true,
+                static_cast<const float*>(parts), slices, size, call.y);
+}
+
+template <int kTokens>
+cudaError_t run_many(const kernels::Call& call, __half* packed, float* inverse, cudaStream_t stream) {
+  const auto kernel = kernels::many_tokens_kernel<kTokens>;
+  const int shared = kProductShared<Codes::kE4M3, kTokens> + kTokens * 4;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (status != cudaSuccess) return status;
+  pack_kernel<Codes::kE4M3><<<call.tokens * call.groups, 256, 0, stream>>>(call.x, call.columns, packed, inverse);
+  kernel<<<dim3(call.rows / kernels::kManyRows, 1, (call.tokens + kTokens - 1) / kTokens), kProductThreads, shared,
+           stream>>>(call, packed, inverse, nullptr);
+  return cudaGetLastError();
+}
+
+ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t slice) {
+  Projection bound;
+  const ffi::Error error = bind_projection(args, results, &bound);
+  if (error.failure()) return error;
+  if (bound.is_float || bound.columns % 512 || bound.rows / bound.groups % kernels::kManyRows) {
+    return ffi::Error::InvalidArgument(
+        "project: on CUDA expected bfloat16, a multiple of 512 columns and one of 256 rows in "
+        "every group.");
+  }
+  if (!bound.tokens) return ffi::Error::Success();
+  kernels::Call call = {static_cast<const __nv_bfloat16*>(bound.x),
+                        bound.codes,
+                        bound.scale,
+                        static_cast<__nv_bfloat16*>(bound.y),
+                        static_cast<int>(bound.tokens),
+                        static_cast<int>(bound.groups),
+                        static_cast<int>(bound.rows),
+                        static_cast<int>(bound.columns)};
+  auto scratch = results.get<ffi::AnyBuffer>(1);
+  if (!scratch.has_value()) return ffi::Error::InvalidArgument("project: got no scratch; expected one.");
+  void* data = (*scratch)->untyped_data();
+  const int64_t have = static_cast<int64_t>((*scratch)->size_bytes());
+  if (slice) {
+    const int64_t places = bound.tokens <= 4    ? 4
+                           : bound.tokens <= 8  ? 8
+                           : bound.tokens <= 16 ? 16
+                           : bound.tokens <= 32 ? 32
+                                                : 64;
+    const int64_t slices = bound.columns / slice;
+    if (bound.tokens > 64 || bound.columns % slice || slice % 256 || slice * places * 2 + 1024 > kMostShared) {
+      return ffi::Error::InvalidArgument("project: got a slice of " + std::to_string(slice) +
+                                         " columns that does not fit.");
+    }
+    const int64_t split = places > kernels::kInsideTokens ? bound.groups * places * (2 * bound.columns + 4) : 0;
+    if (have < split + (slices > 1 ? slices * bound.tokens * bound.rows * 4 : 0)) {
+      return ffi::Error::InvalidArgument("project: got too little scratch.");
+    }
+    uint8_t* data8 = static_cast<uint8_t*>(data);
+    const int columns = static_cast<int>(slice);
+    return launched("project", places == 4    ? run_some<4>(call, columns, data8, stream)
+                               : places == 8  ? run_some<8>(call, columns, data8, stream)
+                               : places == 16 ? run_some<16>(call, columns, data8, stream)
+                               : places == 32 ? run_some<32>(call, columns, data8, stream)
+                                              : run_some<64>(call, columns, data8, stream));
+  }
+  if (bound.tokens <= kernels::kFewTokens) {
+    const cudaError_t status = bound.columns % 2048 == 0   ? run_few<2048>(call, stream)
+                               : bound.columns % 1024 == 0 ? run_few<1024>(call, stream)
+                                                           : run_few<512>(call, stream);
+    return launched("project", status);
+  }
+  const int64_t packed = bound.tokens * bound.groups * bound.columns * 2;
+  if (have < packed + bound.tokens * bound.groups * 4) {
+    return ffi::Error::InvalidArgument("project: got too little scratch.");
+  }
+  return launched("project", run_many<128>(call, static_cast<__half*>(data),
+                                           reinterpret_cast<float*>(static_cast<uint8_t*>(data) + packed), stream));
+}
+
+}  // namespace
+}  // namespace dsv4
+
+DSV4_EXPORT_HANDLER(Dsv4Project);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    Dsv4Project, dsv4::project_on_device,
+    xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets().Attr<int64_t>(
+        "slice"),
+    {xla::ffi::Traits::kCmdBufferCompatible});

@@ -1,0 +1,173 @@
+// A product with block-scaled FP8 weights for at most eight tokens, at the rate the weights come from memory.
+//
+// A block streams rows through a ring in shared memory, filled by one warp; its other eight warps take 256 columns of
+// 16 rows each. The activations of all columns are in shared memory, as halves. Sums of the warps that share rows are
+// added in the order of the columns.
+#ifndef DSV4_PROJECTION_FEW_TOKENS_CUH_
+#define DSV4_PROJECTION_FEW_TOKENS_CUH_
+
+#include <cuda_bf16.h>
+
+#include "cuda/weight_mma.cuh"
+
+namespace dsv4::projection {
+
+constexpr int kConsumers = 256, kThreads = kConsumers + 32;
+constexpr int kPart = 256;          // columns of a warp
+constexpr int kStageCodes = 32768;  // bytes of a stage without its pads
+constexpr int kPad = 64;
+constexpr int kFewTokens = 8;
+
+struct Call {
+  const __nv_bfloat16* x;  // (T, groups, columns)
+  const uint8_t* codes;    // (rows, columns)
+  const uint8_t* scale;    // (ceil(rows / 128), columns / 128)
+  __nv_bfloat16* y;        // (T, rows)
+  int tokens, groups, rows, columns;
+};
+
+__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+template <int kColumns>
+struct Few {
+  static constexpr int kRows = kStageCodes / kColumns, kPitch = kColumns + kPad, kStageBytes = kRows * kPitch;
+  static constexpr int kWarps = kColumns / kPart;  // that share rows
+  static constexpr int kSumBytes = 2 * kWarps * kRows * 8 * 4;
+  static int shared_bytes(int stages, int columns, int places) {
+    return stages * (kStageBytes + 16) + kSumBytes + columns * places * 2 + 64;
+  }
+};
+
+// kColumns: of a stage, a divisor of the call's. kPlaces: tokens there is room for.
+template <int kColumns, int kPlaces>
+__global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call, const int stages) {
+  using F = Few<kColumns>;
+  extern __shared__ __align__(128) uint8_t shared[];
+  float* sums = reinterpret_cast<float*>(shared + stages * F::kStageBytes);
+  uint4* activations = reinterpret_cast<uint4*>(shared + stages * F::kStageBytes + F::kSumBytes);
+  float* inverse = reinterpret_cast<float*>(activations + call.columns * kPlaces / 8);
+  uint64_t* full = reinterpret_cast<uint64_t*>(inverse + 16);
+  uint64_t* empty = full + stages;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < stages; ++i) barrier_init(full + i, 1), barrier_init(empty + i, kConsumers / 32);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  const int row_blocks = call.rows / F::kRows, steps = call.columns / kColumns;
+  int item = static_cast<int>(static_cast<int64_t>(row_blocks) * blockIdx.x / gridDim.x);
+  const int last = static_cast<int>(static_cast<int64_t>(row_blocks) * (blockIdx.x + 1) / gridDim.x);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4;
+  int stage = 0;
+  uint32_t phase = 0;
+  const auto next = [&] {
+    if (++stage == stages) stage = 0, phase ^= 1;
+  };
+
+  if (warp == kConsumers / 32) {
+    for (; item < last; ++item) {
+      for (int step = 0; step < steps; ++step, next()) {
+        barrier_wait(empty + stage, phase ^ 1);
+        if (lane == 0) barrier_expect(full + stage, kStageCodes);
+        __syncwarp();
+#pragma unroll
+        for (int row = lane; row < F::kRows; row += 32) {
+          bulk_copy(shared + stage * F::kStageBytes + row * F::kPitch,
+                    call.codes + static_cast<int64_t>(item * F::kRows + row) * call.columns + step * kColumns, kColumns,
+                    full + stage);
+        }
+      }
+    }
+    return;
+  }
+
+  const int part = warp % F::kWarps, row = warp / F::kWarps * 16;
+  int group = -1, buffer = 0;
+  for (; item < last; ++item, buffer ^= 1) {
+    const int first_row = item * F::kRows;
+    if (first_row / (call.rows / call.groups) != group) {
+      group = first_row / (call.rows / call.groups);
+      consumers_sync();
+      // A warp a token: its largest magnitude, then its values, in pieces of 64 as the fragments of four products.
+      if (warp < call.tokens) {
+        const uint4* x =
+            reinterpret_cast<const uint4*>(call.x + (static_cast<int64_t>(warp) * call.groups + group) * call.columns);
+        uint32_t largest = 0;
+#pragma unroll 4
+        for (int i = lane; i < call.columns / 8; i += 32) {
+          const uint4 v = __ldg(x + i);
+          largest = larger_magnitudes(larger_magnitudes(largest, v.x), v.y);
+          largest = larger_magnitudes(larger_magnitudes(largest, v.z), v.w);
+        }
+        largest = max(largest & 0xFFFFu, largest >> 16);
+        for (int d = 1; d < 32; d *= 2) largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, d));
+        const float power = into_halves(largest);
+        if (lane == 0) inverse[warp] = inverse_power(power);
+#pragma unroll 4
+        for (int i = lane; i < call.columns / 8; i += 32) {
+          const uint4 v = __ldg(x + i);
+          const auto pair = [power](uint32_t p) {
+            return halves(__uint_as_float(p << 16) * power, __uint_as_float(p & 0xFFFF0000u) * power);
+          };
+          // Piece i / 8, quarter i / 2 mod 4, half i mod 2.
+          activations[((i / 8 * 2 + i % 2) * 4 + i / 2 % 4) * kPlaces + warp] =
+              make_uint4(pair(v.x), pair(v.y), pair(v.z), pair(v.w));
+        }
+      }
+      consumers_sync();
+    }
+    float sum[4] = {};
+    for (int step = 0; step < steps; ++step, next()) {
+      const int64_t first_scale =
+          static_cast<int64_t>(first_row + row) / 128 * (call.columns / 128) + step * (kColumns / 128) + part * 2;
+      const uint16_t scales = __ldg(reinterpret_cast<const uint16_t*>(call.scale + first_scale));
+      barrier_wait(full + stage, phase);
+      const uint8_t* codes = shared + stage * F::kStageBytes + (row + lane / 4) * F::kPitch + part * kPart + c * 16;
+      const uint4* a = activations + static_cast<int64_t>(step * (kColumns / 64) + part * (kPart / 64)) * 8 * kPlaces;
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        float d[2][4] = {};
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const uint4 q = *reinterpret_cast<const uint4*>(codes + (block * 2 + j) * 64);
+          const uint4 r = *reinterpret_cast<const uint4*>(codes + 8 * F::kPitch + (block * 2 + j) * 64);
+          uint4 b[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+          if (lane / 4 < call.tokens) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) b[h] = a[(((block * 2 + j) * 2 + h) * 4 + c) * kPlaces + lane / 4];
+          }
+          const auto step16 = [&](float (&sum)[4], uint32_t upper, uint32_t lower, uint32_t b0, uint32_t b1) {
+            mma(sum,
+                {halves_of_e4m3(upper), halves_of_e4m3(lower), halves_of_e4m3(upper >> 16),
+                 halves_of_e4m3(lower >> 16)},
+                b0, b1);
+          };
+          step16(d[0], q.x, r.x, b[0].x, b[0].y);
+          step16(d[1], q.y, r.y, b[0].z, b[0].w);
+          step16(d[0], q.z, r.z, b[1].x, b[1].y);
+          step16(d[1], q.w, r.w, b[1].z, b[1].w);
+        }
+        const float scale = __uint_as_float(static_cast<uint32_t>(scales >> (8 * block) & 0xFF) << 23);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] += (d[0][i] + d[1][i]) * scale;
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + stage);
+    }
+    float2* to =
+        reinterpret_cast<float2*>(sums + ((buffer * F::kWarps + part) * F::kRows + row + lane / 4) * 8 + c * 2);
+    to[0] = make_float2(sum[0], sum[1]);
+    to[32] = make_float2(sum[2], sum[3]);
+    consumers_sync();
+    for (int i = threadIdx.x; i < F::kRows * call.tokens; i += kConsumers) {
+      const int token = i / F::kRows, r = i % F::kRows;
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < F::kWarps; ++w) total += sums[((buffer * F::kWarps + w) * F::kRows + r) * 8 + token];
+      call.y[static_cast<int64_t>(token) * call.rows + first_row + r] = __float2bfloat16_rn(total * inverse[token]);
+    }
+  }
+}
+
+}  // namespace dsv4::projection
+
+#endif  // DSV4_PROJECTION_FEW_TOKENS_CUH_

@@ -1,0 +1,218 @@
+// A product with block-scaled FP8 weights for up to 64 tokens: the codes go to the tensor cores as they are, straight
+// from memory; activations are sums of two E4M3 values (cuda/split_e4m3.cuh).
+#ifndef DSV4_PROJECTION_SOME_TOKENS_CUH_
+#define DSV4_PROJECTION_SOME_TOKENS_CUH_
+
+#include "cuda/split_e4m3.cuh"
+#include "cuda/wgmma.cuh"
+#include "projection/few_tokens.cuh"
+
+namespace dsv4::projection {
+
+constexpr int kSomeThreads = 256, kSomeRows = 128;
+constexpr int kInsideTokens = 8;  // up to which every block splits the activations itself
+constexpr int kStep = 256;        // columns of a thread's loads ahead
+
+// A block a row of x: its values as two E4M3 codes each, in the order and the layout in which products read them: for
+// every 32 columns two pieces of `width` = 2 * places columns by 16 bytes. `inverse`: what products are to be
+// multiplied by.
+__global__ void __launch_bounds__(256) split_kernel(const Call call, int places, uint8_t* split, float* inverse) {
+  __shared__ uint32_t largest_of[8];
+  const int t = blockIdx.x, group = blockIdx.y, width = 2 * places;
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  const uint4* from =
+      reinterpret_cast<const uint4*>(call.x + (static_cast<int64_t>(t) * call.groups + group) * call.columns);
+  uint8_t* to = split + static_cast<int64_t>(group) * call.columns * width;
+  uint32_t largest = 0;
+  if (t < call.tokens) {
+    for (int i = threadIdx.x; i < call.columns / 8; i += 256) {
+      const uint4 v = __ldg(from + i);
+      largest = larger_magnitudes(larger_magnitudes(largest, v.x), v.y);
+      largest = larger_magnitudes(larger_magnitudes(largest, v.z), v.w);
+    }
+  }
+  largest = __reduce_max_sync(0xFFFFFFFFu, max(largest & 0xFFFFu, largest >> 16));
+  if (threadIdx.x % 32 == 0) largest_of[threadIdx.x / 32] = largest;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) largest = max(largest, largest_of[i]);
+  const float power = t < call.tokens ? into_e4m3(__uint_as_float(largest << 16)) : 0.0f;
+  if (threadIdx.x == 0) inverse[group * places + t] = 1.0f / power;
+  for (int i = threadIdx.x; i < call.columns / 8; i += 256) {
+    const uint4 v = t < call.tokens ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
+    const float2 p = floats_of(v.x, __nv_bfloat16()), q = floats_of(v.y, __nv_bfloat16());
+    const float2 r = floats_of(v.z, __nv_bfloat16()), s = floats_of(v.w, __nv_bfloat16());
+    const uint2 first = split_four(p.x * power, p.y * power, q.x * power, q.y * power);
+    const uint2 second = split_four(r.x * power, r.y * power, s.x * power, s.y * power);
+    // Columns 8 i … of 64: quarter i / 2 mod 4, product i mod 2.
+    uint8_t* at = to + ((i / 8 * 4 + i % 2 * 2) * width + 2 * t) * 16 + i / 2 % 4 * 4;
+    *reinterpret_cast<uint32_t*>(at) = first.x;
+    *reinterpret_cast<uint32_t*>(at + 16) = first.y;
+    *reinterpret_cast<uint32_t*>(at + width * 16) = second.x;
+    *reinterpret_cast<uint32_t*>(at + width * 16 + 16) = second.y;
+  }
+}
+
+template <int kTokens>
+constexpr int some_shared(int slice) {
+  return slice * kTokens * 2 + kTokens * 4 + slice / kStep * 8;
+}
+
+// Grid: parts of the rows, of `row_blocks` blocks of 128 each; slices of the columns. With more than one slice sums go
+// to `parts` (slices, T, rows).
+template <int kTokens>
+__global__ void __launch_bounds__(kSomeThreads, 1)
+    some_tokens_kernel(const Call call, const int row_blocks, const int slice, const uint8_t* split,
+                       const float* inverses, float* parts) {
+  constexpr int kWidth = 2 * kTokens;
+  constexpr bool kInside = kTokens <= kInsideTokens;
+  extern __shared__ __align__(128) uint8_t shared[];
+  float* inverse = reinterpret_cast<float*>(shared + slice * kWidth);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4;
+  const int first_column = blockIdx.y * slice, steps = slice / kStep;
+  const int first_block = blockIdx.x * row_blocks, blocks = min(row_blocks, call.rows / kSomeRows - first_block);
+  const int group = first_block * kSomeRows / (call.rows / call.groups);
+
+  uint4 next[2][4];
+  uint32_t next_scale;
+  const int own_row = threadIdx.x / 32 * 16 + lane / 4;
+  const auto load = [&](int i) {
+    const int block = first_block + i / steps, column = first_column + i % steps * kStep;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint8_t* from =
+          call.codes + static_cast<int64_t>(block * kSomeRows + own_row + 8 * h) * call.columns + column + c * 16;
+#pragma unroll
+      for (int u = 0; u < 4; ++u) next[h][u] = __ldcs(reinterpret_cast<const uint4*>(from + u * 64));
+    }
+    next_scale = __ldg(reinterpret_cast<const uint16_t*>(
+        call.scale + static_cast<int64_t>(block) * (call.columns / 128) + column / 128));
+  };
+  load(0);
+
+  uint64_t* arrived = reinterpret_cast<uint64_t*>(inverse + kTokens);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < steps; ++i) barrier_init(arrived + i, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if constexpr (kInside) {
+    // Largest magnitudes of the slice, then its values in the order of the codes.
+    const auto row_of = [&](int t) {
+      return reinterpret_cast<const uint4*>(call.x + (static_cast<int64_t>(t) * call.groups + group) * call.columns +
+                                            first_column);
+    };
+#pragma unroll 2
+    for (int t = warp; t < kTokens; t += 8) {
+      uint32_t largest = 0;
+      if (t < call.tokens) {
+        const uint4* x = row_of(t);
+#pragma unroll 4
+        for (int i = lane; i < slice / 8; i += 32) {
+          const uint4 v = __ldg(x + i);
+          largest = larger_magnitudes(larger_magnitudes(largest, v.x), v.y);
+          largest = larger_magnitudes(larger_magnitudes(largest, v.z), v.w);
+        }
+      }
+      largest = __reduce_max_sync(0xFFFFFFFFu, max(largest & 0xFFFFu, largest >> 16));
+      if (lane == 0) inverse[t] = into_e4m3(__uint_as_float(largest << 16));
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (int i = warp; i < slice / 32 * ((kTokens + 7) / 8); i += 8) {
+      const int t = i % ((kTokens + 7) / 8) * 8 + lane % 8, step = i / ((kTokens + 7) / 8), quarter = lane / 8;
+      if (t >= kTokens) continue;
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (t < call.tokens) v = __ldg(row_of(t) + step / 2 * 8 + quarter * 2 + step % 2);
+      const float power = t < call.tokens ? inverse[t] : 0.0f;
+      const float2 p = floats_of(v.x, __nv_bfloat16()), q = floats_of(v.y, __nv_bfloat16());
+      const float2 r = floats_of(v.z, __nv_bfloat16()), s = floats_of(v.w, __nv_bfloat16());
+      const uint2 first = split_four(p.x * power, p.y * power, q.x * power, q.y * power);
+      const uint2 second = split_four(r.x * power, r.y * power, s.x * power, s.y * power);
+      uint8_t* to = shared + (step * 2 * kWidth + 2 * t) * 16 + quarter * 4;
+      *reinterpret_cast<uint32_t*>(to) = first.x;
+      *reinterpret_cast<uint32_t*>(to + 16) = first.y;
+      *reinterpret_cast<uint32_t*>(to + kWidth * 16) = second.x;
+      *reinterpret_cast<uint32_t*>(to + kWidth * 16 + 16) = second.y;
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+    if (threadIdx.x < kTokens) inverse[threadIdx.x] = 1.0f / inverse[threadIdx.x];
+    __syncthreads();
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  } else {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    if (threadIdx.x < kTokens) inverse[threadIdx.x] = inverses[group * kTokens + threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const uint8_t* from = split + (static_cast<int64_t>(group) * call.columns + first_column) * kWidth;
+      for (int i = 0; i < steps; ++i) {
+        barrier_expect(arrived + i, kStep * kWidth);
+        bulk_copy(shared + i * kStep * kWidth, from + i * kStep * kWidth, kStep * kWidth, arrived + i);
+      }
+    }
+  }
+
+  float sum[2][kTokens / 4] = {};
+  for (int i = 0; i < blocks * steps; ++i) {
+    uint4 q[2][4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) q[0][u] = next[0][u], q[1][u] = next[1][u];
+    const uint32_t scales = next_scale;
+    if (i + 1 < blocks * steps) load(i + 1);
+    if (!kInside && i < steps) barrier_wait(arrived + i, 0);
+    const uint32_t tokens = shared_address(shared) + i % steps * (kStep / 32) * 2 * kWidth * 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float d[kWidth / 2];
+      uint32_t a[4][4];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const uint4 x = q[0][half * 2 + k], y = q[1][half * 2 + k];
+        a[2 * k][0] = x.x, a[2 * k][1] = y.x, a[2 * k][2] = x.y, a[2 * k][3] = y.y;
+        a[2 * k + 1][0] = x.z, a[2 * k + 1][1] = y.z, a[2 * k + 1][2] = x.w, a[2 * k + 1][3] = y.w;
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        wgmma_e4m3<kWidth>(d, a[k], matrix_descriptor(tokens + (half * 4 + k) * 2 * kWidth * 16, kWidth * 16), k > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      const float scale = __uint_as_float((scales >> (8 * half) & 0xFF) << 23), low = scale * kLow;
+#pragma unroll
+      for (int j = 0; j < kTokens / 4; ++j) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          sum[h][j] += d[4 * j + 2 * h] * scale;
+          sum[h][j] += d[4 * j + 2 * h + 1] * low;
+        }
+      }
+    }
+    if (i % steps == steps - 1) {
+#pragma unroll
+      for (int j = 0; j < kTokens / 4; ++j) {
+        const int t = j * 4 + c;
+        if (t < call.tokens) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const float y = sum[h][j] * inverse[t];
+            const int64_t at =
+                static_cast<int64_t>(t) * call.rows + (first_block + i / steps) * kSomeRows + own_row + 8 * h;
+            if (gridDim.y == 1) {
+              call.y[at] = __float2bfloat16_rn(y);
+            } else {
+              parts[static_cast<int64_t>(blockIdx.y) * call.tokens * call.rows + at] = y;
+            }
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) sum[h][j] = 0;
+      }
+    }
+  }
+}
+
+}  // namespace dsv4::projection
+
+#endif  // DSV4_PROJECTION_SOME_TOKENS_CUH_
