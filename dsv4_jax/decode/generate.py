@@ -1,6 +1,6 @@
 """`generate` and `stream`: a batch of prompts through a loop made for it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..model.transformer import DSV4Model
 from .context import round_up_blocks
 from .loop import DECODE_STEPS, PREFILL_CHUNK, DecodeLoop
 from .request import Stats, check_prompt, check_prompts, check_sampling
+from .sampling import LogitsHook, LogProbs
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Chunk:
     cache_bytes: int
     prompt_tokens: int = 0  # prompt tokens that this call prefilled
     stats: Stats = field(default_factory=Stats)  # so far
+    log_probs: list[LogProbs | None] | None = None
 
 
 def make_manager(
@@ -59,11 +61,18 @@ def stream(
     indexer_dtype: str | None = None,
     hca_tail: str = "full",
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = 0,
     stop_tokens: Iterable[int] = (),
+    stop_texts: Iterable[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
     num_samples: int = 1,
     draft_tokens: int = 0,
     return_logits: bool = False,
+    log_probs: int | None = None,
+    logits_hook: LogitsHook | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     decode_chunk: int = DECODE_STEPS,
 ) -> Iterator[Chunk]:
@@ -71,9 +80,10 @@ def stream(
     max_new_tokens = count("max_new_tokens", max_new_tokens)
     prompts = check_prompts(prompts)
     ids = [check_prompt(model.config, p, max_new_tokens, f"prompt {i}") for i, p in enumerate(prompts)]
-    stops = check_sampling(
-        model.config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples
-    )
+    options = check_sampling(
+        model.config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples, top_k=top_k,
+        top_p=top_p, min_p=min_p, stop_texts=stop_texts, decode=decode,
+    )  # fmt: skip
     prefill_chunk = count("prefill_chunk", prefill_chunk, least=1)
     decode_chunk = count("decode_chunk", decode_chunk, least=1)
     draft_tokens = count("draft_tokens", draft_tokens)
@@ -93,13 +103,10 @@ def stream(
     )  # fmt: skip
     loop = DecodeLoop(
         model, manager, prefill_chunk=width, step_tokens=max(len(ids) * width, slots), decode_chunk=decode_chunk,
-        draft_tokens=draft_tokens, return_logits=return_logits,
+        draft_tokens=draft_tokens, return_logits=return_logits, log_probs=log_probs, logits_hook=logits_hook,
     )  # fmt: skip
     for i, prompt in enumerate(ids):
-        loop.submit(
-            prompt, max_new_tokens, temperature=temperature, seed=seed, index=i, stop_tokens=stops,
-            num_samples=num_samples,
-        )  # fmt: skip
+        loop.submit(prompt, max_new_tokens, index=i, **options)
     return _chunks(loop, slots, num_samples)
 
 
@@ -109,12 +116,15 @@ def _chunks(loop: DecodeLoop, rows: int, num_samples: int) -> Iterator[Chunk]:
     while loop.unfinished:
         tokens: list[list[int]] = [[] for _ in range(rows)]
         logits: list[np.ndarray | None] = [None] * rows
+        probs: list[LogProbs | None] = [None] * rows
         events = loop.step()
         for event in events:
             row = event.request * num_samples + event.sample
-            tokens[row], logits[row] = event.tokens, event.logits
+            tokens[row], logits[row], probs[row] = event.tokens, event.logits, event.log_probs
         prompt_tokens = sum(event.prompt_tokens for event in events)
-        yield Chunk(tokens, logits if loop.return_logits else None, cache_bytes, prompt_tokens, replace(loop.stats))
+        yield Chunk(
+            tokens, logits if loop.return_logits else None, cache_bytes, prompt_tokens, replace(loop.stats), probs
+        )
 
 
 def generate(

@@ -36,7 +36,7 @@ def test_preempted_in_the_middle_of_a_hit(model, alone, calls):
     run(loop, FIRST)
     SECOND.submit(loop)
     events = [event for _ in range(calls) for event in loop.step()]
-    loop._schedule.preempt_youngest()
+    loop._whole(loop._schedule.preempt_youngest)
     assert loop.manager.active_slots == []
     events += loop
     assert [token for event in events for token in event.tokens] == alone(SECOND)
