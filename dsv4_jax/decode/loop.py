@@ -253,7 +253,6 @@ class DecodeLoop:
             self._on_device = None
         if not self._schedule.running:
             return
-        self.stats.calls += 1
         if self.draft_tokens or any(s.reading for s in self._schedule.running):
             self._mixed_call()
         else:
@@ -327,26 +326,30 @@ class DecodeLoop:
     def _dispatch(self, step: Callable, *operands: Any) -> None:
         """Runs a jitted step on the cache. `map` and `extend` leave nothing in between where results could get lost."""
         assert self._call is not None
-        given = ([x] for x in (self._structure, self._weights, self.manager.cache, *operands))
+        self._call.savepoint = Savepoint(self._schedule, self.stats, self._events)  # who runs is settled
+        self._call.given = self.manager.cache
+        given = ([x] for x in (self._structure, self._weights, self._call.given, *operands))
         self._call.results.extend(map(step, *given))
 
     def _book(self, call: Call) -> None:
         """What a step brought becomes true on the host; once interrupted, it is done again from the savepoint."""
         chosen, *_, cache = call.results[0]
-        if self.manager.cache is not cache:
+        if self.manager.cache is call.given:
             self.manager.cache = cache
         call.plan = None
+        self.stats.calls += 1
         chosen = jax.tree.map(np.asarray, chosen)
         if len(call.results[0]) == 3:
             for part in call.parts:
                 here = np.s_[: len(part.tokens), part.sample.slot]
-                self._book_decoded(part, jax.tree.map(lambda x, here=here: x[here], chosen))
-            return
-        drawn = 0
-        for part in call.parts:
-            here = np.s_[drawn : drawn + part.draws]
-            drawn += part.draws
-            self._book_part(part, jax.tree.map(lambda x, here=here: x[here], chosen))
+                self._book_decoded(part, _part(chosen, here))
+        else:
+            drawn = 0
+            for part in call.parts:
+                self._book_part(part, _part(chosen, np.s_[drawn : drawn + part.draws]))
+                drawn += part.draws
+        # One assignment, after which the call is not done again: only slots are to be given back.
+        vars(call).update(savepoint=Savepoint(self._schedule, self.stats, self._events), results=[])
 
     def _parts(self, total: int) -> list[Part]:
         """What each running sample brings to a step of `total` tokens: decode tokens first, then chunks of prompts."""
@@ -487,5 +490,5 @@ class DecodeLoop:
         self._events.append(Event(s.number, s.index, new, logits, probs, prompt_tokens, finished))
 
 
-def _part(chosen: Chosen, here: slice) -> Chosen:
+def _part(chosen: Chosen, here: Any) -> Chosen:
     return jax.tree.map(lambda x: x[here], chosen)

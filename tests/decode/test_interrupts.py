@@ -49,14 +49,15 @@ def walk(loop, requests, interrupt):
     numbers = [request.submit(loop) for request in requests]
     tokens = {}
     with interrupt:
-        while loop.unfinished:
+        while True:
             try:
+                if not loop.unfinished:
+                    return tokens
                 events = loop.step()
             except KeyboardInterrupt:
                 continue
             for event in events:
                 tokens.setdefault((event.request - numbers[0], event.sample), []).extend(event.tokens)
-    return tokens
 
 
 SCENES = {
