@@ -71,7 +71,9 @@ def _stack(states: list[Any]) -> Any:
     return jax.tree.map(lambda *rows: np.stack([np.asarray(row) for row in rows]), *states)
 
 
-def slot_arrays(parts: Sequence[tuple[Sample, int]], num_slots: int, hook: LogitsHook | None = None) -> tuple[LoopState, Draws]:
+def slot_arrays(
+    parts: Sequence[tuple[Sample, int]], num_slots: int, hook: LogitsHook | None = None
+) -> tuple[LoopState, Draws]:
     """Where every slot stands (num_slots,), and how it draws. parts: samples, and how many tokens each is to get."""
     state = np.zeros((3, num_slots), np.int32)
     draws = no_draws(num_slots)
@@ -81,13 +83,16 @@ def slot_arrays(parts: Sequence[tuple[Sample, int]], num_slots: int, hook: Logit
         _set(draws, sample.slot, sample, sample.index)
         if hook is not None:
             states[sample.slot] = hook.start(list(sample.ids), sample.request.hook_argument)
-    return LoopState(*state, hook=_stack(states) if states else None), draws
+    tokens, positions, to_come = state
+    return LoopState(tokens, positions, to_come, _stack(states) if states else None), draws
 
 
 def no_draws(size: int) -> Draws:
     """Greedy rows."""
     zeros, ones = np.zeros(size, np.float32), np.ones(size, np.float32)
-    return Draws(zeros, np.zeros(size, np.uint32), np.zeros(size, np.int32), np.zeros(size, np.int32), ones, zeros.copy())
+    return Draws(
+        zeros, np.zeros(size, np.uint32), np.zeros(size, np.int32), np.zeros(size, np.int32), ones, zeros.copy()
+    )
 
 
 def _set(draws: Draws, row: int, sample: Sample, index: int) -> None:
@@ -95,4 +100,5 @@ def _set(draws: Draws, row: int, sample: Sample, index: int) -> None:
     draws.temperature[row] = request.temperature
     draws.seed[row] = (request.seed + index) % (1 << 32)
     draws.prompt[row] = request.index
-    draws.top_k[row], draws.top_p[row], draws.min_p[row] = request.top_k, request.top_p, request.min_p
+    for name in ("top_k", "top_p", "min_p"):
+        getattr(draws, name)[row] = getattr(request, name)

@@ -1,6 +1,8 @@
 """Continuous batching: requests join and leave between jitted calls, whose shapes never change."""
 
+import contextlib
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -33,6 +35,9 @@ PREFILL_CHUNK = 128
 
 DECODE_STEPS = 16
 """Decode steps in one jitted call."""
+
+_compiled: set[Any] = set()
+"""What `compile_decode` was asked for: programs stay compiled."""
 
 
 class DecodeLoop:
@@ -296,8 +301,37 @@ class DecodeLoop:
         loop, draws = on_device or jax.device_put(slot_arrays(to_come, num_slots, self._wanted.hook))
         step = partial(decode_steps, steps=self.decode_chunk, max_blocks=plan.max_blocks, wanted=self._wanted)
         self._dispatch(step, loop, plan.new_blocks, draws)
-        self._on_device = None if short else (self._call.results[0][1], draws)
+        state = jax.tree.unflatten(jax.tree.structure(loop), self._call.results[0][1])
+        self._on_device = None if short else (state, draws)
         self._book(self._call)
+
+    def compile_decode(self) -> threading.Thread | None:
+        """Compiles the program of the first decode call beside what else is going on -> the thread that does; None
+        where none is needed: nothing waits or runs, every step is one of drafts, or the program was asked for before.
+        """
+        samples = [*self._schedule.waiting, *self._schedule.running]
+        if not samples or self.draft_tokens or all(s.remaining < 2 for s in samples):
+            return None
+        num_slots, size = self.manager.max_concurrent_requests, self.manager.block_size
+        ends = [(len(s.ids) + min(self.decode_chunk, s.remaining - 1), s.request.limit) for s in samples]
+        max_blocks = max(blocks_to_read(end, limit, size) for end, limit in ends)
+        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.manager.cache)
+        known = self._structure, self._wanted, self.decode_chunk, max_blocks, str(jax.tree.leaves(cache))
+        if known in _compiled:
+            return None
+        _compiled.add(known)
+        loop, draws = slot_arrays([], num_slots, self._wanted.hook)
+        rows = num_slots * (-(-self.decode_chunk // size) + 1)  # as in a plan
+        new_blocks = {kind: np.zeros((rows, 3), np.int32) for kind in cache.block_table}
+        lower = partial(decode_steps.lower, steps=self.decode_chunk, max_blocks=max_blocks, wanted=self._wanted)
+
+        def compile_it() -> None:
+            with contextlib.suppress(Exception):  # what is wrong, the call itself will say
+                lower(self._structure, self._weights, cache, loop, new_blocks, draws).compile()
+
+        thread = threading.Thread(target=compile_it, name="dsv4-jax-compile")
+        thread.start()
+        return thread
 
     def _decode_tokens(self, s: Sample) -> int:
         """Tokens of a sample in a decode call: to the edge of a block at most, if state is to be kept there."""
@@ -333,12 +367,12 @@ class DecodeLoop:
 
     def _book(self, call: Call) -> None:
         """What a step brought becomes true on the host; once interrupted, it is done again from the savepoint."""
-        chosen, *_, cache = call.results[0]
+        drawn_leaves, *_, cache_leaves = call.results[0]
         if self.manager.cache is call.given:
-            self.manager.cache = cache
+            self.manager.cache = jax.tree.unflatten(jax.tree.structure(call.given), cache_leaves)
         call.plan = None
         self.stats.calls += 1
-        chosen = jax.tree.map(np.asarray, chosen)
+        chosen = self._wanted.chosen([np.asarray(x) for x in drawn_leaves])
         if len(call.results[0]) == 3:
             for part in call.parts:
                 here = np.s_[: len(part.tokens), part.sample.slot]
@@ -434,8 +468,7 @@ class DecodeLoop:
         if missing > 0:
             self.manager.advance(s.slot, missing)
         s.computed = part.end
-        self._keep(s, before)
-        self._take(s, chosen)
+        self._take(s, chosen, before)
 
     def _book_part(self, part: Part, chosen: Chosen) -> None:
         """Books what a step brought for one sample, and for those that fork off it."""
@@ -449,23 +482,23 @@ class DecodeLoop:
             s.computed += 1 + accepted
             if (rejected := self.manager.length(s.slot) - s.computed) > 0:
                 self.manager.rollback(s.slot, rejected)
-            self._keep(s, before)
-            self._take(s, _part(chosen, np.s_[: 1 + accepted]))
+            self._take(s, _part(chosen, np.s_[: 1 + accepted]), before)
             return
         prompt_tokens = len(part.tokens) if s.reading else 0
         self.stats.prefilled_tokens += prompt_tokens
         s.computed = part.end
-        self._keep(s, before)
+        if prompt_tokens:  # before others fork off
+            self._keep(s, before)
         for i in range(1, part.draws):
             self._fork(s, i, _part(chosen, np.s_[i : i + 1]))
         s.to_fork -= max(part.draws - 1, 0)
-        self._take(s, _part(chosen, np.s_[:1]), prompt_tokens)
+        self._take(s, _part(chosen, np.s_[:1]), s.computed if prompt_tokens else before, prompt_tokens)
 
     def _keep(self, s: Sample, before: int) -> None:
         """Keeps the blocks that became full, for prompts to come: those of the prompt and of what was decoded."""
         size = self.manager.block_size
         if self.manager.prefix_policy is not None and s.computed >= s.found and s.computed // size > before // size:
-            self.manager.keep_prefix(s.slot, s.ids[: s.computed], salt=s.request.salt)
+            self.manager.keep_prefix(s.slot, s.ids[: s.computed], salt=s.request.salt)  # what came after a stop is none
 
     def _fork(self, parent: Sample, index: int, chosen: Chosen) -> None:
         """Another sample begins where the prompt ends; where blocks are missing for it, it waits."""
@@ -475,9 +508,10 @@ class DecodeLoop:
             self._schedule.fork(parent, s)
         self._add_event(s, new, chosen, 0, finished)
 
-    def _take(self, s: Sample, chosen: Chosen, prompt_tokens: int = 0) -> None:
-        """Adds tokens to a sample; one that has ended gives back what it holds."""
+    def _take(self, s: Sample, chosen: Chosen, before: int, prompt_tokens: int = 0) -> None:
+        """Adds tokens to a sample of which the cache held `before`; one that has ended gives back what it holds."""
         new, finished = s.take(chosen.tokens.tolist())
+        self._keep(s, before)
         if finished:
             self._schedule.drop(s)
             self._on_device = None

@@ -16,7 +16,7 @@ from ..cache.host.slot import Slot
 from ..cache.manager import KVCacheManager
 from .draft import PromptLookup
 from .layout import Part
-from .request import Event, Sample, Stats
+from .request import Event, Stats
 from .scheduler import Scheduler
 
 

@@ -101,7 +101,6 @@ class Sample:
             self.lookup.extend(new)
         return new, finished or ("length" if not self.remaining else None)
 
-
     def _ends_in_stop_text(self, new: list[int]) -> bool:
         """Whether the newest token completes a stop text; every token but special ones has a byte or more."""
         request = self.request
@@ -119,7 +118,7 @@ class Event:
     request: int  # what `submit` returned
     sample: int
     tokens: list[int] = field(default_factory=list)
-    logits: np.ndarray | None = None  # (n, vocabulary) float32 the tokens were chosen from, where asked for
+    logits: Any = None  # numpy (n, vocabulary) float32 the tokens were chosen from, where asked for
     log_probs: LogProbs | None = None  # numpy, (n, ...), where asked for
     prompt_tokens: int = 0  # prompt tokens that went into the cache
     finished: str | None = None  # "length" | "stop" | "aborted"

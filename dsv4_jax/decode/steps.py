@@ -1,10 +1,16 @@
-"""The jitted steps of a decode loop: fixed shapes, the cache donated, nothing of the host inside."""
+"""The jitted steps of a decode loop: fixed shapes, the cache donated, nothing of the host inside.
+
+They return lists of arrays, which `Wanted.chosen` and `jax.tree.unflatten` turn into what they are. To build a named
+tuple or a dataclass, jit runs Python code once the donated cache is gone: a Ctrl-C that Python hears there would take the
+results with it.
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ..cache.kv_cache import KVCache
@@ -51,9 +57,9 @@ def split_model(model: DSV4Model) -> tuple[Structure, list[Array]]:
 class LoopState(NamedTuple):
     """Where each of the R slots stands between decode calls."""
 
-    tokens: Array  # (R,) int32, the newest token, not in the cache yet
-    positions: Array  # (R,) int32, its position
-    remaining: Array  # (R,) int32, tokens still to come after it; 0 for a slot that does not decode
+    tokens: Array | np.ndarray  # (R,) int32, the newest token, not in the cache yet
+    positions: Array | np.ndarray  # (R,) int32, its position
+    remaining: Array | np.ndarray  # (R,) int32, tokens still to come after it; 0 for a slot that does not decode
     hook: Any = None  # the logits hook's states, arrays (R, ...)
 
 
@@ -71,6 +77,15 @@ class Wanted(NamedTuple):
     logits: bool = False
     log_probs: int | None = None  # how many of the best tokens; None: no log-probabilities
     hook: LogitsHook | None = None
+
+    def chosen(self, arrays: list[Any]) -> "Chosen":
+        """What a call drew, from the leaves it returned."""
+        tokens, *rest = arrays
+        logits = rest.pop(0) if self.logits else None
+        return Chosen(tokens, logits, LogProbs(*rest) if rest else None)
+
+
+TOKENS, WITH_LOGITS = Wanted(), Wanted(logits=True)
 
 
 def _choose(wanted: Wanted, state: Any, logits: Array, positions: Array, draws: Draws) -> Chosen:
@@ -92,8 +107,8 @@ def prefill_step(
     draws: Draws,
     hook_states: Any = None,
     *,
-    wanted: Wanted = Wanted(logits=True),
-) -> tuple[Chosen, KVCache]:
+    wanted: Wanted = WITH_LOGITS,
+) -> tuple[list[Array], list[Array]]:
     """One step of any mix of tokens: chunks of prompts, decode tokens, drafts to verify.
 
     Args:
@@ -107,12 +122,13 @@ def prefill_step(
       wanted: static; what is returned beside the tokens.
 
     Returns:
-      What was drawn (N, ...), and the cache.
+      The leaves of what was drawn, a Chosen (N, ...), and those of the cache.
     """
     model = structure.model(weights)
     hidden, cache = model.hidden(token_ids, cache, plan)
     logits = model.logits(hidden[rows])
-    return _choose(wanted, hook_states, logits, jnp.asarray(plan.positions)[rows], draws), cache
+    chosen = _choose(wanted, hook_states, logits, jnp.asarray(plan.positions)[rows], draws)
+    return jax.tree.leaves(chosen), jax.tree.leaves(cache)
 
 
 @partial(
@@ -130,8 +146,8 @@ def decode_steps(
     *,
     steps: int,
     max_blocks: int | None,
-    wanted: Wanted = Wanted(),
-) -> tuple[Chosen, LoopState, KVCache]:
+    wanted: Wanted = TOKENS,
+) -> tuple[list[Array], list[Array], list[Array]]:
     """`steps` decode steps in one call. A slot with nothing remaining is padding and writes nothing.
 
     Args:
@@ -142,7 +158,8 @@ def decode_steps(
       steps: static.
 
     Returns:
-      What was drawn (steps, R, ...), tokens -1 for padding; the state of the slots and the cache.
+      The leaves of what was drawn, a Chosen (steps, R, ...) with tokens -1 for padding, of the slots' state and of the
+      cache.
     """
     model = structure.model(weights)
     slots = jnp.arange(loop.tokens.shape[0], dtype=jnp.int32)
@@ -162,4 +179,4 @@ def decode_steps(
         return (cache, loop), chosen._replace(tokens=jnp.where(live, chosen.tokens, -1))
 
     (cache, loop), chosen = jax.lax.scan(step, (cache.with_blocks(new_blocks), loop), length=steps)
-    return chosen, loop, cache
+    return jax.tree.leaves(chosen), jax.tree.leaves(loop), jax.tree.leaves(cache)

@@ -96,7 +96,9 @@ def test_ctrl_c_at_every_line(model, scene, say):
         assert interrupt.count >= at, f"{at} of {watch.count} was not reached"
         assert tokens == expected, f"interrupted at line event {at}: {watch.lines[at - 1]}"
         assert_idle(loop)
-    say(f"interrupted at {len(points)} of {watch.count} line events ({len(first)} lines), {restarts} samples read again")
+    say(
+        f"interrupted at {len(points)} of {watch.count} line events ({len(first)} lines), {restarts} samples read again"
+    )
 
 
 @pytest.mark.parametrize("name", ["decode_steps", "prefill_step"])
