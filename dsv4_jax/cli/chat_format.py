@@ -1,9 +1,10 @@
 """Messages to the prompt of a DeepSeek-V4 chat model, and a reply back to a message.
 
 The release has no Jinja template but an encoder with a description, `encoding/encoding_dsv4.py` and
-`encoding/README.md` of https://huggingface.co/deepseek-ai/DeepSeek-V4-Pro, which vLLM ships as `vllm/tokenizers/deepseek_v4_encoding.py`.
-This follows them for system, user, assistant and tool messages, with thinking on and off; roles and tokens of the
-release's own search pipeline (developer, latest_reminder, tasks) are left out.
+`encoding/README.md` of https://huggingface.co/deepseek-ai/DeepSeek-V4-Pro, which vLLM ships as
+`vllm/tokenizers/deepseek_v4_encoding.py`. This follows them for system, user, assistant and tool messages, with
+thinking on and off; roles and tokens of the release's own search pipeline (developer, latest_reminder, tasks) are left
+out.
 """
 
 import json

@@ -1,8 +1,8 @@
 """The jitted steps of a decode loop: fixed shapes, the cache donated, nothing of the host inside.
 
 They return lists of arrays, which `Wanted.chosen` and `jax.tree.unflatten` turn into what they are. To build a named
-tuple or a dataclass, jit runs Python code once the donated cache is gone: a Ctrl-C that Python hears there would take the
-results with it.
+tuple or a dataclass, jit runs Python code once the donated cache is gone: a Ctrl-C that Python hears there would take
+the results with it.
 """
 
 from functools import partial
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from ..cache.kv_cache import KVCache
@@ -57,9 +56,9 @@ def split_model(model: DSV4Model) -> tuple[Structure, list[Array]]:
 class LoopState(NamedTuple):
     """Where each of the R slots stands between decode calls."""
 
-    tokens: Array | np.ndarray  # (R,) int32, the newest token, not in the cache yet
-    positions: Array | np.ndarray  # (R,) int32, its position
-    remaining: Array | np.ndarray  # (R,) int32, tokens still to come after it; 0 for a slot that does not decode
+    tokens: Any  # (R,) int32, the newest token, not in the cache yet
+    positions: Any  # (R,) int32, its position
+    remaining: Any  # (R,) int32, tokens still to come after it; 0 for a slot that does not decode
     hook: Any = None  # the logits hook's states, arrays (R, ...)
 
 
