@@ -138,13 +138,15 @@ def _tool_calls(calls: Sequence[Mapping[str, Any]]) -> str:
         function = call.get("function", call)
         arguments = function.get("arguments") or {}
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        text += f'<{MARK}invoke name="{function["name"]}">\n'
-        for name, value in arguments.items():
-            is_text = isinstance(value, str)
-            shown = value if is_text else json.dumps(value, ensure_ascii=False)
-            text += f'<{MARK}parameter name="{name}" string="{str(is_text).lower()}">{shown}</{MARK}parameter>\n'
-        text += f"</{MARK}invoke>\n"
+        parameters = "\n".join(_parameter(name, value) for name, value in arguments.items())
+        text += f'<{MARK}invoke name="{function["name"]}">\n{parameters}\n</{MARK}invoke>\n'
     return text + f"</{MARK}tool_calls>"
+
+
+def _parameter(name: str, value: Any) -> str:
+    is_text = isinstance(value, str)
+    shown = value if is_text else json.dumps(value, ensure_ascii=False)
+    return f'<{MARK}parameter name="{name}" string="{str(is_text).lower()}">{shown}</{MARK}parameter>'
 
 
 def parse_reply(text: str, *, thinking: bool = False) -> dict[str, Any]:
