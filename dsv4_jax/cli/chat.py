@@ -41,8 +41,8 @@ def chat(
     """Talks with a chat model: a line is a message, an empty one or the end of input ends the conversation.
 
     The cache keeps the conversation between turns: a turn reads what is new. The prompt is that of DeepSeek-V4's
-    release, or of the checkpoint's chat_template.jinja where there is one. The checkpoint in the package is no chat model: it
-    continues bytes of Python.
+    release, or of the checkpoint's chat_template.jinja where there is one. The checkpoint in the package is no chat
+    model: it continues bytes of Python.
     """
     from ..cache.host.prefix import PrefixPolicy
     from ..decode import DecodeLoop, make_manager
