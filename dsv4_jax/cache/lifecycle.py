@@ -12,6 +12,7 @@ from .holder import CacheHolder
 from .host.blocks import rows_array
 from .host.prefix import AdmittedPrompt
 from .host.slot import Slot
+from .kv_cache import KVCache
 from .transfer.copies import copy_slot
 from .transfer.slots import enter_cells
 from .transfer.snapshot import Snapshot, require_fit, take_snapshot, write_entries
@@ -51,6 +52,51 @@ class RequestLifecycle(CacheHolder):
             self._cache = write_rows(cache, slot, match.state or {}, match.start)
             self._cache = enter_cells(self._cache, self._ledger.all_entered(slot))
         return AdmittedPrompt(slot, match.start, match.hit_tokens, match.hit_tokens - match.start)
+
+    def shareable_blocks(self, token_ids: Any, *, salt: bytes = b"") -> dict[str, int]:
+        """By how many blocks `admit_prompt` would leave more free than a prompt needs that shares nothing.
+
+        Args:
+          token_ids: (n,) integers, a prompt.
+          salt: as for `admit_prompt`.
+
+        Returns:
+          By kind, blocks that other requests hold and the prompt begins with. Kept blocks that nobody holds do not
+          count: `num_free_blocks` counts them as free. Nothing changes.
+        """
+        shared = dict.fromkeys(self._ledger.kinds, 0)
+        if self._prefix is None:
+            return shared
+        match = self._prefix.match(self._prefix.keys(_token_array(token_ids)[:-1], salt), self._ledger.kinds, peek=True)
+        if match is not None:
+            kept_only = self._ledger.kept_only()
+            for kind in shared:
+                shared[kind] = int((~kept_only[kind][match.blocks[kind]]).sum())
+        return shared
+
+    def reset(self) -> None:
+        """Begins anew with an empty cache, after the one there was is lost: donated to a step that failed.
+
+        All requests end, their handles are errors from now on, and nothing is kept of prompts.
+        """
+        old, cache = self._requests, self._cache
+        fresh = KVCache.allocate(
+            cache.schemas,
+            cache.max_requests,
+            {kind: pool.num_blocks for kind, pool in cache.paged.items()},
+            {kind: table.shape[1] for kind, table in cache.block_table.items()},
+        )
+        requests = old.emptied()
+        prefix = None if self._prefix is None else self._prefix.emptied()
+        # One assignment: whatever interrupts this finds the old state or the new one.
+        vars(self).update(
+            _cache=fresh, _requests=requests, _ledger=requests.ledger, _prefix=prefix, _chains={},
+        )  # fmt: skip
+        if prefix is not None:
+            requests.ledger.reclaim = self._reclaim
+        if self._debug_nan:
+            free = {kind: requests.ledger.free_blocks(kind) for kind in requests.ledger.kinds}
+            self._make_unreadable(free, range(fresh.max_requests))
 
     def keep_prefix(self, slot: int, token_ids: Any, *, salt: bytes = b"") -> int:
         """Keeps the full blocks of a request for prompts that begin alike -> how many tokens they hold.
@@ -177,6 +223,10 @@ class RequestLifecycle(CacheHolder):
             with suppress(Exception):  # where the device still refuses, what waits is given back by the next call
                 self._settle()
             raise
+
+    def check_restorable(self, snapshot: Snapshot) -> None:
+        """ValueError, with the reason, for a snapshot that `restore` would refuse whatever is free."""
+        require_fit(snapshot, self._cache, self.fingerprint, self.max_context_len)
 
     def preempt(self, slot: int, *, rollback: int = 0) -> Snapshot:
         """Takes a request out of the cache to make room; `restore` resumes it. See `snapshot`, `release_request`."""

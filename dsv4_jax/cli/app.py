@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .chat import chat
 from .errors import run_and_exit
 from .generate import generate
 from .inspect import inspect
@@ -19,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(chat)
 app.command()(inspect)
 app.command()(plan)
 app.command()(quantize)

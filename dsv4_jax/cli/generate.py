@@ -14,10 +14,11 @@ from rich.progress import Progress
 import dsv4_jax
 
 from .errors import InputError
+from .generation_config import end_tokens, sampling_options
 from .loading import load_model
 from .options import CacheDtype, Dtype, HcaTail, IndexerDtype, default_indexer, packaged_checkpoint
 from .outcome import CompileClock, Outcome, summary
-from .prompts import ByteCodec, check_prompts, make_codec, parse_tokens, read_prompt_file
+from .prompts import ByteCodec, StopCutter, check_prompts, make_codec, parse_tokens, read_prompt_file
 from .terminal import TextOutput, in_background, make_console, make_progress
 
 
@@ -35,7 +36,24 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", metavar="N", min=0, help="Tokens to add.")
     ] = 128,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="0 takes the most likely token.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", min=0.0, help="0 takes the most likely token.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(metavar="P", min=0.0, max=1.0, help="Draw from the fewest tokens that have P together."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", min=0, help="Draw from the K most likely; 0: all.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(metavar="P", min=0.0, max=1.0, help="Draw from those P times as likely as the best.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")
+    ] = None,
+    log_probs: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=0, max=100, help="With --json: log-probabilities of tokens and of the K best."),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
     samples: Annotated[
         int,
@@ -68,7 +86,7 @@ def generate(
     """Continues one prompt, or several as a batch, and says how fast.
 
     Text is bytes where the checkpoint has no tokenizer.json and a vocabulary of 256. Progress and the summary go to
-    stderr.
+    stderr. Where temperature, --top-k, --top-p and --min-p are not given, the checkpoint's generation_config.json says.
 
     Example: dsv4-jax generate 'def main():' -n 64 --temperature 0.7
     """
@@ -84,20 +102,24 @@ def generate(
     folder = pathlib.Path(checkpoint) if checkpoint is not None else packaged_checkpoint()
     model = load_model(folder, console, dtype.value)
     codec = make_codec(folder, model.config.vocab_size)
+    sampling = sampling_options(folder, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ids = check_prompts([*(codec.encode(text) for text in texts), *ids], model.config, max_new_tokens)
     rows = [prompt for prompt in ids for _ in range(samples)]
     outcome = Outcome(prompts=ids, tokens=[[] for _ in rows])
     outcome.seconds["load"] = time.perf_counter() - start
-    stops = () if ignore_eos else model.config.eos_token_ids
+    stops = () if ignore_eos else end_tokens(folder, model.config.eos_token_ids, model.config.vocab_size)
+    if stop and codec.decode_all is None:
+        raise InputError("--stop needs text: this checkpoint has no tokenizer.json")
+    probs: list[list[Any]] = [[] for _ in rows]
 
     def chunks() -> Iterator[Any]:
         return dsv4_jax.stream(
             model, ids, max_new_tokens, cache_dtype=cache.value, indexer_dtype=indexer and indexer.value,
-            hca_tail=hca_tail.value, temperature=temperature, seed=seed, stop_tokens=stops, num_samples=samples,
-            draft_tokens=draft,
+            hca_tail=hca_tail.value, seed=seed, stop_tokens=stops, num_samples=samples, draft_tokens=draft,
+            stop_texts=stop or (), decode=codec.decode_all, log_probs=log_probs if as_json else None, **sampling,
         )  # fmt: skip
 
-    decoders = [codec.decoder(prompt) for prompt in rows]
+    decoders, cutters = [codec.decoder(prompt) for prompt in rows], [StopCutter(stop or ()) for _ in rows]
     new_texts = ["" for _ in rows]
     output = TextOutput()
     streams = not as_json and len(rows) == 1
@@ -106,8 +128,10 @@ def generate(
 
     def on_chunk(chunk: Any) -> None:
         for b, new in enumerate(chunk.tokens):
-            text = decoders[b](new)
+            text = cutters[b](decoders[b](new))
             new_texts[b] += text
+            if new and chunk.log_probs is not None and chunk.log_probs[b] is not None:
+                probs[b] += _log_probs(chunk.log_probs[b])
             if streams and text:
                 progress.stop()  # one of the two may move the cursor
                 output.write(text)
@@ -115,14 +139,14 @@ def generate(
     with progress:
         _walk(outcome, chunks, on_chunk, progress)
     for b, decode in enumerate(decoders):
-        rest = decode([], True)
+        rest = cutters[b](decode([], True), True)
         new_texts[b] += rest
         if streams:
             output.write(rest)
 
     indexer_name = indexer.value if indexer else default_indexer(cache.value)
     if as_json:
-        print(json.dumps(_report(outcome, rows, new_texts, folder, dtype, cache, indexer_name, stops)))
+        print(json.dumps(_report(outcome, rows, new_texts, folder, dtype, cache, indexer_name, stops, probs)))
         sys.stdout.flush()
     elif not streams:
         for b, text in enumerate(new_texts):
@@ -140,11 +164,22 @@ def _prompt_text(codec: Any, prompt: list[int]) -> str:
     return decode(prompt) + ("" if isinstance(codec, ByteCodec) else decode([], True))
 
 
+def _log_probs(probs: Any) -> list[dict[str, Any]]:
+    """Of each token, and of the most likely ones as pairs [token, log-probability]."""
+    return [
+        {
+            "token": round(float(chosen), 5),
+            "best": [[int(t), round(float(p), 5)] for t, p in zip(tokens, best, strict=True)],
+        }
+        for chosen, tokens, best in zip(*probs, strict=True)
+    ]
+
+
 def _walk(
     outcome: Outcome, batches: Callable[[], Iterator[Any]], on_chunk: Callable[[Any], None], progress: Progress
 ) -> None:
     """Walks the stream, keeps the times, shows the progress and hands every chunk on."""
-    task = progress.add_task("compiling", total=outcome.prompt_tokens)
+    task = progress.add_task("compiling prefill and decode", total=outcome.prompt_tokens)
     first_token = False
     with CompileClock() as clock:
         start = time.perf_counter()
@@ -175,9 +210,10 @@ def _report(
     cache: str,
     indexer: str,
     stops: Sequence[int],
+    probs: Sequence[list[Any]],
 ) -> dict[str, Any]:
     """The object of --json. Seconds and rates leave compilation out; "stopped" says that an end-of-text token came."""
-    results = zip(rows, outcome.tokens, texts, strict=True)
+    results = zip(rows, outcome.tokens, texts, probs, strict=True)
     return {
         "checkpoint": str(folder),
         "dtype": str(dtype),
@@ -189,7 +225,13 @@ def _report(
         "seconds": {name: round(value, 4) for name, value in outcome.seconds.items()},
         "tokens_per_second": {k: r and round(r, 2) for k, r in outcome.rates.items()},
         "results": [
-            {"prompt": prompt, "tokens": new, "text": text, "stopped": bool(new) and new[-1] in stops}
-            for prompt, new, text in results
+            {
+                "prompt": prompt,
+                "tokens": new,
+                "text": text,
+                "stopped": bool(new) and new[-1] in stops,
+                **({"log_probs": log_probs} if log_probs else {}),
+            }
+            for prompt, new, text, log_probs in results
         ],
     }

@@ -28,6 +28,11 @@ class ByteCodec:
         decode(bytes(prompt))  # a character that the prompt begins may end in what follows
         return lambda tokens, final=False: decode(bytes(tokens), final)
 
+    @staticmethod
+    def decode_all(tokens: list[int]) -> str:
+        """Text of tokens in the middle of a text."""
+        return bytes(tokens).decode(errors="replace")
+
 
 class TokenizerCodec:
     """Text by the checkpoint's tokenizer.json; a tokenizer_config.json beside it may ask for a token at the start."""
@@ -43,6 +48,7 @@ class TokenizerCodec:
             raise InputError(f"{path} is not a tokenizer: {one_line(error)}") from None
         self.tokenizer.no_truncation()  # a file may ask for both; a prompt is what was given
         self.tokenizer.no_padding()
+        self.begin: int | None = None  # the begin token, whether or not texts get one by themselves
         self.start = self._start(path.with_name("tokenizer_config.json"))
 
     def _start(self, path: pathlib.Path) -> list[int]:
@@ -50,20 +56,26 @@ class TokenizerCodec:
         options = read_json_object(path, max_bytes=MAX_FILE_BYTES) if path.is_file() else {}
         token = options.get("bos_token")
         token = token.get("content") if isinstance(token, dict) else token
+        number = self.begin = self.tokenizer.token_to_id(token) if isinstance(token, str) else None
         if options.get("add_bos_token") is not True or token is None:
             return []
-        number = self.tokenizer.token_to_id(token) if isinstance(token, str) else None
         if number is None:
             raise InputError(f"{path}: bos_token is {shorten(token)}: expected a token of tokenizer.json")
         return [number]
 
     def encode(self, data: bytes) -> list[int]:
-        """Token ids of a prompt; none for an empty one."""
+        """Token ids of a prompt; none for an empty one. The begin token stands there once, whoever adds it."""
         try:
             ids = self.tokenizer.encode(data.decode()).ids
         except UnicodeDecodeError as error:
             raise InputError(f"the prompt is not UTF-8 (byte {error.start}): expected text, or token ids") from None
+        while self.begin is not None and ids[:2] == [self.begin] * 2:  # of the prompt and of tokenizer.json
+            del ids[0]
         return ids if ids[:1] == self.start or not ids else [*self.start, *ids]
+
+    def decode_all(self, tokens: list[int]) -> str:
+        """Text of tokens in the middle of a text."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def decoder(self, prompt: Sequence[int]) -> Callable[..., str]:
         """As in ByteCodec; a character comes when all of its tokens are there."""
@@ -93,6 +105,8 @@ class TokenizerCodec:
 class NoCodec:
     """A vocabulary without a tokenizer: token ids are written as numbers."""
 
+    decode_all = None
+
     def __init__(self, why: str):
         self.why = why
 
@@ -103,6 +117,28 @@ class NoCodec:
     def decoder(self, prompt: Sequence[int]) -> Callable[..., str]:
         """As in ByteCodec, with the numbers of the tokens for text."""
         return lambda tokens, final=False: "".join(f"{token} " for token in tokens)
+
+
+class StopCutter:
+    """Text as it comes, up to the first of some stop texts; what may begin one is held back until it is known."""
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops, self._held, self._done = [stop for stop in stops if stop], "", False
+
+    def __call__(self, text: str, final: bool = False) -> str:
+        """The part of the text so far that can be shown now."""
+        if self._done:
+            return ""
+        text = self._held + text
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self._done, self._held = True, ""
+            return text[: min(ends)]
+        keep = 0 if final else max(
+            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
+        )  # fmt: skip
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
 
 
 def make_codec(checkpoint: pathlib.Path, vocab_size: int) -> ByteCodec | TokenizerCodec | NoCodec:

@@ -1,11 +1,12 @@
 """`generate` and `stream`: a batch of prompts through a loop made for it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ..cache.cost import cache_cost
 from ..cache.counts import count
 from ..cache.manager import KVCacheManager
 from ..cache.schema import compute_block_budget
@@ -13,7 +14,9 @@ from ..model.layer_schedule import build_schedule
 from ..model.transformer import DSV4Model
 from .context import round_up_blocks
 from .loop import DECODE_STEPS, PREFILL_CHUNK, DecodeLoop
+from .memory import check_memory
 from .request import Stats, check_prompt, check_prompts, check_sampling
+from .sampling import LogitsHook, LogProbs
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Chunk:
     cache_bytes: int
     prompt_tokens: int = 0  # prompt tokens that this call prefilled
     stats: Stats = field(default_factory=Stats)  # so far
+    log_probs: list[LogProbs | None] | None = None
 
 
 def make_manager(
@@ -36,8 +40,16 @@ def make_manager(
     max_context_len: int,
     **options: Any,
 ) -> KVCacheManager:
-    """A manager with blocks for that many requests of that many tokens; options as for KVCacheManager."""
+    """A manager with blocks for that many requests of that many tokens; options as for KVCacheManager.
+
+    Before it allocates more than a quarter of the device's memory, it logs a warning that says how much. Raises
+    ValueError, before anything is allocated, for a cache that is larger than that memory.
+    """
     schedule = build_schedule(model.config)
+    sizing = {"cache_dtype", "indexer_dtype", "max_rollback", "hca_tail"} & options.keys()
+    cost = cache_cost(model.config, schedule, **{name: options[name] for name in sizing})
+    size = cost.size(max_concurrent_requests, max_context_len)
+    check_memory(size.total_bytes, f"{max_concurrent_requests} requests of {max_context_len:,} tokens")
     budget = compute_block_budget(model.config, schedule, max_context_len, max_concurrent_requests)
     return KVCacheManager(
         model.config,
@@ -59,11 +71,18 @@ def stream(
     indexer_dtype: str | None = None,
     hca_tail: str = "full",
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = 0,
     stop_tokens: Iterable[int] = (),
+    stop_texts: Iterable[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
     num_samples: int = 1,
     draft_tokens: int = 0,
     return_logits: bool = False,
+    log_probs: int | None = None,
+    logits_hook: LogitsHook | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     decode_chunk: int = DECODE_STEPS,
 ) -> Iterator[Chunk]:
@@ -71,9 +90,10 @@ def stream(
     max_new_tokens = count("max_new_tokens", max_new_tokens)
     prompts = check_prompts(prompts)
     ids = [check_prompt(model.config, p, max_new_tokens, f"prompt {i}") for i, p in enumerate(prompts)]
-    stops = check_sampling(
-        model.config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples
-    )
+    options = check_sampling(
+        model.config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples, top_k=top_k,
+        top_p=top_p, min_p=min_p, stop_texts=stop_texts, decode=decode,
+    )  # fmt: skip
     prefill_chunk = count("prefill_chunk", prefill_chunk, least=1)
     decode_chunk = count("decode_chunk", decode_chunk, least=1)
     draft_tokens = count("draft_tokens", draft_tokens)
@@ -93,28 +113,31 @@ def stream(
     )  # fmt: skip
     loop = DecodeLoop(
         model, manager, prefill_chunk=width, step_tokens=max(len(ids) * width, slots), decode_chunk=decode_chunk,
-        draft_tokens=draft_tokens, return_logits=return_logits,
+        draft_tokens=draft_tokens, return_logits=return_logits, log_probs=log_probs, logits_hook=logits_hook,
     )  # fmt: skip
     for i, prompt in enumerate(ids):
-        loop.submit(
-            prompt, max_new_tokens, temperature=temperature, seed=seed, index=i, stop_tokens=stops,
-            num_samples=num_samples,
-        )  # fmt: skip
+        loop.submit(prompt, max_new_tokens, index=i, **options)
     return _chunks(loop, slots, num_samples)
 
 
 def _chunks(loop: DecodeLoop, rows: int, num_samples: int) -> Iterator[Chunk]:
     """What every call of the loop brings, by row."""
     cache_bytes = loop.manager.memory_bytes()
+    compiling = loop.compile_decode()  # beside the prompts' program, so that tokens flow once they begin
     while loop.unfinished:
         tokens: list[list[int]] = [[] for _ in range(rows)]
         logits: list[np.ndarray | None] = [None] * rows
+        probs: list[LogProbs | None] = [None] * rows
         events = loop.step()
         for event in events:
             row = event.request * num_samples + event.sample
-            tokens[row], logits[row] = event.tokens, event.logits
+            tokens[row], logits[row], probs[row] = event.tokens, event.logits, event.log_probs
+        if compiling is not None and any(tokens):
+            compiling.join()
         prompt_tokens = sum(event.prompt_tokens for event in events)
-        yield Chunk(tokens, logits if loop.return_logits else None, cache_bytes, prompt_tokens, replace(loop.stats))
+        yield Chunk(
+            tokens, logits if loop.return_logits else None, cache_bytes, prompt_tokens, replace(loop.stats), probs
+        )
 
 
 def generate(
@@ -128,18 +151,31 @@ def generate(
 ) -> Any:
     """Continues prompts of any lengths together.
 
-    prompts: lists of token ids. Options: cache_dtype "fp8" | "fp8_ue8m0" | "bf16" | "fp32"; indexer_dtype "nvfp4" |
-    "mxfp4" | "bf16" | "fp32", by default the one that goes with cache_dtype; hca_tail "full" | "running" (see
-    `build_schema`). temperature 0 is greedy; otherwise a draw follows from (seed, index of the prompt, position). A
-    request ends after max_new_tokens or after one of stop_tokens, which is kept. num_samples: continuations of each
-    prompt, which is prefilled once; sample j draws with seed + j. draft_tokens: drafts looked up in the text so far,
-    verified that many at once: the same tokens, in fewer calls where a text repeats itself. prefill_chunk,
-    decode_chunk: tokens of a prompt in one step, decode steps in one call. The prompts are read side by side, so none
-    goes on from another's blocks: where many begin alike, use a `DecodeLoop` whose manager has a prefix policy.
+    The prompts are read side by side, so none goes on from another's blocks: where many begin alike, use a `DecodeLoop`
+    whose manager has a prefix policy.
 
-    Returns a list of new tokens per prompt (num_samples > 1: per sample, those of a prompt side by side); with
-    return_logits also a list of the float32 logits (new tokens, vocabulary) that each token was chosen from; with
-    return_stats also `Stats`. Raises ValueError for prompts or options that make no sense.
+    Args:
+      model: from `from_pretrained`.
+      prompts: lists of token ids.
+      max_new_tokens: of each prompt; one ends earlier after one of `stop_tokens` (ids) or with the token that completes
+        one of `stop_texts`, which is kept. `decode` turns ids into text for that where tokens are not bytes.
+      return_logits: return the logits that each token was chosen from.
+      return_stats: return `Stats`.
+      **options: cache_dtype "fp8" | "fp8_ue8m0" | "bf16" | "fp32"; indexer_dtype "nvfp4" | "mxfp4" | "bf16" | "fp32",
+        by default the one that goes with cache_dtype; hca_tail "full" | "running" (see `build_schema`). temperature 0
+        is greedy; otherwise a draw follows from (seed, index of the prompt, position), from the tokens that top_k,
+        top_p and min_p leave (see `DecodeLoop.submit`). num_samples: continuations of each prompt, which is prefilled
+        once; sample j draws with seed + j. draft_tokens: drafts looked up in the text so far, verified that many at
+        once, in fewer calls where a text repeats itself: the same tokens with exact caches; with quantised ones see
+        `DecodeLoop`. log_probs, logits_hook: see `DecodeLoop`; `stream` yields log-probabilities. prefill_chunk,
+        decode_chunk: tokens of a prompt in one step, decode steps in one call.
+
+    Returns:
+      A list of new tokens per prompt (num_samples > 1: per sample, those of a prompt side by side); with return_logits
+      also a list of float32 logits (new tokens, vocabulary); with return_stats also `Stats`.
+
+    Raises:
+      ValueError: prompts or options that make no sense.
     """
     prompts = check_prompts(prompts)
     chunks = stream(model, prompts, max_new_tokens, return_logits=return_logits, **options)

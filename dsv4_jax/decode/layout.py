@@ -1,12 +1,13 @@
 """The arrays of a call, from what each sample brings to it."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from .request import Sample
-from .sampling import Draws
+from .sampling import Draws, LogitsHook
 from .steps import LoopState
 
 
@@ -54,19 +55,44 @@ def draw_arrays(parts: Iterable[Part], most: int) -> tuple[np.ndarray, Draws]:
     return rows, draws
 
 
-def slot_arrays(running: Sequence[Sample], num_slots: int) -> tuple[LoopState, Draws]:
-    """Where every slot stands (num_slots,), and how it draws."""
+def row_states(parts: Iterable[Part], most: int, hook: LogitsHook | None) -> Any:
+    """The hook's states for the rows of `draw_arrays`, arrays (most, ...); None without a hook."""
+    if hook is None:
+        return None
+    states = []
+    for part in parts:
+        for i in range(part.draws):
+            drafts = [] if part.forks else part.tokens[1 : i + 1]
+            states.append(hook.start([*part.sample.ids, *drafts], part.sample.request.hook_argument))
+    return _stack(states + [hook.start([], None)] * (most - len(states)))
+
+
+def _stack(states: list[Any]) -> Any:
+    return jax.tree.map(lambda *rows: np.stack([np.asarray(row) for row in rows]), *states)
+
+
+def slot_arrays(
+    parts: Sequence[tuple[Sample, int]], num_slots: int, hook: LogitsHook | None = None
+) -> tuple[LoopState, Draws]:
+    """Where every slot stands (num_slots,), and how it draws. parts: samples, and how many tokens each is to get."""
     state = np.zeros((3, num_slots), np.int32)
     draws = no_draws(num_slots)
-    for sample in running:
-        state[:, sample.slot] = sample.ids[-1], sample.computed, sample.remaining
+    states = [] if hook is None else [hook.start([], None)] * num_slots
+    for sample, remaining in parts:
+        state[:, sample.slot] = sample.ids[-1], sample.computed, remaining
         _set(draws, sample.slot, sample, sample.index)
-    return LoopState(*state), draws
+        if hook is not None:
+            states[sample.slot] = hook.start(list(sample.ids), sample.request.hook_argument)
+    tokens, positions, to_come = state
+    return LoopState(tokens, positions, to_come, _stack(states) if states else None), draws
 
 
 def no_draws(size: int) -> Draws:
     """Greedy rows."""
-    return Draws(np.zeros(size, np.float32), np.zeros(size, np.uint32), np.zeros(size, np.int32))
+    zeros, ones = np.zeros(size, np.float32), np.ones(size, np.float32)
+    return Draws(
+        zeros, np.zeros(size, np.uint32), np.zeros(size, np.int32), np.zeros(size, np.int32), ones, zeros.copy()
+    )
 
 
 def _set(draws: Draws, row: int, sample: Sample, index: int) -> None:
@@ -74,3 +100,5 @@ def _set(draws: Draws, row: int, sample: Sample, index: int) -> None:
     draws.temperature[row] = request.temperature
     draws.seed[row] = (request.seed + index) % (1 << 32)
     draws.prompt[row] = request.index
+    for name in ("top_k", "top_p", "min_p"):
+        getattr(draws, name)[row] = getattr(request, name)

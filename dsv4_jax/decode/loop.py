@@ -1,7 +1,13 @@
 """Continuous batching: requests join and leave between jitted calls, whose shapes never change."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import repeat
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,17 +20,24 @@ from ..model.step_inputs import check_cache
 from ..model.transformer import DSV4Model
 from .context import blocks_to_read
 from .draft import PromptLookup
-from .layout import Part, draw_arrays, slot_arrays, token_arrays
+from .layout import Part, draw_arrays, row_states, slot_arrays, token_arrays
+from .recovery import Call, Savepoint, identity, is_lost
 from .request import Event, Request, Sample, Stats, check_prompt, check_sampling
-from .sampling import Draws
-from .scheduler import Schedule
-from .steps import LoopState, decode_steps, prefill_step, split_model
+from .sampling import Draws, LogitsHook, LogProbs
+from .scheduler import Scheduler
+from .snapshot import RequestSnapshot, SampleSnapshot
+from .steps import Chosen, LoopState, Wanted, decode_steps, prefill_step, split_model
+
+T = TypeVar("T")
 
 PREFILL_CHUNK = 128
 """Tokens of a prompt that one prefill step takes."""
 
 DECODE_STEPS = 16
 """Decode steps in one jitted call."""
+
+_compiled: set[Any] = set()
+"""What `compile_decode` was asked for: programs stay compiled."""
 
 
 class DecodeLoop:
@@ -33,6 +46,10 @@ class DecodeLoop:
     A call is either `decode_steps` (everybody decodes, many steps at once) or `prefill_step` (some prompts are read, a
     chunk each, while the others bring a decode token; with drafts every step is one). Where slots or blocks run out,
     the youngest wait. Programs compile once per number of blocks that readers look at (see `blocks_to_read`).
+
+    A call that raises, Ctrl-C included, has happened or has not: calling again goes on, with the same tokens. Where a
+    step that failed took the donated cache with it, the loop makes a new one, logs a warning, and the requests read
+    their tokens again (`stats.restarts`); what other users of the manager had in the cache is gone.
     """
 
     def __init__(
@@ -45,10 +62,14 @@ class DecodeLoop:
         decode_chunk: int = DECODE_STEPS,
         draft_tokens: int = 0,
         return_logits: bool = False,
+        log_probs: int | None = None,
+        logits_hook: LogitsHook | None = None,
     ):
         """prefill_chunk: tokens of one prompt in a step at most. step_tokens: tokens of all of them in a step at most,
         by default one chunk and a decode token for every other slot. decode_chunk: steps of a decode call.
         draft_tokens: prompt-lookup drafts verified in a step at most (the manager's max_rollback must be no less).
+        return_logits: events have the logits. log_probs: events have the log-probability of each token and of so many
+        of the most likely ones, 0 or more; None for neither. logits_hook: changes logits before a token is chosen.
 
         Raises ValueError for sizes that make no sense and for a manager made for another configuration.
         """
@@ -56,6 +77,8 @@ class DecodeLoop:
         decode_chunk = count("decode_chunk", decode_chunk, least=1)
         if count("draft_tokens", draft_tokens) > manager.max_rollback:
             raise ValueError(f"draft_tokens is {draft_tokens}: expected 0 to max_rollback = {manager.max_rollback}")
+        if log_probs is not None:
+            log_probs = count("log_probs", log_probs, most=model.config.vocab_size)
         check_cache(model.config, manager.cache)
         slots, verified = manager.max_concurrent_requests, draft_tokens + 1
         if step_tokens is None:
@@ -65,13 +88,15 @@ class DecodeLoop:
         self.model, self.manager, self.stats = model, manager, Stats()
         self.prefill_chunk, self.decode_chunk, self.draft_tokens = prefill_chunk, decode_chunk, draft_tokens
         self.return_logits = return_logits
+        self._wanted = Wanted(bool(return_logits), log_probs, logits_hook)
         # Tokens of a step, tokens of one slot in it.
         self._prefill_shape = max(step_tokens, slots * verified), max(prefill_chunk, verified)
         self._verify_shape = slots * verified, verified
         self._structure, self._weights = split_model(model)
-        self._schedule = Schedule(manager, verified if draft_tokens else decode_chunk, self.stats)
+        self._schedule = Scheduler(manager, verified if draft_tokens else decode_chunk, self.stats)
         self._submitted = 0
-        self._aborted: list[Event] = []
+        self._events: deque[Event] = deque()  # that were not handed out yet
+        self._call: Call | None = None  # under way, or interrupted
         self._on_device: tuple[LoopState, Draws] | None = None  # of the slots, as long as the host changes nothing
 
     # Requests.
@@ -82,88 +107,186 @@ class DecodeLoop:
         max_new_tokens: int,
         *,
         temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
         seed: int = 0,
         index: int = 0,
         stop_tokens: Iterable[int] = (),
+        stop_texts: Iterable[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
         num_samples: int = 1,
         salt: bytes = b"",
+        hook_argument: Any = None,
     ) -> int:
-        """Queues a request -> its number. Sample j draws with seed + j; a draw follows from that, index and position.
+        """Queues a request -> its number.
 
-        salt: where the manager has a prefix policy, a prompt goes on from blocks of earlier ones of the same salt.
-        Raises ValueError, in one sentence, for what makes no sense and for what this cache could never hold.
+        Args:
+          prompt: token ids.
+          max_new_tokens: 1 or more.
+          temperature: 0 takes the most likely token.
+          top_k, top_p, min_p: draw only from the k most likely tokens (0: all), then from the fewest most likely of
+            them that have the probability top_p together (1: all), then from those at least min_p times as likely as
+            the most likely (0: all); equally likely ones stay or go together. All after the temperature.
+          seed, index: sample j draws with seed + j; a draw follows from that, index and position.
+          stop_tokens: a sample ends after one of them.
+          stop_texts: a sample ends with the token that completes one of them in its new text, which is kept.
+          decode: token ids to text, for stop_texts; not needed where tokens are bytes.
+          num_samples: continuations of the prompt, which is read once.
+          salt: where the manager has a prefix policy, a prompt goes on from blocks of earlier texts of the same salt.
+          hook_argument: for `LogitsHook.start`.
+
+        Raises:
+          ValueError: in one sentence, for what makes no sense and for what this cache could never hold.
         """
         config = self.model.config
         max_new_tokens = count("max_new_tokens", max_new_tokens, least=1)
         ids = check_prompt(config, prompt, max_new_tokens)
-        stops = check_sampling(
-            config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples
-        )
+        options = check_sampling(
+            config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples, top_k=top_k,
+            top_p=top_p, min_p=min_p, stop_texts=stop_texts, decode=decode,
+        )  # fmt: skip
         check_salt(salt)
         index = count("index", index, most=(1 << 31) - 1)
-        request = Request(ids, max_new_tokens, temperature, seed, index, stops, num_samples, salt)
+        request = Request(ids, max_new_tokens, index=index, salt=salt, hook_argument=hook_argument, **options)
         self._schedule.check_fits(request)
-        self._schedule.wait(self._sample(self._submitted, 0, request, num_samples - 1))
-        self._submitted += 1
-        return self._submitted - 1
+
+        def queue() -> int:
+            number = self._submitted
+            self._schedule.wait(self._sample(number, 0, request, request.num_samples - 1))
+            self._submitted = number + 1
+            return number
+
+        return self._whole(queue)
 
     def _sample(self, number: int, index: int, request: Request, to_fork: int = 0) -> Sample:
         lookup = PromptLookup(request.prompt) if self.draft_tokens else None
         return Sample(number, index, request, list(request.prompt), to_fork=to_fork, lookup=lookup)
 
-    def abort(self, request: int) -> None:
-        """Ends a request, whether it waits, is being read or decodes; ValueError if it has ended or never was."""
-        schedule = self._schedule
-        samples = [s for s in (*schedule.waiting, *schedule.running) if s.number == request]
+    def _samples(self, request: int) -> list[Sample]:
+        samples = [s for s in (*self._schedule.waiting, *self._schedule.running) if s.number == request]
         if not samples:
             raise ValueError(f"request {request} neither waits nor runs: it has ended, or was never submitted")
-        for sample in samples:
-            schedule.drop(sample)
-            parting = range(sample.index, sample.index + sample.to_fork + 1)
-            self._aborted += [Event(request, index, finished="aborted") for index in parting]
-        self._on_device = None
+        return samples
+
+    def abort(self, request: int) -> None:
+        """Ends a request, whether it waits, is being read or decodes; ValueError if it has ended or never was."""
+        self._recover()
+        samples = self._samples(request)
+
+        def end() -> None:
+            for sample in samples:
+                self._schedule.drop(sample)
+                parting = range(sample.index, sample.index + sample.to_fork + 1)
+                self._events.extend(Event(request, index, finished="aborted") for index in parting)
+            self._on_device = None
+
+        self._whole(end)
+
+    def snapshot(self, request: int) -> RequestSnapshot:
+        """A request outside the loop, which goes on: its options, its samples' tokens and their parts of the cache.
+
+        Events that were not handed out yet are not part of it. ValueError if the request has ended or never was.
+        """
+        self._recover()
+        samples = []
+        for s in self._samples(request):
+            cache, computed = s.snapshot, s.computed
+            if s.slot >= 0 and computed >= max(s.found, 1):
+                cache = self.manager.snapshot(s.slot)
+            if cache is None:
+                computed = 0  # nothing that is complete: it reads its tokens again
+            samples.append(SampleSnapshot(s.index, tuple(s.ids), computed, s.to_fork, s.read_to, cache))
+        return RequestSnapshot(self._samples(request)[0].request, tuple(samples))
+
+    def adopt(self, snapshot: RequestSnapshot) -> int:
+        """Queues a request that goes on where a snapshot was taken, in this loop or another -> its number here.
+
+        Raises ValueError, with the reason, for a request that this cache could never hold, RuntimeError or ValueError
+        at its admission for a snapshot of another model.
+        """
+        given: Any = snapshot
+        if not isinstance(given, RequestSnapshot):
+            raise ValueError(f"adopt got a {type(given).__name__}: expected what DecodeLoop.snapshot returns")
+        self._schedule.check_fits(snapshot.request)
+        for s in snapshot.samples:
+            if s.cache is not None:
+                self.manager.check_restorable(s.cache)
+
+        def queue() -> int:
+            number = self._submitted
+            for s in snapshot.samples:
+                sample = self._sample(number, s.index, snapshot.request, s.to_fork)
+                sample.ids[:] = s.ids
+                sample.computed, sample.read_to, sample.snapshot = s.computed, s.read_to, s.cache
+                if s.cache is None:
+                    sample.start_again()
+                if sample.lookup is not None:
+                    sample.lookup = PromptLookup(sample.ids)
+                self._schedule.wait(sample)
+            self._submitted = number + 1
+            return number
+
+        return self._whole(queue)
 
     @property
     def unfinished(self) -> int:
-        """Samples that wait or run."""
-        return sum(1 + s.to_fork for s in (*self._schedule.waiting, *self._schedule.running))
+        """Samples that wait or run, or whose last event was not handed out yet."""
+        samples = sum(1 + s.to_fork for s in (*self._schedule.waiting, *self._schedule.running))
+        return samples + sum(event.finished is not None for event in self._events)
 
     def __iter__(self) -> Iterator[Event]:
-        """Events as they come, until nothing is left to do; requests may be submitted and aborted meanwhile."""
-        while self.unfinished or self._aborted:
-            yield from self.step()
+        """Events as they come, until nothing is left to do; requests may be submitted and aborted meanwhile.
+
+        Whoever leaves the iterator and comes back, or calls `step` in between, goes on with the next event.
+        """
+        while self._events or self.unfinished:
+            if self._events:
+                yield self._events.popleft()
+            else:
+                self._whole(self._advance)
 
     # Calls.
 
     def step(self) -> list[Event]:
-        """One jitted call -> what it brought, an event for each sample that took part."""
-        events, self._aborted = self._aborted, []
+        """One jitted call -> what it brought, an event for each sample that took part, after those still to be had."""
+        self._whole(self._advance)
+        return list(map(deque.popleft, repeat(self._events, len(self._events))))
+
+    def _advance(self) -> None:
         if self._schedule.admit():
             self._on_device = None
         if not self._schedule.running:
-            return events
-        self.stats.calls += 1
+            return
         if self.draft_tokens or any(s.reading for s in self._schedule.running):
-            return events + self._mixed_call()
-        return events + self._decode_call()
+            self._mixed_call()
+        else:
+            self._decode_call()
 
-    def _plan(self, parts: Sequence[Part], slots: np.ndarray, positions: np.ndarray, **shape: Any) -> StepPlan | None:
+    def _plan(self, parts: list[Part], slots: np.ndarray, positions: np.ndarray, **shape: Any) -> StepPlan | None:
         """The step's plan, or None where blocks ran out and the youngest gave its own back: the step is another."""
+        assert self._call is not None
         read = max(blocks_to_read(part.end, part.sample.request.limit, self.manager.block_size) for part in parts)
         try:
-            return self.manager.plan_step(slots, positions, max_blocks=read, **shape)
+            plan = self.manager.plan_step(slots, positions, max_blocks=read, **shape)
         except RuntimeError:
             if len(self._schedule.running) == 1:
                 raise
             self._schedule.preempt_youngest()
             self._on_device = None
+            # What the youngest had is in the host's memory: from here on it has left.
+            self._call.savepoint = Savepoint(self._schedule, self.stats, self._events)
+            self._give_back()
             return None
+        self._call.plan, self._call.parts = plan, parts
+        return plan
 
-    def _decode_call(self) -> list[Event]:
+    def _decode_call(self) -> None:
         """Many steps for everybody in one call, for which the host waits once."""
+        assert self._call is not None
         num_slots, running = self.manager.max_concurrent_requests, self._schedule.running
         while True:
-            parts = [Part(s, [s.ids[-1]] * min(self.decode_chunk, s.remaining)) for s in running]
+            parts = [Part(s, [s.ids[-1]] * self._decode_tokens(s)) for s in running]
             slots, starts, ends = np.full(num_slots, -1, np.int32), *np.zeros((2, num_slots), np.int32)
             for part in parts:
                 s = part.sample
@@ -171,24 +294,54 @@ class DecodeLoop:
             plan = self._plan(parts, slots, starts, lookahead=self.decode_chunk - 1, limits=ends)
             if plan is not None:
                 break
-        for part in parts:
-            self.manager.advance(part.sample.slot, len(part.tokens) - 1)
-        loop, draws = self._on_device or jax.device_put(slot_arrays(running, num_slots))
-        tokens, logits, loop, self.manager.cache = decode_steps(
-            self._structure, self._weights, self.manager.cache, loop, plan.new_blocks, draws,
-            steps=self.decode_chunk, max_blocks=plan.max_blocks, return_logits=self.return_logits,
-        )  # fmt: skip
-        self._on_device = loop, draws
-        tokens, logits = np.asarray(tokens), np.asarray(logits) if self.return_logits else None
-        events = []
-        for part in parts:
-            here = np.s_[: len(part.tokens), part.sample.slot]
-            part.sample.computed = part.end
-            events.append(self._take(part.sample, tokens[here].tolist(), None if logits is None else logits[here]))
-        return events
+        # Who stops at the edge of a block has fewer tokens to come than the device believes.
+        short = any(len(part.tokens) < min(self.decode_chunk, part.sample.remaining) for part in parts)
+        to_come = [(p.sample, len(p.tokens) if short else p.sample.remaining) for p in parts]
+        on_device = None if short else self._on_device
+        loop, draws = on_device or jax.device_put(slot_arrays(to_come, num_slots, self._wanted.hook))
+        step = partial(decode_steps, steps=self.decode_chunk, max_blocks=plan.max_blocks, wanted=self._wanted)
+        self._dispatch(step, loop, plan.new_blocks, draws)
+        state = jax.tree.unflatten(jax.tree.structure(loop), self._call.results[0][1])
+        self._on_device = None if short else (state, draws)
+        self._book(self._call)
 
-    def _mixed_call(self) -> list[Event]:
+    def compile_decode(self) -> threading.Thread | None:
+        """Compiles the program of the first decode call beside what else is going on -> the thread that does; None
+        where none is needed: nothing waits or runs, every step is one of drafts, or the program was asked for before.
+        """
+        samples = [*self._schedule.waiting, *self._schedule.running]
+        if not samples or self.draft_tokens or all(s.remaining < 2 for s in samples):
+            return None
+        num_slots, size = self.manager.max_concurrent_requests, self.manager.block_size
+        ends = [(len(s.ids) + min(self.decode_chunk, s.remaining - 1), s.request.limit) for s in samples]
+        max_blocks = max(blocks_to_read(end, limit, size) for end, limit in ends)
+        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.manager.cache)
+        known = self._structure, self._wanted, self.decode_chunk, max_blocks, str(jax.tree.leaves(cache))
+        if known in _compiled:
+            return None
+        _compiled.add(known)
+        loop, draws = slot_arrays([], num_slots, self._wanted.hook)
+        rows = num_slots * (-(-self.decode_chunk // size) + 1)  # as in a plan
+        new_blocks = {kind: np.zeros((rows, 3), np.int32) for kind in cache.block_table}
+        lower = partial(decode_steps.lower, steps=self.decode_chunk, max_blocks=max_blocks, wanted=self._wanted)
+
+        def compile_it() -> None:
+            with contextlib.suppress(Exception):  # what is wrong, the call itself will say
+                lower(self._structure, self._weights, cache, loop, new_blocks, draws).compile()
+
+        thread = threading.Thread(target=compile_it, name="dsv4-jax-compile")
+        thread.start()
+        return thread
+
+    def _decode_tokens(self, s: Sample) -> int:
+        """Tokens of a sample in a decode call: to the edge of a block at most, if state is to be kept there."""
+        most, policy, size = min(self.decode_chunk, s.remaining), self.manager.prefix_policy, self.manager.block_size
+        edge = (s.computed // size + 1) * size
+        return min(most, edge - s.computed) if policy is not None and policy.keeps_state(edge) else most
+
+    def _mixed_call(self) -> None:
         """Chunks of prompts beside the decode tokens of the others, and drafts to verify."""
+        assert self._call is not None
         num_slots = self.manager.max_concurrent_requests
         while True:
             reading = any(s.reading for s in self._schedule.running)
@@ -197,18 +350,40 @@ class DecodeLoop:
             ids, slots, positions = token_arrays(parts, total)
             if (plan := self._plan(parts, slots, positions, num_segments=num_slots, width=width)) is not None:
                 break
-        rows, draws = draw_arrays(parts, num_slots * (self.draft_tokens + 1))
-        chosen, logits, self.manager.cache = prefill_step(
-            self._structure, self._weights, self.manager.cache, plan, ids, rows, draws
-        )
+        most = num_slots * (self.draft_tokens + 1)
+        rows, draws = draw_arrays(parts, most)
         self._on_device = None
-        chosen, logits = np.asarray(chosen).tolist(), np.asarray(logits) if self.return_logits else None
-        events, drawn = [], 0
-        for part in parts:
-            here = np.s_[drawn : drawn + part.draws]
-            drawn += part.draws
-            events += self._finish(part, chosen[here], None if logits is None else logits[here])
-        return events
+        states = row_states(parts, most, self._wanted.hook)
+        self._dispatch(partial(prefill_step, wanted=self._wanted), plan, ids, rows, draws, states)
+        self._book(self._call)
+
+    def _dispatch(self, step: Callable, *operands: Any) -> None:
+        """Runs a jitted step on the cache. `map` and `extend` leave nothing in between where results could get lost."""
+        assert self._call is not None
+        self._call.savepoint = Savepoint(self._schedule, self.stats, self._events)  # who runs is settled
+        self._call.given = self.manager.cache
+        given = ([x] for x in (self._structure, self._weights, self._call.given, *operands))
+        self._call.results.extend(map(step, *given))
+
+    def _book(self, call: Call) -> None:
+        """What a step brought becomes true on the host; once interrupted, it is done again from the savepoint."""
+        drawn_leaves, *_, cache_leaves = call.results[0]
+        if self.manager.cache is call.given:
+            self.manager.cache = jax.tree.unflatten(jax.tree.structure(call.given), cache_leaves)
+        call.plan = None
+        self.stats.calls += 1
+        chosen = self._wanted.chosen([np.asarray(x) for x in drawn_leaves])
+        if len(call.results[0]) == 3:
+            for part in call.parts:
+                here = np.s_[: len(part.tokens), part.sample.slot]
+                self._book_decoded(part, _part(chosen, here))
+        else:
+            drawn = 0
+            for part in call.parts:
+                self._book_part(part, _part(chosen, np.s_[drawn : drawn + part.draws]))
+                drawn += part.draws
+        # One assignment, after which the call is not done again: only slots are to be given back.
+        vars(call).update(savepoint=Savepoint(self._schedule, self.stats, self._events), results=[])
 
     def _parts(self, total: int) -> list[Part]:
         """What each running sample brings to a step of `total` tokens: decode tokens first, then chunks of prompts."""
@@ -232,46 +407,122 @@ class DecodeLoop:
         edge = end - end % self.manager.block_size
         return end if self.manager.prefix_policy is None or edge <= s.computed else edge
 
+    # Calls that are interrupted.
+
+    def _whole(self, change: Callable[[], T]) -> T:
+        """Makes a change that happens as a whole or not at all."""
+        self._recover()
+        savepoint = Savepoint(self._schedule, self.stats, self._events)
+        mine = {identity(s.slot) for s in self._schedule.running}
+        self._call = Call(savepoint, {identity(s) for s in self.manager.active_slots} - mine)
+        try:
+            result = change()
+            self._give_back()
+            self._call = None
+        except BaseException:
+            self._recover()
+            raise
+        return result
+
+    def _recover(self) -> None:
+        """Finishes what an interrupted call has dispatched, or undoes it; may be interrupted and called again."""
+        if (call := self._call) is None:
+            return
+        call.savepoint.restore()
+        self._on_device = None
+        if is_lost(self.manager, call.results):
+            self.manager.reset()
+            call.results.clear()
+            logging.getLogger(__name__).warning(
+                "the cache was lost in a step that failed: %d running samples read their tokens again",
+                len(self._schedule.running),
+            )
+        if call.results:
+            self._book(call)
+        elif call.plan is not None:
+            cancel = getattr(call.plan, "cancel", None)
+            if cancel is not None:
+                cancel()
+            call.plan = None
+        there = {identity(slot): slot for slot in self.manager.active_slots}
+        for s in list(self._schedule.running):
+            if identity(s.slot) not in there or self.manager.length(s.slot) != s.computed:
+                self._schedule.restart(s)
+                self.stats.restarts += 1
+        self._give_back()
+        self._call = None
+
+    def _give_back(self) -> None:
+        """Releases the slots of the loop that no sample holds."""
+        assert self._call is not None
+        mine = {identity(s.slot) for s in self._schedule.running}
+        for slot in self.manager.active_slots:
+            if (this := identity(slot)) not in mine and this not in self._call.others:
+                self.manager.release_request(slot)
+
     # Results.
 
-    def _finish(self, part: Part, chosen: list[int], logits: np.ndarray | None) -> list[Event]:
+    def _book_decoded(self, part: Part, chosen: Chosen) -> None:
+        s, before = part.sample, part.sample.computed
+        missing = part.end - self.manager.length(s.slot)
+        if missing > 0:
+            self.manager.advance(s.slot, missing)
+        s.computed = part.end
+        self._take(s, chosen, before)
+
+    def _book_part(self, part: Part, chosen: Chosen) -> None:
         """Books what a step brought for one sample, and for those that fork off it."""
-        s = part.sample
+        s, before = part.sample, part.sample.computed
         if part.drafts:
-            accepted = 0
-            while accepted < part.drafts and chosen[accepted] == part.tokens[1 + accepted]:
+            tokens, accepted = chosen.tokens.tolist(), 0
+            while accepted < part.drafts and tokens[accepted] == part.tokens[1 + accepted]:
                 accepted += 1
             self.stats.drafted_tokens += part.drafts
             self.stats.accepted_tokens += accepted
             s.computed += 1 + accepted
-            if accepted < part.drafts:
-                self.manager.rollback(s.slot, part.drafts - accepted)
-            return [self._take(s, chosen[: 1 + accepted], logits)]
+            if (rejected := self.manager.length(s.slot) - s.computed) > 0:
+                self.manager.rollback(s.slot, rejected)
+            self._take(s, _part(chosen, np.s_[: 1 + accepted]), before)
+            return
         prompt_tokens = len(part.tokens) if s.reading else 0
         self.stats.prefilled_tokens += prompt_tokens
         s.computed = part.end
-        if prompt_tokens and s.computed >= s.found and s.computed % self.manager.block_size == 0:
-            self.manager.keep_prefix(s.slot, s.ids[: s.computed], salt=s.request.salt)
-        forked = [
-            self._fork(s, i, chosen[i], None if logits is None else logits[i : i + 1]) for i in range(1, part.draws)
-        ]
-        s.to_fork -= len(forked)
-        return [self._take(s, chosen[:1], logits, prompt_tokens), *forked]
+        if prompt_tokens:  # before others fork off
+            self._keep(s, before)
+        for i in range(1, part.draws):
+            self._fork(s, i, _part(chosen, np.s_[i : i + 1]))
+        s.to_fork -= max(part.draws - 1, 0)
+        self._take(s, _part(chosen, np.s_[:1]), s.computed if prompt_tokens else before, prompt_tokens)
 
-    def _fork(self, parent: Sample, index: int, token: int, logits: np.ndarray | None) -> Event:
+    def _keep(self, s: Sample, before: int) -> None:
+        """Keeps the blocks that became full, for prompts to come: those of the prompt and of what was decoded."""
+        size = self.manager.block_size
+        if self.manager.prefix_policy is not None and s.computed >= s.found and s.computed // size > before // size:
+            self.manager.keep_prefix(s.slot, s.ids[: s.computed], salt=s.request.salt)  # what came after a stop is none
+
+    def _fork(self, parent: Sample, index: int, chosen: Chosen) -> None:
         """Another sample begins where the prompt ends; where blocks are missing for it, it waits."""
         s = self._sample(parent.number, index, parent.request)
-        new, finished = s.take([token])
+        new, finished = s.take(chosen.tokens.tolist())
         if not finished:
             self._schedule.fork(parent, s)
-        return Event(s.number, index, new, logits, finished=finished)
+        self._add_event(s, new, chosen, 0, finished)
 
-    def _take(self, s: Sample, tokens: list[int], logits: np.ndarray | None, prompt_tokens: int = 0) -> Event:
-        """Adds tokens to a sample; one that has ended gives back what it holds."""
-        new, finished = s.take(tokens)
+    def _take(self, s: Sample, chosen: Chosen, before: int, prompt_tokens: int = 0) -> None:
+        """Adds tokens to a sample of which the cache held `before`; one that has ended gives back what it holds."""
+        new, finished = s.take(chosen.tokens.tolist())
+        self._keep(s, before)
         if finished:
             self._schedule.drop(s)
             self._on_device = None
-        return Event(
-            s.number, s.index, new, logits[: len(new)] if logits is not None and new else None, prompt_tokens, finished
-        )
+        self._add_event(s, new, chosen, prompt_tokens, finished)
+
+    def _add_event(self, s: Sample, new: list[int], chosen: Chosen, prompt_tokens: int, finished: str | None) -> None:
+        cut = np.s_[: len(new)]
+        logits = chosen.logits[cut] if chosen.logits is not None and new else None
+        probs: LogProbs | None = jax.tree.map(lambda x: x[cut], chosen.log_probs) if new else None
+        self._events.append(Event(s.number, s.index, new, logits, probs, prompt_tokens, finished))
+
+
+def _part(chosen: Chosen, here: Any) -> Chosen:
+    return jax.tree.map(lambda x: x[here], chosen)

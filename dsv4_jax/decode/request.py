@@ -1,7 +1,7 @@
 """What a decode loop is asked for, and what it answers."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..cache.counts import count
 from ..cache.transfer.snapshot import Snapshot
 from ..model.config import DSV4Config
 from .draft import PromptLookup
+from .sampling import LogProbs
 
 MAX_SAMPLES = 4096
 """Most samples of one prompt: each takes a slot of the cache."""
@@ -19,7 +20,7 @@ MAX_TEMPERATURE = float(np.finfo(np.float32).max)
 """The device draws in float32."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One prompt to continue. Sample j of num_samples draws with seed + j, and from `index` (see `choose_tokens`)."""
 
@@ -31,6 +32,12 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()  # a sample ends after one of them, which is kept
     num_samples: int = 1
     salt: bytes = b""  # under which beginnings of prompts are shared
+    top_k: int = 0  # draw from the k most likely; 0: from all
+    top_p: float = 1.0  # draw from the fewest most likely that have this probability together
+    min_p: float = 0.0  # draw from those at least this times as likely as the most likely
+    stop_texts: tuple[str, ...] = ()  # a sample ends with the token that completes one of them, which is kept
+    decode: Callable[[list[int]], str] | None = None  # token ids to text, for stop_texts
+    hook_argument: Any = None  # for LogitsHook.start
 
     @property
     def limit(self) -> int:
@@ -38,7 +45,7 @@ class Request:
         return len(self.prompt) + self.max_new_tokens
 
 
-@dataclass
+@dataclass(eq=False)
 class Sample:
     """One continuation of a request: its tokens so far, and how many of them the cache holds."""
 
@@ -51,7 +58,11 @@ class Sample:
     found: int = 0  # the first tokens of ids, of which blocks were there: before their end nothing can be copied
     snapshot: Snapshot | None = None  # of what was computed, while a sample that ran waits
     to_fork: int = 0  # samples that fork off where the prompt ends
+    read_to: int = 0  # tokens of ids that are read before it decodes; 0: those of the prompt
     lookup: PromptLookup | None = None
+
+    def __post_init__(self) -> None:
+        self.read_to = self.read_to or len(self.ids)
 
     @property
     def age(self) -> tuple[int, int]:
@@ -65,26 +76,39 @@ class Sample:
 
     @property
     def reading(self) -> bool:
-        """Whether it still reads its prompt."""
-        return self.computed < len(self.request.prompt)
+        """Whether it still reads its prompt, or what it had before the cache lost it."""
+        return self.computed < self.read_to
 
     @property
     def remaining(self) -> int:
         """Tokens still to come."""
         return self.request.limit - len(self.ids)
 
+    def start_again(self) -> None:
+        """What the cache held of it is gone: it waits, and reads its tokens again."""
+        self.slot, self.computed, self.found, self.snapshot, self.read_to = -1, 0, 0, None, len(self.ids)
+
     def take(self, tokens: Sequence[int]) -> tuple[list[int], str | None]:
         """Adds drawn tokens up to the end of the sample -> those added, and why it ended (None: it did not)."""
         new, finished = [], None
         for token in tokens[: self.remaining]:
             new.append(token)
-            if token in self.request.stop_tokens:
+            if token in self.request.stop_tokens or self._ends_in_stop_text(new):
                 finished = "stop"
                 break
         self.ids.extend(new)
         if self.lookup is not None:
             self.lookup.extend(new)
         return new, finished or ("length" if not self.remaining else None)
+
+    def _ends_in_stop_text(self, new: list[int]) -> bool:
+        """Whether the newest token completes a stop text; every token but special ones has a byte or more."""
+        request = self.request
+        if not request.stop_texts or request.decode is None:
+            return False
+        most = max(len(text.encode()) for text in request.stop_texts) + 8
+        text = request.decode([*self.ids[max(len(request.prompt), len(self.ids) + len(new) - most) :], *new][-most:])
+        return any(stop in text for stop in request.stop_texts)
 
 
 @dataclass(frozen=True)
@@ -94,7 +118,8 @@ class Event:
     request: int  # what `submit` returned
     sample: int
     tokens: list[int] = field(default_factory=list)
-    logits: np.ndarray | None = None  # (n, vocabulary) float32 the tokens were chosen from, where asked for
+    logits: Any = None  # numpy (n, vocabulary) float32 the tokens were chosen from, where asked for
+    log_probs: LogProbs | None = None  # numpy, (n, ...), where asked for
     prompt_tokens: int = 0  # prompt tokens that went into the cache
     finished: str | None = None  # "length" | "stop" | "aborted"
 
@@ -108,6 +133,7 @@ class Stats:
     hit_tokens: int = 0  # prompt tokens that were found in blocks of earlier prompts
     recomputed_tokens: int = 0  # of these, tokens that were computed all the same, for the state of the layers
     preemptions: int = 0
+    restarts: int = 0  # samples that read their tokens again, because a step that failed took the cache with it
     drafted_tokens: int = 0
     accepted_tokens: int = 0  # of the drafted
 
@@ -144,23 +170,63 @@ def check_prompts(prompts: Any) -> list[Any]:
 
 
 def check_sampling(
-    config: DSV4Config, *, temperature: float, seed: int, stop_tokens: Iterable[int], num_samples: int
-) -> frozenset[int]:
-    """The stop tokens; ValueError for options that make no sense."""
-    try:
-        drawable = 0 <= temperature <= MAX_TEMPERATURE  # NaN is not
-    except TypeError:
-        drawable = False
-    if not drawable:
+    config: DSV4Config,
+    *,
+    temperature: float,
+    seed: int,
+    stop_tokens: Iterable[int],
+    num_samples: int,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop_texts: Iterable[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
+) -> dict[str, Any]:
+    """The options as `Request` takes them; ValueError for options that make no sense."""
+    if not _within(temperature, 0, MAX_TEMPERATURE):  # NaN is not
         raise ValueError(
             f"temperature is {temperature!r}: expected 0 (greedy) or a positive number, at most {MAX_TEMPERATURE:.5g}"
         )
     count("seed", seed, most=(1 << 32) - 1)
     count("num_samples", num_samples, least=1, most=MAX_SAMPLES)
+    top_k = count("top_k", top_k, most=(1 << 31) - 1)
+    if not _within(top_p, 0, 1) or not top_p > 0:
+        raise ValueError(f"top_p is {top_p!r}: expected a number above 0, at most 1 (all tokens)")
+    if not _within(min_p, 0, 1):
+        raise ValueError(f"min_p is {min_p!r}: expected a number from 0 (all tokens) to 1")
     try:
         stops = frozenset(operator.index(token) for token in stop_tokens)
     except TypeError:
         raise ValueError(f"stop_tokens are {stop_tokens!r}: expected a list of token ids") from None
     if any(not 0 <= token < config.vocab_size for token in stops):
         raise ValueError(f"stop_tokens are {sorted(stops)}: expected 0 to {config.vocab_size - 1}")
-    return stops
+    given: Any = stop_texts
+    texts: tuple[Any, ...] = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"stop_texts are {given!r}: expected texts of one character or more")
+    if texts and decode is None:
+        if config.vocab_size != 256:
+            raise ValueError("stop_texts need `decode`, which turns token ids into text: this vocabulary is not bytes")
+        decode = _decode_bytes
+    return {
+        "temperature": temperature,
+        "seed": seed,
+        "stop_tokens": stops,
+        "num_samples": num_samples,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "stop_texts": texts,
+        "decode": decode,
+    }
+
+
+def _within(value: Any, least: float, most: float) -> bool:
+    try:
+        return bool(least <= value <= most)
+    except TypeError:
+        return False
+
+
+def _decode_bytes(tokens: list[int]) -> str:
+    return bytes(tokens).decode(errors="replace")

@@ -10,7 +10,7 @@ def _age(sample: Sample) -> tuple[int, int]:
     return sample.age
 
 
-class Schedule:
+class Scheduler:
     """The waiting and the running samples of a loop, oldest first.
 
     The oldest gets its blocks whatever it takes: where they run out, the youngest gives its own back and waits. What
@@ -57,7 +57,7 @@ class Schedule:
         """
         came = False
         while self.waiting and self._has_room(self.waiting[0]):
-            sample = self.waiting.pop(0)
+            sample = self.waiting[0]
             if sample.snapshot is None:
                 found = self.manager.admit_prompt(sample.ids, salt=sample.request.salt)
                 sample.slot, sample.computed, sample.found = found.slot, found.start, found.hit_tokens
@@ -65,6 +65,7 @@ class Schedule:
                 self.stats.recomputed_tokens += found.recomputed_tokens
             else:
                 sample.slot, sample.snapshot = self.manager.restore(sample.snapshot), None
+            del self.waiting[0]
             self._run(sample)
             came = True
         if self.waiting and not self.running:
@@ -74,22 +75,31 @@ class Schedule:
     def _has_room(self, sample: Sample) -> bool:
         """Slots for the sample and those that will fork off, blocks for its tokens and for what the others need next.
 
-        Only tokens that are there count: a limit says little about what comes.
+        Only tokens that are there count: a limit says little about what comes. Of a prompt that begins like earlier
+        ones only the blocks count that it does not share.
         """
         manager = self.manager
         free = manager.max_concurrent_requests - len(manager.active_slots) - sum(s.to_fork for s in self.running)
         if free < 1 + sample.to_fork:
             return False
+        short = {}
         for kind in self._schemas:
             promised = sum(self._missing(kind, other) for other in self.running)
-            if manager.num_free_blocks(kind) < self._missing(kind, sample) + promised:
-                return False
-        return True
+            short[kind] = self._missing(kind, sample) + promised - manager.num_free_blocks(kind)
+        if max(short.values(), default=0) <= 0:
+            return True
+        if sample.snapshot is not None or manager.prefix_policy is None:
+            return False
+        shared = manager.shareable_blocks(sample.ids, salt=sample.request.salt)
+        return all(n <= shared[kind] for kind, n in short.items())
 
     def _missing(self, kind: str, sample: Sample) -> int:
         """Blocks that a sample lacks for its tokens and those of one more call."""
         needed = self._schemas[kind].blocks_for(min(len(sample.ids) + self.lookahead, sample.request.limit) - 1)
         return max(needed - (0 if sample.slot < 0 else len(self.manager.blocks(sample.slot)[kind])), 0)
+
+    # Whoever leaves the cache only forgets its slot here: the loop gives back the slots that no sample holds, once what
+    # the samples are instead cannot be lost any more (`loop.py`).
 
     def preempt_youngest(self) -> None:
         """Takes the youngest that runs out of the cache; it waits with what it had, in the memory of the host."""
@@ -113,14 +123,16 @@ class Schedule:
         else:
             self._run(sample)
 
+    def restart(self, sample: Sample) -> None:
+        """A sample whose part of the cache is gone waits, to read its tokens again."""
+        self.running.remove(sample)
+        sample.start_again()
+        self.wait(sample)
+
     def _run(self, sample: Sample) -> None:
         bisect.insort(self.running, sample, key=_age)
 
     def drop(self, sample: Sample) -> None:
-        """Takes a sample out; what it held is free."""
-        if sample.slot < 0:
-            self.waiting.remove(sample)
-            return
-        self.running.remove(sample)
-        self.manager.release_request(sample.slot)
+        """Takes a sample out."""
+        (self.waiting if sample.slot < 0 else self.running).remove(sample)
         sample.slot = -1

@@ -1,7 +1,12 @@
-"""The jitted steps of a decode loop: fixed shapes, the cache donated, nothing of the host inside."""
+"""The jitted steps of a decode loop: fixed shapes, the cache donated, nothing of the host inside.
+
+They return lists of arrays, which `Wanted.chosen` and `jax.tree.unflatten` turn into what they are. To build a named
+tuple or a dataclass, jit runs Python code once the donated cache is gone: a Ctrl-C that Python hears there would take
+the results with it.
+"""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +15,7 @@ from flax import nnx
 from ..cache.kv_cache import KVCache
 from ..cache.plan import StepPlan
 from ..model.transformer import DSV4Model
-from .sampling import Draws, choose_tokens
+from .sampling import Draws, LogitsHook, LogProbs, choose_tokens, log_probs
 
 Array = jax.Array
 
@@ -51,12 +56,46 @@ def split_model(model: DSV4Model) -> tuple[Structure, list[Array]]:
 class LoopState(NamedTuple):
     """Where each of the R slots stands between decode calls."""
 
-    tokens: Array  # (R,) int32, the newest token, not in the cache yet
-    positions: Array  # (R,) int32, its position
-    remaining: Array  # (R,) int32, tokens still to come after it; 0 for a slot that does not decode
+    tokens: Any  # (R,) int32, the newest token, not in the cache yet
+    positions: Any  # (R,) int32, its position
+    remaining: Any  # (R,) int32, tokens still to come after it; 0 for a slot that does not decode
+    hook: Any = None  # the logits hook's states, arrays (R, ...)
 
 
-@partial(jax.jit, static_argnames="structure", donate_argnames="cache")
+class Chosen(NamedTuple):
+    """What a call draws; leading sizes are those of the tokens."""
+
+    tokens: Array  # int32, -1 for padding
+    logits: Array | None  # (..., V) float32, after the hook, where asked for
+    log_probs: LogProbs | None  # where asked for
+
+
+class Wanted(NamedTuple):
+    """What a call returns beside the tokens, and the hook on its logits. Static."""
+
+    logits: bool = False
+    log_probs: int | None = None  # how many of the best tokens; None: no log-probabilities
+    hook: LogitsHook | None = None
+
+    def chosen(self, arrays: list[Any]) -> "Chosen":
+        """What a call drew, from the leaves it returned."""
+        tokens, *rest = arrays
+        logits = rest.pop(0) if self.logits else None
+        return Chosen(tokens, logits, LogProbs(*rest) if rest else None)
+
+
+TOKENS, WITH_LOGITS = Wanted(), Wanted(logits=True)
+
+
+def _choose(wanted: Wanted, state: Any, logits: Array, positions: Array, draws: Draws) -> Chosen:
+    if wanted.hook is not None:
+        logits = jax.vmap(wanted.hook.apply)(state, logits)
+    tokens = choose_tokens(logits, positions, draws)
+    probs = None if wanted.log_probs is None else log_probs(logits, tokens, wanted.log_probs)
+    return Chosen(tokens, logits if wanted.logits else None, probs)
+
+
+@partial(jax.jit, static_argnames=("structure", "wanted"), donate_argnames="cache")
 def prefill_step(
     structure: Structure,
     weights: list[Array],
@@ -65,22 +104,35 @@ def prefill_step(
     token_ids: Array,
     rows: Array,
     draws: Draws,
-) -> tuple[Array, Array, KVCache]:
+    hook_states: Any = None,
+    *,
+    wanted: Wanted = WITH_LOGITS,
+) -> tuple[list[Array], list[Array]]:
     """One step of any mix of tokens: chunks of prompts, decode tokens, drafts to verify.
 
-    token_ids (T,) int32, laid out as `plan`. rows (N,) int32 are the tokens after which one is drawn, in any order and
-    as often as is wanted; draws has a row for each. Returns the tokens (N,) drawn, the logits (N, V) float32 they were
-    drawn from, and the cache.
+    Args:
+      structure, weights: the model, from `split_model`.
+      cache: donated.
+      plan: the step's plan, over T tokens.
+      token_ids: (T,) int32, laid out as `plan`.
+      rows: (N,) int32, the tokens after which one is drawn, in any order and as often as is wanted.
+      draws: how, a row for each.
+      hook_states: states of the logits hook, arrays (N, ...).
+      wanted: static; what is returned beside the tokens.
+
+    Returns:
+      The leaves of what was drawn, a Chosen (N, ...), and those of the cache.
     """
     model = structure.model(weights)
     hidden, cache = model.hidden(token_ids, cache, plan)
     logits = model.logits(hidden[rows])
-    return choose_tokens(logits, jnp.asarray(plan.positions)[rows], draws), logits, cache
+    chosen = _choose(wanted, hook_states, logits, jnp.asarray(plan.positions)[rows], draws)
+    return jax.tree.leaves(chosen), jax.tree.leaves(cache)
 
 
 @partial(
     jax.jit,
-    static_argnames=("structure", "steps", "max_blocks", "return_logits"),
+    static_argnames=("structure", "steps", "max_blocks", "wanted"),
     donate_argnames="cache",
 )
 def decode_steps(
@@ -93,12 +145,20 @@ def decode_steps(
     *,
     steps: int,
     max_blocks: int | None,
-    return_logits: bool,
-) -> tuple[Array, Array | None, LoopState, KVCache]:
+    wanted: Wanted = TOKENS,
+) -> tuple[list[Array], list[Array], list[Array]]:
     """`steps` decode steps in one call. A slot with nothing remaining is padding and writes nothing.
 
-    new_blocks and max_blocks as in a StepPlan. Returns the tokens (steps, R) drawn (-1 for padding), their logits
-    (steps, R, V) or None, the state and the cache.
+    Args:
+      structure, weights, cache, wanted: as in `prefill_step`.
+      loop: where each of the R slots stands.
+      new_blocks, max_blocks: as in a StepPlan.
+      draws: how each slot draws.
+      steps: static.
+
+    Returns:
+      The leaves of what was drawn, a Chosen (steps, R, ...) with tokens -1 for padding, of the slots' state and of the
+      cache.
     """
     model = structure.model(weights)
     slots = jnp.arange(loop.tokens.shape[0], dtype=jnp.int32)
@@ -108,13 +168,14 @@ def decode_steps(
         live = loop.remaining > 0
         plan = StepPlan(jnp.where(live, slots, -1), loop.positions, max_blocks=max_blocks)
         logits, cache = model(loop.tokens, cache, plan)
-        chosen = choose_tokens(logits, loop.positions, draws)
+        chosen = _choose(wanted, loop.hook, logits, loop.positions, draws)
         loop = LoopState(
-            tokens=jnp.where(live, chosen, loop.tokens),
+            tokens=jnp.where(live, chosen.tokens, loop.tokens),
             positions=jnp.where(live, loop.positions + 1, loop.positions),
             remaining=jnp.where(live, loop.remaining - 1, 0),
+            hook=None if wanted.hook is None else jax.vmap(wanted.hook.advance)(loop.hook, chosen.tokens),
         )
-        return (cache, loop), (jnp.where(live, chosen, -1), logits if return_logits else None)
+        return (cache, loop), chosen._replace(tokens=jnp.where(live, chosen.tokens, -1))
 
-    (cache, loop), (tokens, logits) = jax.lax.scan(step, (cache.with_blocks(new_blocks), loop), length=steps)
-    return tokens, logits, loop, cache
+    (cache, loop), chosen = jax.lax.scan(step, (cache.with_blocks(new_blocks), loop), length=steps)
+    return jax.tree.leaves(chosen), jax.tree.leaves(loop), jax.tree.leaves(cache)

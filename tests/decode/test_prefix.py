@@ -36,7 +36,7 @@ def test_preempted_in_the_middle_of_a_hit(model, alone, calls):
     run(loop, FIRST)
     SECOND.submit(loop)
     events = [event for _ in range(calls) for event in loop.step()]
-    loop._schedule.preempt_youngest()
+    loop._whole(loop._schedule.preempt_youngest)
     assert loop.manager.active_slots == []
     events += loop
     assert [token for event in events for token in event.tokens] == alone(SECOND)
@@ -61,3 +61,32 @@ def test_samples_of_a_prompt_that_was_found(model, alone):
     expected = [dataclasses.replace(whole, options=(("temperature", 1.0), ("seed", 2 + j))) for j in range(2)]
     assert tokens == {(1, j): alone(request) for j, request in enumerate(expected)}
     assert (loop.stats.hit_tokens, loop.stats.prefilled_tokens) == (36, 45 + 1)
+
+
+def test_a_conversation_finds_all_but_its_last_block(model, alone):
+    """What a request decoded is kept like what it read."""
+    loop = make_loop(model, prefix=PrefixPolicy("full"))
+    text, number = ask(10, 50).prompt, 0
+    for until in (50, 56, 62, 70):
+        found = loop.stats.hit_tokens
+        request = Ask(text, until - len(text))
+        tokens, _ = run(loop, request)
+        assert tokens == {(number, 0): alone(request)}
+        if number:
+            assert loop.stats.hit_tokens - found >= (len(text) - 3) // 12 * 12
+        text, number = (*text, *tokens[number, 0], number, 1), number + 1
+    assert loop.stats.hit_tokens == 48 + 48 + 60
+
+
+def test_only_blocks_that_are_not_shared_count_at_admission(model, alone):
+    """Three users of one text of three blocks, each with one of their own: 6 blocks hold all of them at once."""
+    loop = make_loop(model, blocks=6, prefix=PrefixPolicy("full"))
+    system = FIRST.prompt[:36]
+    run(loop, Ask((*system, 1), 1))
+    requests = [Ask((*system, 2 + i), 11) for i in range(3)]
+    for request in requests:
+        request.submit(loop)
+    loop.step()
+    assert len(loop.manager.active_slots) == 3
+    list(loop)
+    assert loop.stats.preemptions == 0

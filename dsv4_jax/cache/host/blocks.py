@@ -33,6 +33,10 @@ class BlockLedger:
     def __contains__(self, slot: int) -> bool:
         return slot in self._blocks
 
+    def num_total(self, kind: str) -> int:
+        """Blocks of a kind."""
+        return self._allocators[kind].num_total_blocks
+
     def num_free(self, kind: str) -> int:
         """Blocks of a kind that can be given out."""
         return self._allocators[kind].num_free

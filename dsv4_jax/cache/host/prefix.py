@@ -41,7 +41,7 @@ class PrefixPolicy:
 
     name: str  # "full" | "periodic" | "zero"
     period: int = 1024  # tokens, for "periodic": a multiple of the block size
-    max_state_bytes: int = 1 << 30  # of host memory for all states; the least recently used go first
+    max_state_bytes: int = 1 << 30  # of host memory for all states; the last state of a text stays longest
 
     def check(self, block_size: int) -> None:
         """ValueError for a policy that is not known or a period that blocks do not make up."""
@@ -89,6 +89,7 @@ class _Node:
     state: State | None = None
     children: int = 0
     last_used: int = 0
+    state_used: int = 0  # when its state was last kept or gone on from
 
 
 def recomputation_reach(schemas: Sequence[CacheSchema]) -> int:
@@ -113,6 +114,7 @@ class PrefixIndex:
         self._nodes: dict[bytes, _Node] = {}
         self._by_age: list[tuple[int, bytes]] = []  # heap of (last used, key); what is outdated in it is skipped
         self._clock = 0
+        self._with_state: set[bytes] = set()
         self.state_bytes = 0
 
     def keys(self, token_ids: np.ndarray, salt: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
@@ -125,8 +127,17 @@ class PrefixIndex:
             keys.append(hashlib.blake2b(tokens, key=keys[-1] if keys else salted, digest_size=32).digest())
         return keys
 
-    def match(self, keys: Sequence[bytes], kinds: Sequence[str]) -> Match | None:
-        """What is there of a prompt with these keys; None where nothing spares any computing."""
+    def emptied(self) -> "PrefixIndex":
+        """An index of the same policy and model that knows nothing."""
+        fresh = PrefixIndex(self.policy, "", self._block_size, self._reach)
+        fresh._root = self._root
+        return fresh
+
+    def match(self, keys: Sequence[bytes], kinds: Sequence[str], *, peek: bool = False) -> Match | None:
+        """What is there of a prompt with these keys; None where nothing spares any computing.
+
+        peek: it does not count as used.
+        """
         found = [self._nodes[key] for key in keys[: self.num_known(keys)]]
         blocks = len(found)
         while blocks and found[blocks - 1].state is None and self.policy.name != "zero":
@@ -138,7 +149,9 @@ class PrefixIndex:
             start = max(hit - self._reach, 0) // self._block_size * self._block_size
         if not start:
             return None
-        self._touch(keys[len(found) - 1])
+        if not peek:
+            self._touch(keys[len(found) - 1])
+            found[blocks - 1].state_used = self._clock
         return Match(hit, start, {kind: [n.blocks[kind] for n in found[:blocks]] for kind in kinds}, state)
 
     def num_known(self, keys: Sequence[bytes]) -> int:
@@ -166,14 +179,34 @@ class PrefixIndex:
         return self.policy.keeps_state(length) and self._nodes[key].state is None
 
     def keep_state(self, key: bytes, state: State) -> None:
-        """Keeps state at the end of a block; where that is too much, the least recently used states go."""
-        self._nodes[key].state = state
+        """Keeps state at the end of a block; where that is too much, others go (see `_next_to_forget`)."""
+        node = self._nodes[key]
+        self._forget_state(key)
+        self._clock += 1
+        node.state, node.state_used = state, self._clock
+        self._with_state.add(key)
         self.state_bytes += _nbytes(state)
         if self.state_bytes > self.policy.max_state_bytes:
-            for node in sorted(self._nodes.values(), key=lambda n: n.last_used):
-                self._forget_state(node)
+            for gone in self._next_to_forget():
+                self._forget_state(gone)
                 if self.state_bytes <= self.policy.max_state_bytes:
                     break
+
+    def _next_to_forget(self) -> list[bytes]:
+        """Blocks with state, in the order in which states go.
+
+        A conversation goes on from the last state of its text; those before it serve only texts that part there. So
+        first go states with a later one in the same text, unless texts part right after them; the others only when none
+        of those is left. Among either, the least recently used goes first.
+        """
+        followed = set()
+        for key in self._with_state:
+            parent = self._nodes[key].parent
+            while parent and parent not in self._with_state:
+                parent = self._nodes[parent].parent
+            if parent and self._nodes[parent].children == 1:
+                followed.add(parent)
+        return sorted(self._with_state, key=lambda key: (key not in followed, self._nodes[key].state_used))
 
     def evict(self, owned_elsewhere: Mapping[str, np.ndarray], short: Mapping[str, int]) -> dict[str, list[int]]:
         """Forgets the least recently used texts until short[kind] blocks are nobody's -> what is forgotten, by kind.
@@ -220,17 +253,19 @@ class PrefixIndex:
             yield node
 
     def _remove(self, key: bytes) -> None:
+        self._forget_state(key)
         node = self._nodes.pop(key)
-        self._forget_state(node)
         if node.parent:
             parent = self._nodes[node.parent]
             parent.children -= 1
             parent.last_used = max(parent.last_used, node.last_used)
             heapq.heappush(self._by_age, (parent.last_used, node.parent))
 
-    def _forget_state(self, node: _Node) -> None:
+    def _forget_state(self, key: bytes) -> None:
+        node = self._nodes[key]
         self.state_bytes -= _nbytes(node.state or {})
         node.state = None
+        self._with_state.discard(key)
 
     def _touch(self, key: bytes) -> None:
         self._clock += 1
@@ -259,6 +294,7 @@ class PrefixIndex:
         ends = [(node.last_used, key) for key, node in self._nodes.items() if not node.children]
         assert all(end in reachable for end in ends), "a prefix that cannot be evicted"
         assert self.state_bytes == sum(_nbytes(node.state or {}) for node in self._nodes.values()), "state bytes"
+        assert self._with_state == {key for key, node in self._nodes.items() if node.state is not None}, "states"
 
 
 def _nbytes(state: State) -> int:

@@ -45,6 +45,21 @@ class RequestTable:
         self._generations = [-1] * num_slots
         self._released: list[Released] = []
 
+    def emptied(self) -> "RequestTable":
+        """A table of the same sizes without requests; handles of this one's requests are errors there too."""
+        sizes = {kind: self.ledger.num_total(kind) for kind in self.ledger.kinds}
+        fresh = RequestTable(
+            self.num_slots,
+            sizes,
+            self.schema_of,
+            max_context_len=self.max_context_len,
+            max_rollback=self.max_rollback,
+            block_size=self.block_size,
+        )
+        fresh.plans_kept_blocks = self.plans_kept_blocks
+        fresh._generations = [generation + 1 for generation in self._generations]
+        return fresh
+
     # Requests.
 
     @property

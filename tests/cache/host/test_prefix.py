@@ -251,3 +251,21 @@ def test_bad_prompts_change_nothing():
     with pytest.raises(RuntimeError, match="concurrent"):
         manager.admit_prompt([1])
     manager.check()
+
+
+def test_the_last_states_of_texts_outlive_those_in_the_middle():
+    """Two texts of ten blocks in turn, room for eight states: both go on from their last, and where texts part."""
+    state = {"x": np.zeros(1, np.uint8)}
+    index = PrefixIndex(PrefixPolicy("full", max_state_bytes=8), "", 4, 0)
+    texts = [np.r_[np.full(8, 9), np.arange(32) + 100 * t].astype(np.int32) for t in range(2)]
+    for i, text in enumerate(texts):
+        keys = index.keys(text, b"")
+        index.add(keys, {"csa": [10 * i + j for j in range(10)]})
+        for n, key in enumerate(keys, 1):
+            if index.lacks_state(key, 4 * n):
+                index.keep_state(key, state)
+        index.check()
+    assert index.state_bytes == 8
+    assert [index.match(index.keys(text, b""), ["csa"]).start for text in texts] == [40, 40]
+    common = np.r_[texts[0][:8], [1]].astype(np.int32)
+    assert index.match(index.keys(common, b""), ["csa"]).start == 8

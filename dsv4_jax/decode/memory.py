@@ -1,0 +1,40 @@
+"""Whether a cache fits the device, asked before it is allocated."""
+
+import logging
+import os
+
+import jax.numpy as jnp
+
+WARN_SHARE = 0.25
+"""Share of the device's memory from which on a cache's size is worth a warning."""
+
+
+def device_memory() -> int | None:
+    """Bytes that JAX may use on the device where arrays go by default; of a CPU the machine's. None if unknown."""
+    device = next(iter(jnp.zeros(()).devices()))
+    stats = device.memory_stats()
+    if stats and stats.get("bytes_limit"):
+        return int(stats["bytes_limit"])
+    if device.platform != "cpu":
+        return None
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # not every system says
+        return None
+
+
+def check_memory(num_bytes: int, what: str) -> None:
+    """ValueError for a cache that is larger than the device's memory; a warning in the log for a large one."""
+    memory = device_memory()
+    if memory is None:
+        return
+    gib = f"{num_bytes / 2**30:,.1f} GiB"
+    if num_bytes > memory:
+        raise ValueError(
+            f"a cache for {what} takes {gib}: the device has {memory / 2**30:,.1f} GiB; fewer or shorter requests need "
+            "less, or requests that share blocks (KVCacheManager.from_memory)"
+        )
+    if num_bytes > WARN_SHARE * memory:
+        logging.getLogger(__name__).warning(
+            "the cache for %s takes %s of the device's %.1f GiB", what, gib, memory / 2**30
+        )

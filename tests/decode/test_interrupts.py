@@ -1,0 +1,151 @@
+"""Whatever interrupts a call of the loop, and wherever: it goes on with the same tokens, and nothing leaks."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from loops import ask, assert_idle, make_loop
+
+import dsv4_jax.decode
+import dsv4_jax.decode.loop as module
+from dsv4_jax import PrefixPolicy
+
+FOLDER = str(Path(dsv4_jax.decode.__file__).parent)
+ALL = bool(os.environ.get("DSV4_INTERRUPT_ALL"))  # at every line event instead of a sixth of the lines' first and last
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the n-th line that runs in dsv4_jax/decode, as Ctrl-C does between two bytecodes."""
+
+    def __init__(self, at=None):
+        self.at, self.count, self.lines = at, 0, []
+
+    def _line(self, frame, event, arg):
+        if event == "line":
+            self.count += 1
+            if self.at is None:
+                self.lines.append((frame.f_code.co_filename, frame.f_lineno))
+            elif self.count == self.at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._line
+
+    def __call__(self, frame, event, arg):
+        return self._line if frame.f_code.co_filename.startswith(FOLDER) else None
+
+    def __enter__(self):
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(None)
+
+
+def walk(loop, requests, interrupt):
+    """Tokens by (request, sample) of a loop that is called again after an interrupt."""
+    numbers = [request.submit(loop) for request in requests]
+    tokens = {}
+    with interrupt:
+        while True:
+            try:
+                if not loop.unfinished:
+                    return tokens
+                events = loop.step()
+            except KeyboardInterrupt:
+                continue
+            for event in events:
+                tokens.setdefault((event.request - numbers[0], event.sample), []).extend(event.tokens)
+
+
+SCENES = {
+    # Prefill, decode calls past an edge of a block, replies that are kept, a sample that forks off.
+    "kept": (
+        [ask(40, 52), ask(44, 50, start=4, temperature=1.0, num_samples=2)],
+        {"prefix": PrefixPolicy("full"), "decode_chunk": 16, "prefill_chunk": 48},
+    ),
+    # Blocks run out: the youngest leaves and comes back; drafts are rejected.
+    "tight": (
+        [ask(44, 52), ask(44, 50, start=3)],
+        {"blocks": 6, "slots": 2, "max_rollback": 2, "draft_tokens": 2, "prefill_chunk": 44},
+    ),
+}
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_ctrl_c_at_every_line(model, scene, say):
+    requests, options = SCENES[scene]
+    expected = walk(make_loop(model, **options), requests, Interrupt())
+    watch = Interrupt()
+    assert walk(make_loop(model, **options), requests, watch) == expected
+    first, last = {}, {}
+    for n, line in enumerate(watch.lines, 1):
+        first.setdefault(line, n)
+        last[line] = n
+    points = range(1, watch.count + 1) if ALL else sorted({*first.values(), *last.values()})[::6]
+    loop = make_loop(model, **options)
+    restarts = 0
+    for at in points:
+        if options.get("prefix"):
+            loop.manager.reset()  # what one run keeps, the next would find
+        restarts -= loop.stats.restarts
+        tokens = walk(loop, requests, interrupt := Interrupt(at))
+        restarts += loop.stats.restarts
+        assert interrupt.count >= at, f"{at} of {watch.count} was not reached"
+        assert tokens == expected, f"interrupted at line event {at}: {watch.lines[at - 1]}"
+        assert_idle(loop)
+    say(
+        f"interrupted at {len(points)} of {watch.count} line events ({len(first)} lines), {restarts} samples read again"
+    )
+
+
+@pytest.mark.parametrize("name", ["decode_steps", "prefill_step"])
+@pytest.mark.parametrize("lost", ["before", "donated", "poisoned"])
+def test_a_step_that_fails(model, alone, monkeypatch, caplog, name, lost):
+    """Before it takes the cache; having taken it; and where the device says so only when results are asked for."""
+    requests, real = [ask(10, 52), ask(3, 49, start=4)], getattr(module, name)
+    for call in (1, 2):
+        loop, calls = make_loop(model), 0
+
+        def step(*operands, call=call, **options):
+            nonlocal calls
+            calls += 1
+            if calls != call:
+                return real(*operands, **options)
+            if lost == "before":
+                raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            *results, cache = real(*operands, **options)
+            if lost == "donated":
+                raise RuntimeError("INTERNAL: failed")
+            for x in jax.tree.leaves(results):
+                x.delete()  # whoever asks for it gets a RuntimeError
+            return *results, cache
+
+        monkeypatch.setattr(module, name, step)
+        numbers, tokens, failures = [r.submit(loop) for r in requests], {}, 0
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            while loop.unfinished:
+                try:
+                    for event in loop.step():
+                        tokens.setdefault(event.request, []).extend(event.tokens)
+                except RuntimeError:
+                    failures += 1
+        assert failures == 1
+        assert [tokens[n] for n in numbers] == [alone(r) for r in requests]
+        assert ("the cache was lost" in caplog.text) == (lost != "before")
+        assert (loop.stats.restarts > 0) or lost == "before"
+        assert_idle(loop)
+
+
+def test_leaving_the_iterator_loses_nothing(model, alone):
+    loop, tokens = make_loop(model), {}
+    requests = [ask(10, 52), ask(3, 49, start=4)]
+    numbers = [r.submit(loop) for r in requests]
+    while loop.unfinished:
+        for event in loop:
+            tokens.setdefault(event.request, []).extend(event.tokens)
+            break
+    assert [tokens[n] for n in numbers] == [alone(r) for r in requests]
