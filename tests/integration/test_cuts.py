@@ -128,10 +128,19 @@ def poison(manager):
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp8", "bf16"])
-def test_quantised_caches_do_not_depend_on_the_cut(model, ids, cache_dtype):
-    """What is read is what was stored, in the step that brings a token as well: only summation order differs."""
+def test_quantised_caches_do_not_depend_on_the_cut(model, ids, whole, cache_dtype):
+    """What is read is what was stored, in the step that brings a token as well: only summation order differs.
+
+    A value on a rounding boundary may fall either way, and how many do depends on the processor; what follows from it
+    is measured in steps of the format: few codes differ, and logits move by little of what storing them moved.
+    """
     n = 140
-    a = fresh(model, cache_dtype=cache_dtype).feed(0, ids[:n], (), width=LENGTH)
-    b = fresh(model, cache_dtype=cache_dtype).feed(0, ids[:n], (5, 128), width=LENGTH)
-    # A stored value on a rounding boundary may fall either way; then a logit moves by a quantisation step.
-    assert np.median(np.abs(a - b).max(axis=-1)) < 5e-5
+    once, cut = fresh(model, cache_dtype=cache_dtype), fresh(model, cache_dtype=cache_dtype)
+    a, b = once.feed(0, ids[:n], (), width=LENGTH), cut.feed(0, ids[:n], (5, 128), width=LENGTH)
+    by_storing, by_cutting = np.abs(a - whole[:n]).max(axis=-1), np.abs(a - b).max(axis=-1)
+    assert np.median(by_cutting) < 0.05 * np.median(by_storing)
+    for kind, state in once.manager.cache.state.items():
+        codes, others = np.asarray(state.ring.nope), np.asarray(cut.manager.cache.state[kind].ring.nope)
+        # Measured: at most 0.3 % where one rounding early in the prompt differs; 16 % and more where a step reads its
+        # own tokens as they were before they were stored.
+        assert np.count_nonzero(codes != others) <= 0.02 * codes.size, kind
