@@ -10,7 +10,8 @@ from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.nn.projection import BlockScaledWeight, project, project_groups
 
 LIMIT = {jnp.float32: 1e-5, jnp.bfloat16: 2e-3}
-NATIVE = [name for name in ("cpu", "cuda") if name in dispatch.available()]
+# A native form runs where the arrays are.
+NATIVE = [*({"cuda" if jax.default_backend() == "gpu" else "cpu"} & dispatch.available())]
 
 
 def random_weight(rng, rows, columns):
