@@ -12,6 +12,7 @@ from dsv4_jax import LayerCacheHandle, RawQuery
 from dsv4_jax.ops.nn.rms_norm import rms_norm
 from dsv4_jax.ops.nn.rope import apply_rope
 
+TOLERANCE = 2e-5 if jax.default_backend() == "cpu" else 5e-3  # a GPU multiplies 16-bit factors
 SWA, CSA, HCA = 0, 1, 2
 KINDS = {SWA: (0, 0), CSA: (4, 2), HCA: (128, 1)}  # ratio, lanes
 HEADS, LENGTH, WIDTH = 4, 150, 96
@@ -66,7 +67,7 @@ def feed(make, rng, weights, layer, cuts, *, selected=None, cache_dtype="fp8", s
         )
         views = (None if view is None else type(view)(*map(np.asarray, view)) for view in (window, entries))
         expected = exact(q[rows], sink, *views, plan)
-        np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
         assert not np.asarray(out)[~live].any()
         outputs.append(np.asarray(out)[live])
     return np.concatenate(outputs)
@@ -84,7 +85,7 @@ def test_chunks_cut_anywhere(make, rng, weights, layer, chosen, cache_dtype):
     options = {"selected": selected, "cache_dtype": cache_dtype}
     a = feed(make, rng, weights, layer, (90,), **options)
     b = feed(make, rng, weights, layer, (1, 5, 100, 127, 128, 129), slots=2, **options)
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
 def test_raw_queries_are_normed_and_rotated_here(make, rng):
