@@ -85,8 +85,9 @@ def plan(
         found = _weights(weights, model)
         held = 0 if weights is None else found["held_bytes"]
         report = make_report(
-            model, max(total - reserved - held, 0), min(DEFAULT_CONTEXT, limit) if context is None else context, concurrency,
-            cache.value, indexer.value if indexer else default_indexer(cache.value), max_rollback=max_rollback,
+            model, max(total - reserved - held, 0),
+            min(DEFAULT_CONTEXT, limit) if context is None else context, concurrency, cache.value,
+            indexer.value if indexer else default_indexer(cache.value), max_rollback=max_rollback,
             hca_tail=hca_tail.value,
         )  # fmt: skip
         report["weights"] = found | {"given": weights, "fit": found["held_bytes"] <= total - reserved}

@@ -94,8 +94,8 @@ def _verdict(report: dict[str, Any]) -> str:
     ]
     weights = report["weights"]
     if weights["given"] is None:
-        beside = f"{show_bytes(weights['held_bytes'])} beside the cache"
-        lines.append(f"The weights, as released, would take {beside} (--weights counts them)")
+        size = show_bytes(weights["held_bytes"])
+        lines.append(f"Not counted: its weights as released, {size} (see --weights)")
     if report["fits"]:
         left = report["memory_bytes"] - report["total_bytes"]
         what = "The cache fits" if weights["given"] is None else "It fits, weights and cache"

@@ -65,7 +65,7 @@ def test_the_table_says_what_the_object_says(run):
         f"{report['total_bytes']:,}", f"{report['bytes_per_token']:,.1f}", "The cache fits",
         f"Largest concurrency at 131,072 tokens: {report['largest_concurrency']} requests",
         "1,048,576 tokens, the model's limit", "nothing reserved",
-        f"as released, would take {show_bytes(report['weights']['held_bytes'])} beside the cache",
+        f"Not counted: its weights as released, {show_bytes(report['weights']['held_bytes'])}",
     ]  # fmt: skip
     assert [word for word in words if word not in out] == []
     formats = [f"{f['records']} + {f['indexer']}" for f in report["formats"]]
@@ -115,7 +115,9 @@ def test_too_little_memory_is_status_1_and_says_what_is_missing_and_what_fits(ru
 def test_weights_count_where_they_are_given(run, data, one_layer):
     arguments = ("--config", "flash", "--context", 131072, "--concurrency", 16)
     status, out, _ = run(*arguments, "--memory", "80GiB", "--weights", "flash")
-    assert status == 1 and "It fits" not in out and "It does not fit: the weights take" in out
+    assert status == 1
+    assert "It fits" not in out
+    assert "It does not fit: the weights take" in out
     alone = json.loads(run(*arguments, "--memory", "80GiB", "--json")[1])
     status, out, _ = run(*arguments, "--memory", "192GB", "--weights", "flash", "--json")
     report = json.loads(out)
@@ -126,7 +128,8 @@ def test_weights_count_where_they_are_given(run, data, one_layer):
     )
     assert report["weights"]["stored_bytes"] == stored
     assert 0.99 * stored < report["weights"]["held_bytes"] < 1.02 * stored
-    assert status == 0 and report["total_bytes"] == alone["total_bytes"]
+    assert status == 0
+    assert report["total_bytes"] == alone["total_bytes"]
     assert report["memory_bytes"] == 192 * 10**9 - report["weights"]["held_bytes"]
     assert "It fits, weights and cache" in run(*arguments, "--memory", "192GB", "--weights", "flash")[1]
 
@@ -134,7 +137,8 @@ def test_weights_count_where_they_are_given(run, data, one_layer):
     weights = nnx.split(dsv4_jax.from_pretrained(one_layer))[1]
     assert found["held_bytes"] == sum(array.nbytes for array in jax.tree.leaves(weights))
     status, _, err = run(*arguments, "--memory", "80GiB", "--weights", "nowhere")
-    assert status == 2 and "--weights 'nowhere': no such folder" in err
+    assert status == 2
+    assert "--weights 'nowhere': no such folder" in err
 
 
 def test_the_picture_is_written_whole(run, small, tmp_path, monkeypatch):
