@@ -28,7 +28,9 @@ def show_checkpoint(report: Any) -> None:
     if report.config is not None:
         console.print(_model(report.config), soft_wrap=True)
     if report.result_bytes:
-        sizes = " or ".join(f"{show_bytes(n)} as {dtype}" for dtype, n in report.result_bytes.items())
+        sizes = " or ".join(
+            f"{show_bytes(n)} {'' if how == 'as stored' else 'as '}{how}" for how, n in report.result_bytes.items()
+        )
         console.print(f"loaded: {sizes}")
     for title, rows in (("part", report.parts), ("type", report.dtypes)):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

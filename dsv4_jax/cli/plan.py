@@ -28,8 +28,14 @@ def plan(
     ],
     memory: Annotated[str, typer.Option(metavar="BYTES", help="Memory of the device: 80GiB, 80GB or plain bytes.")],
     reserve: Annotated[
-        str, typer.Option(metavar="BYTES", help="Part of it kept for weights and temporaries: 40GiB.")
+        str, typer.Option(metavar="BYTES", help="Part of it kept for temporaries, and for weights not given: 40GiB.")
     ] = "0",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="flash|pro|PATH", help="Weights beside the cache: as released by name, or a checkpoint's folder."
+        ),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -56,11 +62,12 @@ def plan(
 ) -> int:
     """Says what the KV cache takes and whether it fits: per request, per token, per kind of layer, per record format.
 
-    The numbers are those of the arrays that would be allocated, to the byte. They are the cache alone: give --reserve
-    for the weights and the temporaries of a step. Nothing is allocated and no device is touched. The exit status is 0
-    where the cache fits and 1 where it does not.
+    The numbers are those of the arrays that would be allocated, to the byte. With --weights they are the model's too,
+    held as they are stored, on one device; without, they are the cache alone. --reserve keeps room for the temporaries
+    of a step. Nothing is allocated and no device is touched. The exit status is 0 where all of it fits and 1 where it
+    does not.
 
-    Example: dsv4-jax plan --config flash --memory 80GiB --context 131072 --concurrency 16
+    Example: dsv4-jax plan --config flash --weights flash --memory 192GB --context 131072 --concurrency 16
     """
     console = make_console(quiet)
     total, reserved = parse_bytes(memory, "--memory"), parse_bytes(reserve, "--reserve")
@@ -75,11 +82,18 @@ def plan(
         limit = model.max_position_embeddings
         if context is not None and context > limit:
             raise InputError(f"--context is {context}: the model has {limit} positions")
+        found = _weights(weights, model)
+        held = 0 if weights is None else found["held_bytes"]
         report = make_report(
-            model, total - reserved, min(DEFAULT_CONTEXT, limit) if context is None else context, concurrency,
-            cache.value, indexer.value if indexer else default_indexer(cache.value), max_rollback=max_rollback,
+            model, max(total - reserved - held, 0),
+            min(DEFAULT_CONTEXT, limit) if context is None else context, concurrency, cache.value,
+            indexer.value if indexer else default_indexer(cache.value), max_rollback=max_rollback,
             hca_tail=hca_tail.value,
         )  # fmt: skip
+        report["weights"] = found | {"given": weights, "fit": found["held_bytes"] <= total - reserved}
+        if held > total - reserved:
+            report["fits"] = False
+            report["missing_bytes"] = report["total_bytes"] + held - (total - reserved)
         report = {"config": config, "device_bytes": total, "reserved_bytes": reserved, **report}
         if plot is not None:
             from .plan_plot import draw
@@ -202,6 +216,26 @@ def _read_config(name: str) -> Any:
     if not os.path.exists(name):
         raise InputError(f"--config {name!r}: no such file; expected {', '.join(NAMED)}, a config.json or its folder")
     return DSV4Config.from_hf(name)
+
+
+def _weights(given: str | None, config: Any) -> dict[str, int]:
+    """Bytes of the weights in files and as held: those of `config` as released, or of what was given."""
+    from ..model.files.checkpoint import held_as_stored, held_bytes
+    from ..model.files.released_form import released_bytes
+    from ..model.files.tensor_match import match_tensors
+
+    if given is not None and given not in NAMED:
+        from ..files.safetensors_file import open_checkpoint
+        from ..model.config import DSV4Config
+
+        if not os.path.isdir(given):
+            raise InputError(f"--weights {given!r}: no such folder; expected {', '.join(NAMED)} or a checkpoint's")
+        config, checkpoint = DSV4Config.from_hf(given), open_checkpoint(given)
+        matched = match_tensors(checkpoint, config)
+        stored = sum(checkpoint.info(name).nbytes for name in matched.stored.values())
+        return {"stored_bytes": stored, "held_bytes": held_bytes(config, held_as_stored(checkpoint, matched, config))}
+    sizes = released_bytes(config if given is None else _read_config(given))
+    return {"stored_bytes": sizes.stored, "held_bytes": sizes.held}
 
 
 def _check_picture(path: str) -> None:

@@ -68,8 +68,11 @@ def _total(report: dict[str, Any]) -> Table:
             row(f"{kind['kind'].upper()} blocks", kind["pool_bytes"], f"{kind['blocks']:,} in each layer")
     row("block tables", report["table_bytes"])
     row("cache", report["total_bytes"])
-    reserved = report["reserved_bytes"]
-    note = f"{show_bytes(reserved)} more reserved" if reserved else "nothing reserved for weights"
+    reserved, weights = report["reserved_bytes"], report["weights"]
+    note = f"{show_bytes(reserved)} more reserved" if reserved else "nothing reserved"
+    if weights["given"] is not None:
+        row("weights", weights["held_bytes"], f"{show_bytes(weights['stored_bytes'])} in files")
+        note = f"beside the weights, {note}"
     row("memory for it", report["memory_bytes"], note)
     return table
 
@@ -89,9 +92,20 @@ def _verdict(report: dict[str, Any]) -> str:
         f"Largest context of {_requests(report['concurrency'])}: {context}",
         f"Largest concurrency at {report['context']:,} tokens: {_requests(report['largest_concurrency'])}",
     ]
+    weights = report["weights"]
+    if weights["given"] is None:
+        size = show_bytes(weights["held_bytes"])
+        lines.append(f"Not counted: its weights as released, {size} (see --weights)")
     if report["fits"]:
         left = report["memory_bytes"] - report["total_bytes"]
-        return "\n".join([f"It fits: {show_bytes(left)} are left.", *lines])
+        what = "The cache fits" if weights["given"] is None else "It fits, weights and cache"
+        return "\n".join([f"{what}: {show_bytes(left)} are left.", *lines])
+    if weights["given"] is not None and not weights["fit"]:
+        device = report["device_bytes"] - report["reserved_bytes"]
+        return (
+            f"It does not fit: the weights take {show_bytes(weights['held_bytes'])} and one device has "
+            f"{show_bytes(device)} for them;\nwith the cache {show_bytes(report['missing_bytes'])} are missing."
+        )
     lines.insert(
         0, f"It does not fit: {show_bytes(report['missing_bytes'])} ({report['missing_bytes']:,}) are missing."
     )

@@ -15,7 +15,7 @@ from ..ops.write.compress import CompressorWeights
 from ..ops.write.write_layer import Projections, RawWindow
 from .config import DSV4Config
 from .layer_schedule import AttentionType, LayerSpec
-from .layers import Linear, RMSNorm, matmul_precision
+from .layers import Linear, RMSNorm
 
 Array = jax.Array
 
@@ -130,9 +130,5 @@ class Attention(nnx.Module):
 
     def _project(self, out: Array) -> Array:
         """Grouped output projection: (T, heads, head_dim) -> (T, hidden)."""
-        c, weight = self.config, self.wo_a.weight[...]
-        groups = out.astype(weight.dtype).reshape(out.shape[0], c.o_groups, -1)
-        weight = weight.reshape(c.o_groups, c.o_lora_rank, -1)
-        # "tgo" at once would make the weight the left side, and XLA:CPU transpose all of `groups` for it.
-        low = jnp.einsum("tgi,goi->gto", groups, weight, precision=matmul_precision(weight.dtype))
-        return self.wo_b(low.swapaxes(0, 1).reshape(out.shape[0], -1))
+        low = self.wo_a.in_groups(out.reshape(out.shape[0], self.config.o_groups, -1))
+        return self.wo_b(low.reshape(out.shape[0], -1))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ..ops.nn.projection import BlockScaledWeight, project, project_groups
 from ..ops.nn.rms_norm import rms_norm
 
 Array = jax.Array
@@ -16,17 +17,37 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
 
 
 class Linear(nnx.Module):
-    """y = x W^T; the weight is (out, in), as checkpoints have it."""
+    """y = x W^T; the weight is (out, in), as checkpoints have it.
+
+    Attributes:
+      weight: (out, in) of a float type, or the E4M3 codes of a weight that is held as released, uint8.
+      scale: with codes, their scales (ceil(out / 128), ceil(in / 128)), E8M0 as uint8; otherwise it is not there.
+      dtype: what is computed in.
+    """
+
+    scale: nnx.Param
 
     def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = nnx.initializers.normal(in_features**-0.5)
         self.weight = nnx.Param(init(rngs.params(), (out_features, in_features), dtype))
+        self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Array) -> Array:
-        """x (..., in) -> (..., out), in the weight's dtype."""
-        weight = self.weight[...]
-        x = x.astype(weight.dtype)
-        return jnp.einsum("...i,oi->...o", x, weight, precision=matmul_precision(weight.dtype))
+        """x (..., in) -> (..., out), in `dtype`."""
+        x = x.astype(self.dtype)
+        if hasattr(self, "scale"):
+            return project(x, BlockScaledWeight(self.weight[...], self.scale[...]))
+        weight = self.weight[...].astype(self.dtype)
+        return jnp.einsum("...i,oi->...o", x, weight, precision=matmul_precision(self.dtype))
+
+    def in_groups(self, x: Array) -> Array:
+        """Each of G groups with its own out / G rows of the weight: x (T, G, in) -> (T, G, out / G), in `dtype`."""
+        x = x.astype(self.dtype)
+        if hasattr(self, "scale"):
+            return project_groups(x, BlockScaledWeight(self.weight[...], self.scale[...]))
+        weight = self.weight[...].astype(self.dtype).reshape(x.shape[1], -1, x.shape[2])
+        # "tgo" at once would make the weight the left side, and XLA:CPU transpose all of x for it.
+        return jnp.einsum("tgi,goi->gto", x, weight, precision=matmul_precision(self.dtype)).swapaxes(0, 1)
 
 
 class RMSNorm(nnx.Module):

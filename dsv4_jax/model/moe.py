@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ..ops.nn.experts import ExpertWeights, Fp4Weight, apply_experts
 from .config import DSV4Config
 from .layer_schedule import LayerSpec, RouterMode
 from .layers import Linear, matmul_precision
@@ -50,11 +51,22 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The routed experts, stacked: w1, w3 (E, inner, hidden), w2 (E, hidden, inner)."""
+    """The routed experts, stacked.
+
+    Attributes:
+      w1, w2, w3: (E, inner, hidden), w2 (E, hidden, inner), of a float type; or FP4 codes as released, two in a byte:
+        uint8 with half the last size.
+      w1_scale, w2_scale, w3_scale: with codes, their scales, a last size of a 32nd, E8M0 as uint8; otherwise not there.
+      dtype: what is computed in.
+    """
+
+    w1_scale: nnx.Param
+    w2_scale: nnx.Param
+    w3_scale: nnx.Param
 
     def __init__(self, config: DSV4Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        self.limit = config.swiglu_limit
+        self.limit, self.dtype = config.swiglu_limit, jnp.dtype(dtype)
         # Computing a few experts for every token beats sorting tokens by expert; many experts do not.
         self.dense = e <= 8 * config.num_experts_per_tok
         wide, narrow = nnx.initializers.normal(hidden**-0.5), nnx.initializers.normal(inner**-0.5)
@@ -64,16 +76,24 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Array, picks: Array, weights: Array) -> Array:
         """x (T, hidden), picks and weights (T, k) -> (T, hidden)."""
+        if hasattr(self, "w1_scale"):
+            experts = ExpertWeights(
+                Fp4Weight(self.w1[...], self.w1_scale[...]),
+                Fp4Weight(self.w2[...], self.w2_scale[...]),
+                Fp4Weight(self.w3[...], self.w3_scale[...]),
+            )
+            return apply_experts(x.astype(self.dtype), picks, weights, experts, limit=self.limit)
         if not self.dense:
             return self._grouped(x, picks, weights)
         return self._single(x, picks, weights) if x.shape[0] == 1 else self._dense(x, picks, weights)
 
     def _single(self, x: Array, picks: Array, weights: Array) -> Array:
         """One token: only the experts it picked are read."""
-        out = jnp.zeros((x.shape[1],), self.w2.dtype)
+        out = jnp.zeros((x.shape[1],), self.dtype)
         for expert, weight in zip(picks[0], weights[0], strict=True):
             w1, w2, w3 = (
-                jax.lax.dynamic_index_in_dim(w[...], expert, keepdims=False) for w in (self.w1, self.w2, self.w3)
+                jax.lax.dynamic_index_in_dim(w[...], expert, keepdims=False).astype(self.dtype)
+                for w in (self.w1, self.w2, self.w3)
             )
             precision = matmul_precision(w1.dtype)
             gate, up = (jnp.einsum("h,ih->i", x[0], w, precision=precision) for w in (w1, w3))
@@ -82,7 +102,7 @@ class Experts(nnx.Module):
         return out[None]
 
     def _dense(self, x: Array, picks: Array, weights: Array) -> Array:
-        w1, w2, w3 = self.w1[...], self.w2[...], self.w3[...]
+        w1, w2, w3 = (w[...].astype(self.dtype) for w in (self.w1, self.w2, self.w3))
         precision = matmul_precision(w1.dtype)
         experts, size, hidden = w1.shape
         # One product for all experts; their two axes as one, or XLA would transpose the weights for it.
@@ -100,7 +120,7 @@ class Experts(nnx.Module):
         return jnp.einsum("to,oh->th", inner.reshape(-1, experts * size), w2, precision=precision)
 
     def _grouped(self, x: Array, picks: Array, weights: Array) -> Array:
-        w1, w2, w3 = (w[...].swapaxes(1, 2) for w in (self.w1, self.w2, self.w3))
+        w1, w2, w3 = (w[...].astype(self.dtype).swapaxes(1, 2) for w in (self.w1, self.w2, self.w3))
         precision = matmul_precision(w1.dtype)
         flat = picks.reshape(-1)
         order = jnp.argsort(flat, stable=True)

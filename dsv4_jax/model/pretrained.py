@@ -8,21 +8,41 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .config import DSV4Config
-from .files.checkpoint import Progress, check_memory, read_tensors, result_bytes
+from .files.checkpoint import Progress, check_memory, read_stored_tensors, read_tensors, result_bytes
 from .transformer import DSV4Model
+
+_WEIGHTS: dict[str, Any] = {"bf16": jnp.bfloat16, "float32": jnp.float32}
 
 
 def from_pretrained(
-    path: str | os.PathLike[str], dtype: Any = jnp.float32, *, progress: Progress | None = None, **overrides: Any
+    path: str | os.PathLike[str],
+    dtype: Any = None,
+    *,
+    weights: str | None = None,
+    progress: Progress | None = None,
+    **overrides: Any,
 ) -> DSV4Model:
-    """The model of the checkpoint in folder `path`, computing in `dtype` (float32 or bfloat16).
+    """The model of the checkpoint in folder `path`.
 
     Weights may be float32, float16 or bfloat16, or quantised as released ones are (FP8 with scales per 128x128, FP4
     experts with scales per 32); draft layers are skipped. Tensors go to the device one by one.
 
-    progress: called with the bytes done and the bytes of all. overrides: fields of the configuration to change, such as
-    index_topk=512. Raises FileNotFoundError for a missing file, ValueError for one that is not what the configuration
-    says, or an unknown field.
+    Args:
+      path: the folder, with its config.json.
+      dtype: what the model computes in, float32 or bfloat16; None takes float32, or the type of `weights`. On GPUs the
+        native products with quantised weights take bfloat16 alone.
+      weights: None holds them as they are stored: FP8 projections and FP4 experts in their bytes, narrower floats than
+        `dtype` as they are. "bf16" and "float32" convert all of them to that type.
+      progress: called with the bytes done and the bytes of all.
+      **overrides: fields of the configuration to change, such as index_topk=512.
+
+    Returns:
+      The model, its weights on the default device.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is not what the configuration says, a scale is no power of two where weights stay as they are
+        stored, or an unknown type or field.
     """
     given: Any = path
     if not isinstance(given, (str, os.PathLike)) or os.path.isfile(given):
@@ -30,24 +50,46 @@ def from_pretrained(
     config = DSV4Config.from_hf(path)
     if overrides:
         config = config.replace(**overrides)
-    tensors = read_tensors(path, config, dtype, progress)  # checks the files
+    if weights not in (None, *_WEIGHTS):
+        raise ValueError(f"weights is {weights!r}: expected None, {' or '.join(map(repr, _WEIGHTS))}")
+    if dtype is None:
+        dtype = _WEIGHTS["float32" if weights is None else weights]
+    if weights is None:
+        needed, tensors = read_stored_tensors(path, config, dtype, progress)  # checks the files
+    else:
+        needed = result_bytes(config, _WEIGHTS[weights])
+        tensors = read_tensors(path, config, _WEIGHTS[weights], progress)
     if jax.default_backend() == "cpu":
-        check_memory(result_bytes(config, dtype), os.fspath(path))
+        check_memory(needed, os.fspath(path))
     model = nnx.eval_shape(lambda: DSV4Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
     arrays: dict[str, jax.Array] = {}
     for name, array in tensors:
         same = name == "head.weight" and config.tie_word_embeddings
         arrays[name] = arrays["embed.weight"] if same else jax.device_put(array).block_until_ready()
         del array  # before the next is made
 
+    for name, scale in arrays.items():
+        owner, attribute = _owner(model, name)
+        if attribute.endswith("scale") and not hasattr(owner, attribute):
+            setattr(owner, attribute, nnx.Param(jax.ShapeDtypeStruct(scale.shape, scale.dtype)))
+    graphdef, state = nnx.split(model)
+
     def fill(key_path: tuple, variable: Any) -> Any:
         name = ".".join(str(part) for part in key_path)
         array = arrays[name]
-        if array.shape != variable.shape or array.dtype != variable.dtype:
+        # Codes have their scales beside them, and the files' shapes were compared with the configuration's.
+        if array.dtype != jnp.uint8 and array.shape != variable.shape:
             raise ValueError(
                 f"tensor {name} is {array.dtype}{array.shape}, the model needs {variable.dtype}{variable.shape}"
             )
         return variable.replace(array)
 
     return nnx.merge(graphdef, nnx.map_state(fill, state))
+
+
+def _owner(model: Any, name: str) -> tuple[Any, str]:
+    """The module that has the tensor with this canonical name, and the name of its attribute."""
+    *path, attribute = name.split(".")
+    for part in path:
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model, attribute

@@ -78,7 +78,7 @@ class DSV4Model(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """hidden (..., hidden) -> (..., vocabulary) float32."""
         if self.config.tie_word_embeddings:
-            weight = self.embed.weight[...]
+            weight = self.embed.weight[...].astype(self.dtype)
             return jnp.einsum("...h,vh->...v", hidden, weight, precision=jax.lax.Precision.HIGHEST).astype(jnp.float32)
         return self.head(hidden).astype(jnp.float32)
 

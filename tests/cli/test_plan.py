@@ -2,11 +2,15 @@
 
 import functools
 import json
+import math
 import struct
 import sys
 
+import jax
 import pytest
+from flax import nnx
 
+import dsv4_jax
 from dsv4_jax import DSV4Config, KVCacheManager, cli
 from dsv4_jax.cli.sizes import parse_bytes, show_bytes
 
@@ -58,9 +62,10 @@ def test_the_table_says_what_the_object_says(run):
     assert (status, err) == (0, "")
     words = [
         "43 layers (2 SWA, 21 CSA, 20 HCA)", "16 requests of 131,072 tokens", "16,384 in each layer",
-        f"{report['total_bytes']:,}", f"{report['bytes_per_token']:,.1f}", "It fits",
+        f"{report['total_bytes']:,}", f"{report['bytes_per_token']:,.1f}", "The cache fits",
         f"Largest concurrency at 131,072 tokens: {report['largest_concurrency']} requests",
-        "1,048,576 tokens, the model's limit", "nothing reserved for weights",
+        "1,048,576 tokens, the model's limit", "nothing reserved",
+        f"Not counted: its weights as released, {show_bytes(report['weights']['held_bytes'])}",
     ]  # fmt: skip
     assert [word for word in words if word not in out] == []
     formats = [f"{f['records']} + {f['indexer']}" for f in report["formats"]]
@@ -105,6 +110,35 @@ def test_too_little_memory_is_status_1_and_says_what_is_missing_and_what_fits(ru
     assert f"Not even one token fits: its cache takes 21.19 MiB ({smallest:,})" in run(*arguments)[1]
     assert run("--config", "pro", "--memory", smallest, "--context", 1)[0] == 0
     assert run("--config", "pro", "--memory", smallest - 1, "--context", 1)[0] == 1
+
+
+def test_weights_count_where_they_are_given(run, data, one_layer):
+    arguments = ("--config", "flash", "--context", 131072, "--concurrency", 16)
+    status, out, _ = run(*arguments, "--memory", "80GiB", "--weights", "flash")
+    assert status == 1
+    assert "It fits" not in out
+    assert "It does not fit: the weights take" in out
+    alone = json.loads(run(*arguments, "--memory", "80GiB", "--json")[1])
+    status, out, _ = run(*arguments, "--memory", "192GB", "--weights", "flash", "--json")
+    report = json.loads(out)
+    published = json.loads((data / "released" / "DeepSeek-V4-Flash.json").read_text())["tensors"]
+    sizes = {"F8_E4M3": 1, "I8": 1, "F8_E8M0": 1, "BF16": 2, "F32": 4, "I64": 8}
+    stored = sum(
+        count * sizes[dtype] * math.prod(shape) for name, dtype, shape, count in published if name[:4] != "mtp."
+    )
+    assert report["weights"]["stored_bytes"] == stored
+    assert 0.99 * stored < report["weights"]["held_bytes"] < 1.02 * stored
+    assert status == 0
+    assert report["total_bytes"] == alone["total_bytes"]
+    assert report["memory_bytes"] == 192 * 10**9 - report["weights"]["held_bytes"]
+    assert "It fits, weights and cache" in run(*arguments, "--memory", "192GB", "--weights", "flash")[1]
+
+    found = json.loads(run("--config", one_layer, "--memory", "1GiB", "--weights", one_layer, "--json")[1])["weights"]
+    weights = nnx.split(dsv4_jax.from_pretrained(one_layer))[1]
+    assert found["held_bytes"] == sum(array.nbytes for array in jax.tree.leaves(weights))
+    status, _, err = run(*arguments, "--memory", "80GiB", "--weights", "nowhere")
+    assert status == 2
+    assert "--weights 'nowhere': no such folder" in err
 
 
 def test_the_picture_is_written_whole(run, small, tmp_path, monkeypatch):

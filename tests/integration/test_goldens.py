@@ -73,10 +73,17 @@ def test_weights_in_the_released_form_cost_what_their_formats_allow(golden, tmp_
         pytest.skip("only the trained checkpoint says something about text, and without ties")
     quantise_checkpoint(TINY, tmp_path / "released", shard_bytes=2_000_000)
     ids, exact = arrays["full_ids"].tolist(), arrays["full_logits"]
-    stepper = Stepper(dsv4_jax.from_pretrained(tmp_path / "released", index_topk=512), 1)
-    stepper.manager.admit_request()
-    logits = stepper.feed(0, ids, (), width=128)
+
+    def logits_of(**how):
+        stepper = Stepper(dsv4_jax.from_pretrained(tmp_path / "released", index_topk=512, **how), 1)
+        stepper.manager.admit_request()
+        return stepper.feed(0, ids, (), width=128)
+
+    logits, converted = logits_of(), logits_of(weights="float32")
     error, before, after = np.abs(logits - exact).mean(), bits_per_byte(exact, ids), bits_per_byte(logits, ids)
+    # Held as stored or converted first, the weights are the same numbers.
+    assert abs(after - bits_per_byte(converted, ids)) < 1e-4
+    np.testing.assert_allclose(logits, converted, atol=0.02)
     print(f"bits per byte {before:.4f} -> {after:.4f}, logits differ by {error:.3f} on average")
     assert 0.01 < error < 0.6  # measured: 0.421
     assert abs(after / before - 1) < 0.05  # measured: +1.97 %

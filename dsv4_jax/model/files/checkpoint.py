@@ -1,7 +1,8 @@
 """From a checkpoint's files to the arrays of a model.
 
 Weights may be stored as float32, float16 or bfloat16, or as released checkpoints have them: E4M3 with a scale per
-128x128, and E2M1 experts, two values a byte, with a scale per 32 (see `weight_formats`).
+128x128, and E2M1 experts, two values a byte, with a scale per 32 (see `weight_formats`). They are converted to one
+type, or held in memory as they are stored.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,15 +22,81 @@ from dsv4_jax.files.untrusted_json import read_json_object, shorten
 from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
 from dsv4_jax.model.files.tensor_match import MatchedTensors, match_tensors
 from dsv4_jax.model.files.tensor_names import expected_tensors, keeps_float32, scale_name
-from dsv4_jax.model.files.weight_formats import BLOCK, dequantise
+from dsv4_jax.model.files.weight_formats import BLOCK, dequantise, scale_bytes, scale_shape
 
 _log = logging.getLogger(__name__)
 
 _EXPERT = re.compile(r"(layers\.\d+\.ffn\.experts)\.(\d+)\.(w[123])\.weight")
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+#: safetensors' types that are narrower than float32 and can be held as they are.
+_NARROW = {"BF16": _BFLOAT16, "F16": np.dtype(np.float16)}
+_BYTE = np.dtype(np.uint8)
 
 Progress = Callable[[int, int], None]
 """Called with bytes of the result that are done, and of all of it."""
+
+
+class Held(NamedTuple):
+    """How a tensor of the model is held in memory.
+
+    Attributes:
+      form: "fp8" or "fp4" for codes and scales as they are stored, or None for numbers.
+      dtype: of the array; uint8 for codes.
+    """
+
+    form: str | None
+    dtype: np.dtype[Any]
+
+
+def held_as_stored(
+    checkpoint: Checkpoint, matched: MatchedTensors, config: DSV4Config, dtype: Any = np.float32
+) -> dict[str, Held]:
+    """How each tensor is held where weights stay as they are stored: canonical name -> form and type.
+
+    Projections in FP8 keep their codes and scales, and so do a layer's routed experts where all of them are FP4. Other
+    quantised weights become bfloat16, in which they are exact. float16 and bfloat16 stay for a model that computes in
+    float32, float32 becomes `dtype`; norms and the like are float32, tid2eid int32.
+    """
+    dtype = np.dtype(dtype)
+    layers: dict[str, set[Held]] = {}
+    held: dict[str, Held] = {}
+    experts: list[tuple[str, str]] = []
+    for name, shape in expected_tensors(config).items():
+        form = matched.forms.get(name)
+        expert = _EXPERT.fullmatch(name)
+        if keeps_float32(name) or name.endswith(".tid2eid"):
+            held[name] = Held(None, _result_dtype(name, dtype))
+        elif form is None:
+            narrow = _NARROW.get(checkpoint.info(matched.stored[name]).dtype, dtype)
+            held[name] = Held(None, narrow if dtype == np.float32 else dtype)
+        elif form == "fp4" if expert else form == "fp8" and _is_projection(name, shape):
+            held[name] = Held(form, _BYTE)
+        else:
+            held[name] = Held(None, _BFLOAT16)
+        if expert:
+            layers.setdefault(expert[1], set()).add(held[name])
+            experts.append((name, expert[1]))
+    for name, layer in experts:  # they are one array: of mixed ones none can stay
+        if len(layers[layer]) > 1:
+            held[name] = Held(None, dtype)
+    return held
+
+
+def held_bytes(config: DSV4Config, held: Mapping[str, Held]) -> int:
+    """Bytes of tensors that are held like this, scales included."""
+    return sum(_nbytes(shape, held[name]) for name, shape in expected_tensors(config).items())
+
+
+def _nbytes(shape: tuple[int, ...], held: Held) -> int:
+    if held.form is None:
+        return math.prod(shape) * held.dtype.itemsize
+    rows, columns = shape
+    return rows * columns // (2 if held.form == "fp4" else 1) + math.prod(scale_shape(held.form, (rows, columns)))
+
+
+def _is_projection(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name != "embed.weight" and not name.endswith(".ffn.gate.weight")
 
 
 def read_tensors(
@@ -43,6 +110,27 @@ def read_tensors(
     Everything is checked, and refused, before the first is read. Files are mapped and let go of tensor by tensor: what
     is held here is one tensor (one layer's stack of w1, w2 or w3 where experts are concerned).
     """
+    return _open(path, config, dtype, progress, as_stored=False)[1]
+
+
+def read_stored_tensors(
+    path: str | os.PathLike[str],
+    config: DSV4Config | None = None,
+    dtype: Any = np.float32,
+    progress: Progress | None = None,
+) -> tuple[int, Iterator[tuple[str, np.ndarray]]]:
+    """Like `read_tensors`, with weights held as they are stored (`held_as_stored`): bytes of all, and the tensors.
+
+    Codes are uint8 under the name of the weight, scales follow them as E8M0 bytes: `layers.0.attn.wkv.weight` (out, in)
+    and `layers.0.attn.wkv.scale`, `layers.0.ffn.experts.w1` (experts, out, in / 2) and `….experts.w1_scale` (experts,
+    out, in / 32).
+    """
+    return _open(path, config, dtype, progress, as_stored=True)
+
+
+def _open(
+    path: str | os.PathLike[str], config: DSV4Config | None, dtype: Any, progress: Progress | None, *, as_stored: bool
+) -> tuple[int, Iterator[tuple[str, np.ndarray]]]:
     try:
         dtype = np.dtype(dtype)
     except TypeError:
@@ -57,7 +145,12 @@ def read_tensors(
         check_quantisation(checkpoint.path)
     if matched.skipped:
         _log.info("skipped %d tensors of draft layers", len(matched.skipped))
-    return _read_all(checkpoint, matched, config, dtype, progress or (lambda done, total: None))
+    if as_stored:
+        held = held_as_stored(checkpoint, matched, config, dtype)
+    else:
+        held = {name: Held(None, _result_dtype(name, dtype)) for name in expected_tensors(config)}
+    total = held_bytes(config, held)
+    return total, _read_all(checkpoint, matched, config, held, total, progress or (lambda done, total: None))
 
 
 def load_tensors(
@@ -125,25 +218,44 @@ def _result_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _read_all(
-    checkpoint: Checkpoint, matched: MatchedTensors, config: DSV4Config, dtype: np.dtype[Any], progress: Progress
+    checkpoint: Checkpoint,
+    matched: MatchedTensors,
+    config: DSV4Config,
+    held: Mapping[str, Held],
+    total: int,
+    progress: Progress,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    total, done = result_bytes(config, dtype), 0
-    stacks: dict[str, np.ndarray] = {}
+    done = 0
+    stacks: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     embedding: np.ndarray | None = None
+
+    def empty(leading: tuple[int, ...], shape: tuple[int, ...], how: Held) -> tuple[np.ndarray, np.ndarray | None]:
+        """For numbers, or for codes and scales."""
+        if how.form is None:
+            return np.empty((*leading, *shape), how.dtype), None
+        rows, columns = shape
+        codes = np.empty((*leading, rows, columns // (2 if how.form == "fp4" else 1)), np.uint8)
+        return codes, np.empty((*leading, *scale_shape(how.form, (rows, columns))), np.uint8)
+
     for name, shape in expected_tensors(config).items():
-        stored = matched.stored[name]
+        stored, how = matched.stored[name], held[name]
         if expert := _EXPERT.fullmatch(name):
             stack, index = f"{expert[1]}.{expert[3]}", int(expert[2])
             if stack not in stacks:
-                stacks[stack] = np.empty((config.n_routed_experts, *shape), dtype)
-            out = stacks[stack][index]
+                stacks[stack] = empty((config.n_routed_experts,), shape, how)
+            out, out_scale = (None if array is None else array[index] for array in stacks[stack])
         else:
             stack, index = "", 0
-            out = np.empty(shape, _result_dtype(name, dtype))
+            out, out_scale = empty((), shape, how)
+        assert out is not None
         if name in matched.forms:
             scales = matched.stored[scale_name(name)]
             try:
-                dequantise(matched.forms[name], checkpoint.read(stored), checkpoint.read(scales), out)
+                if out_scale is None:
+                    dequantise(matched.forms[name], checkpoint.read(stored), checkpoint.read(scales), out)
+                else:
+                    out_scale[...] = scale_bytes(matched.forms[name], checkpoint.read(scales))
+                    out[...] = checkpoint.read(stored).view(np.uint8)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path_of(scales)}: {scales}: {error}") from None
             checkpoint.forget(scales)
@@ -154,14 +266,19 @@ def _read_all(
             out[...] = raw
             del raw
         checkpoint.forget(stored)
-        done += out.nbytes
+        done += _nbytes(shape, how)
         progress(done, total)
         if not stack:
             embedding = out if name == "embed.weight" and config.tie_word_embeddings else embedding
             yield name, out
+            if out_scale is not None:
+                yield scale_name(name), out_scale
         elif index == config.n_routed_experts - 1:
-            yield stack, stacks.pop(stack)
-        del out
+            out, out_scale = stacks.pop(stack)
+            yield stack, out
+            if out_scale is not None:
+                yield f"{stack}_scale", out_scale
+        del out, out_scale
     if embedding is not None:
         head = matched.stored.get("head.weight")
         if head is not None and not _same(checkpoint, head, matched.stored["embed.weight"]):

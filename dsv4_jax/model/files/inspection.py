@@ -12,7 +12,7 @@ from typing import Any
 from dsv4_jax.files.safetensors_file import Checkpoint, open_checkpoint
 from dsv4_jax.files.system_errors import in_words
 from dsv4_jax.model.config import DSV4Config
-from dsv4_jax.model.files.checkpoint import check_quantisation, result_bytes
+from dsv4_jax.model.files.checkpoint import check_quantisation, held_as_stored, held_bytes, result_bytes
 from dsv4_jax.model.files.tensor_match import compare_tensors
 from dsv4_jax.model.files.tensor_names import canonical_name, is_draft
 
@@ -56,7 +56,8 @@ class CheckpointReport:
       files: file name -> bytes of its tensors.
       parts: part of the model -> its size in the files, largest first.
       dtypes: safetensors' type -> tensors and bytes.
-      result_bytes: dtype -> bytes of the loaded weights; without a configuration it is empty.
+      result_bytes: bytes of the loaded weights by what they are held as: "as stored" (where the tensors agree with the
+        configuration), "bfloat16" and "float32"; without a configuration it is empty.
       problems: what keeps it from loading, a sentence each; empty where it loads.
       missing, surplus, misshapen, unsupported: names of tensors, as `compare_tensors` has them.
       draft: tensors of draft (MTP) layers; they are skipped.
@@ -124,7 +125,10 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
                     check_quantisation(checkpoint.path)
                 except ValueError as error:
                     problems.append(str(error))
-            loaded = {dtype: result_bytes(config, dtype) for dtype in ("bfloat16", "float32")}
+            if not (found["missing"] or found["unsupported"] or found["misshapen"]):
+                held = held_as_stored(checkpoint, compared.matched, config)
+                loaded["as stored"] = held_bytes(config, held)
+            loaded |= {dtype: result_bytes(config, dtype) for dtype in ("bfloat16", "float32")}
     canonical = {name: canonical_name(name) for name in checkpoint}
     return CheckpointReport(
         path=os.fspath(path),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -28,7 +29,7 @@ from dsv4_jax.files.written_whole import CannotWriteError
 from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
 from dsv4_jax.model.files.checkpoint import Progress
 from dsv4_jax.model.files.tensor_match import match_tensors
-from dsv4_jax.model.files.tensor_names import canonical_name, keeps_float32, released_name, scale_name
+from dsv4_jax.model.files.tensor_names import canonical_name, expected_tensors, keeps_float32, released_name, scale_name
 from dsv4_jax.model.files.weight_formats import BLOCK, quantise, scale_shape
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -60,6 +61,35 @@ def released_type(name: str) -> str:
     if name.endswith(".tid2eid"):
         return "I64"
     return "F32" if keeps_float32(name) and not name.endswith("norm.weight") else "BF16"
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightBytes:
+    """What the weights of a model take.
+
+    Attributes:
+      stored: in files, draft layers not counted.
+      held: in a device's memory, loaded as they are stored.
+    """
+
+    stored: int
+    held: int
+
+
+def released_bytes(config: DSV4Config) -> WeightBytes:
+    """What the weights of this configuration take in the released form; no file is needed."""
+    stored, held = 0, 0
+    for name, shape in expected_tensors(config).items():
+        form = released_type(name)
+        if form in ("fp8", "fp4"):
+            rows, columns = shape
+            nbytes = rows * columns // (2 if form == "fp4" else 1) + math.prod(scale_shape(form, (rows, columns)))
+            stored, held = stored + nbytes, held + nbytes
+        else:
+            size = math.prod(shape)
+            stored += size * DTYPES[form].itemsize
+            held += size * (4 if name.endswith(".tid2eid") or keeps_float32(name) else DTYPES[form].itemsize)
+    return WeightBytes(stored, held)
 
 
 @dataclasses.dataclass(frozen=True)

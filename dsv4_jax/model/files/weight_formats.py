@@ -72,6 +72,28 @@ def dequantise(form: str, codes: np.ndarray, scales: np.ndarray, out: np.ndarray
         out[part] = values.reshape(-1, columns)
 
 
+def scale_bytes(form: str, scales: np.ndarray) -> np.ndarray:
+    """Scales as E8M0 bytes (uint8), for weights that stay as they are stored.
+
+    Raises:
+      ValueError: a scale that `dequantise` refuses, or that is no power of two.
+    """
+    values = scales.astype(np.float32)
+    _check_magnitudes(values, _MAX_SCALE[form], "scale ", 0)
+    if scales.dtype == ml_dtypes.float8_e8m0fnu:
+        return scales.view(np.uint8)
+    mantissa, exponent = np.frexp(values)
+    stored = exponent + (_E8M0_BIAS - 1)
+    bad = (mantissa != 0.5) | (stored < 0)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise ValueError(
+            f"scale [{row}, {column}] is {values[row, column]}: expected a power of two from 2^-127 on; "
+            "load with weights='bf16' or 'float32'"
+        )
+    return stored.astype(np.uint8)
+
+
 def quantise(form: str, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The nearest values `form` holds, under the smallest scales that let none overflow.
 
