@@ -34,7 +34,7 @@ cudaError_t launch(cudaStream_t stream, const AttendCall& call) {
   if (prepared != cudaSuccess) return prepared;
   const int64_t head_groups = (call.heads + attend_sm90::kHeads - 1) / attend_sm90::kHeads;
   const auto splits = static_cast<unsigned>(splits_of(call, head_groups));
-  // A grid's last axis has 65,535 blocks at most: more tokens take more launches.
+  // A grid's last axis has 65,535 blocks at most.
   constexpr int64_t kMostTokens = 65535;
   if (call.tokens > kMostTokens) return cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config{};

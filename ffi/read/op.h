@@ -1,5 +1,5 @@
 // read_window, read_entries and read_keys: what their handlers share. Contracts and jax.numpy forms:
-// dsv4_jax/ops/read/window.py and read_entries.py.
+// dsv4_jax/ops/read/window.py and entries.py.
 //
 // Each gives every one of S requests a table of K vectors. Where a vector lies follows from the request's slot and the
 // vector's index alone; a vector that has no row is zero, and nothing is read for it.
