@@ -8,27 +8,39 @@ from .. import dispatch
 
 Array = jax.Array
 
+_MAX_STREAMS_CUDA = 5  # a matrix fits a warp
 
-def sinkhorn(matrices: Array, *, iterations: int, eps: float) -> Array:
-    """Nearly doubly stochastic matrices from positive ones, matrices (T, n, n) float32 [j, k].
 
-    Divides by the sums over j (+ eps), then iterations - 1 times by those over k and over j. On the CPU natively: XLA
-    makes a kernel of each of these divisions, in every layer, and their number is most of a small model's step.
+def sinkhorn(matrices: Array, *, iterations: int, eps: float, implementation: str | None = None) -> Array:
+    """Nearly doubly stochastic matrices from positive ones.
+
+    Divides by the sums over j (+ eps), then iterations - 1 times by those over k and over j. Natively wherever that can
+    be: XLA makes a kernel of each of these divisions, in every layer.
+
+    Args:
+      matrices: (T, n, n) float32, [j, k].
+      iterations: at least 1.
+      eps: added to every sum.
+      implementation: None, "jnp", "cpu" or "cuda" (n at most 5); the native ones give the same bits.
+
+    Returns:
+      (T, n, n) float32.
     """
 
     def in_jnp(x: Array) -> Array:
         def normalise(x: Array, axis: int) -> Array:
             return x / (jnp.sum(x, axis=axis, keepdims=True) + eps)
 
-        x = normalise(x, 1)
-        for _ in range(iterations - 1):
-            x = normalise(normalise(x, 2), 1)
-        return x
+        # A loop: unrolled, compiling the model for a GPU takes minutes.
+        return jax.lax.fori_loop(1, iterations, lambda _, x: normalise(normalise(x, 2), 1), normalise(x, 1))
 
     def in_native(x: Array) -> Array:
         result = jax.ShapeDtypeStruct(x.shape, x.dtype)
         return jax.ffi.ffi_call("dsv4_sinkhorn", result)(x, iterations=np.int64(iterations), eps=np.float32(eps))
 
-    if "cpu" not in dispatch.available():
-        return in_jnp(matrices)
-    return jax.lax.platform_dependent(matrices, cpu=in_native, default=in_jnp)
+    def limit(platform: str) -> str | None:
+        if platform == "cuda" and matrices.shape[1] > _MAX_STREAMS_CUDA:
+            return f"{matrices.shape[1]} streams; it takes up to {_MAX_STREAMS_CUDA}"
+        return None
+
+    return dispatch.call("sinkhorn", implementation, limit, in_native, in_jnp, matrices)
