@@ -251,17 +251,16 @@ __device__ __forceinline__ void unpack_scale(SharedMemory& shared, int stage) {
 
 // Reduces 16 values over the eight lanes that have the same `quarter`: lane g of them ends with values 2 g and 2 g + 1, in
 // x[0] and x[1].
-template <typename Combine>
+// (A template, as the compiler leaves a loop over halves rolled and x in local memory.)
+template <int kHalf = 8, typename Combine>
 __device__ __forceinline__ void reduce_spread(float (&x)[16], int lane, Combine combine) {
+  const bool upper = lane & (2 * kHalf);
 #pragma unroll
-  for (int half = 8; half >= 2; half /= 2) {
-    const bool upper = lane & (2 * half);
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float other = __shfl_xor_sync(0xFFFFFFFFu, upper ? x[i] : x[i + half], 2 * half);
-      x[i] = combine(upper ? x[i + half] : x[i], other);
-    }
+  for (int i = 0; i < kHalf; ++i) {
+    const float other = __shfl_xor_sync(0xFFFFFFFFu, upper ? x[i] : x[i + kHalf], 2 * kHalf);
+    x[i] = combine(upper ? x[i + kHalf] : x[i], other);
   }
+  if constexpr (kHalf > 2) reduce_spread<kHalf / 2>(x, lane, combine);
 }
 
 // The half of a row that thread `own` of the fetching warpgroup brings of a block.
