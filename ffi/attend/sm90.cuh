@@ -47,7 +47,7 @@ struct SharedMemory {
   float partial[4][kHeads];                 // of each warp
   float reference[kHeads];                  // of the block's probabilities
   float top[kHeads], total[kHeads];         // reference and sum of the softmax
-  int rescale[2][2];
+  int rescale[2][2], settled[2];
   uint64_t full[kStages], empty[kStages], p_full[2], p_empty[2], queries;
 };
 constexpr int kSharedBytes = sizeof(SharedMemory) + 1024;  // to begin at a multiple of 1024
@@ -224,29 +224,31 @@ __device__ __forceinline__ void fetch(SharedMemory& shared, int stage, const Row
   }
 }
 
-// The scale of a row and, in groups, of every 64 values relative to it.
-template <bool kGroups>
-__device__ __forceinline__ void unpack_scale(SharedMemory& shared, int stage) {
+// The largest of a row's scales and, relative to it, that of every 64 values.
+__device__ __forceinline__ void unpack_scales(SharedMemory& shared, int stage) {
   const int row = threadIdx.x;
   if (row >= kRows) return;
   const uint64_t stored = shared.scale[stage][row];
-  if constexpr (!kGroups) {
-    shared.row_scale[stage][row] = __uint_as_float(static_cast<uint32_t>(stored));
-  } else {
-    int largest = 1;
+  int largest = 1;
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) largest = max(largest, static_cast<int>((stored >> (8 * i)) & 0xFF));
-    if (largest == 255) largest = 254;
+  for (int i = 0; i < kChunks; ++i) largest = max(largest, static_cast<int>((stored >> (8 * i)) & 0xFF));
+  if (largest == 255) largest = 254;
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const int byte = static_cast<int>((stored >> (8 * i)) & 0xFF), below = largest - byte;
-      uint16_t factor = below > 24 ? 0 : below > 14 ? static_cast<uint16_t>(1 << (24 - below))
-                                                    : static_cast<uint16_t>((15 - below) << 10);
-      if (byte == 255) factor = 0x7E00;
-      shared.factor[stage][i][row] = factor;
-    }
-    shared.row_scale[stage][row] = shared.visible[stage][row] ? __uint_as_float(static_cast<uint32_t>(largest) << 23) : 0.0f;
+  for (int i = 0; i < kChunks; ++i) {
+    const int byte = static_cast<int>((stored >> (8 * i)) & 0xFF), below = largest - byte;
+    uint16_t factor = below > 24 ? 0 : below > 14 ? static_cast<uint16_t>(1 << (24 - below))
+                                                  : static_cast<uint16_t>((15 - below) << 10);
+    if (byte == 255) factor = 0x7E00;
+    shared.factor[stage][i][row] = factor;
   }
+  shared.row_scale[stage][row] = shared.visible[stage][row] ? __uint_as_float(static_cast<uint32_t>(largest) << 23) : 0.0f;
+}
+
+// What a row's codes are multiplied by, after unpack_scales where there are several scales.
+template <bool kGroups>
+__device__ __forceinline__ float scale_of(const SharedMemory& shared, int stage, int row) {
+  if constexpr (kGroups) return shared.row_scale[stage][row];
+  return __uint_as_float(static_cast<uint32_t>(shared.scale[stage][row]));
 }
 
 // Reduces 16 values over the eight lanes that have the same `quarter`: lane g of them ends with values 2 g and 2 g + 1, in
@@ -274,18 +276,22 @@ template <bool kGroups>
 __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory& shared, int blocks) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
   const int low = 16 * warp + turned(g), high = low + 8;  // this thread's rows
-  // Their places among the rows of the second product's fragments.
-  const int x = turned(g), place = 16 * warp + 2 * (x & 3) + (x >> 2);
+  // Where the row lies that this thread names of the matrices that the warp stores, rows low and high in turn: its place
+  // among the rows of the second product's fragments.
+  const int x = turned(lane % 8), stored = 16 * warp + 2 * (x & 3) + (x >> 2) + (lane & 8);
   const float factor = call.scale * kLog2e;
 
   float total[16] = {};     // of this thread's rows
   float top = -INFINITY;    // reference of head threadIdx.x
+  bool settled = false;     // every head has a reference
 
   for (int i = 0; i < blocks; ++i) {
     const int stage = i % kStages, buffer = i & 1;
     ptx::barrier_wait(ptx::shared_address(&shared.full[stage]), (i / kStages) & 1);
-    unpack_scale<kGroups>(shared, stage);
-    ptx::sync_threads(1, kWarpgroup);
+    if constexpr (kGroups) {
+      unpack_scales(shared, stage);
+      ptx::sync_threads(1, kWarpgroup);
+    }
     const uint8_t* rows = shared.rows[stage];
 
     float scores[32], rope[32];
@@ -311,11 +317,12 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory&
       ptx::products_commit();
     }
     uint32_t a[2][4][4];
+    const uint8_t* codes_low = rows + low * kPitch + 16 * quarter;
+    const uint8_t* codes_high = rows + high * kPitch + 16 * quarter;
+    uint4 l = *reinterpret_cast<const uint4*>(codes_low), h = *reinterpret_cast<const uint4*>(codes_high);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       uint32_t(&now)[4][4] = a[chunk & 1];
-      const uint4 l = *reinterpret_cast<const uint4*>(rows + low * kPitch + 64 * chunk + 16 * quarter);
-      const uint4 h = *reinterpret_cast<const uint4*>(rows + high * kPitch + 64 * chunk + 16 * quarter);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         const uint32_t wl = word_of(l, step), wh = word_of(h, step);
@@ -330,6 +337,10 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory&
           now[step][1] = ptx::multiply_halves(now[step][1], fh), now[step][3] = ptx::multiply_halves(now[step][3], fh);
         }
       }
+      if (chunk + 1 < kChunks) {  // they come while the products run
+        l = *reinterpret_cast<const uint4*>(codes_low + 64 * (chunk + 1));
+        h = *reinterpret_cast<const uint4*>(codes_high + 64 * (chunk + 1));
+      }
       const uint64_t b = ptx::tile_descriptor(ptx::shared_address(shared.q[chunk]));
       ptx::products_fence();
 #pragma unroll
@@ -341,7 +352,7 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory&
 
     // Softmax of the block: this thread has heads 8 j + 2 quarter and the next, in rows low and high.
     const bool sees_low = shared.visible[stage][low], sees_high = shared.visible[stage][high];
-    const float scale_low = shared.row_scale[stage][low], scale_high = shared.row_scale[stage][high];
+    const float scale_low = scale_of<kGroups>(shared, stage, low), scale_high = scale_of<kGroups>(shared, stage, high);
     const float log_low = ptx::log2_fast(fmaxf(scale_low, 1e-30f)), log_high = ptx::log2_fast(fmaxf(scale_high, 1e-30f));
     float most[16];
 #pragma unroll
@@ -355,48 +366,66 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory&
         most[2 * j + k] = fmaxf(a_low + log_low, a_high + log_high);
       }
     }
-    reduce_spread(most, lane, [](float a, float b) { return fmaxf(a, b); });
-    *reinterpret_cast<float2*>(&shared.partial[warp][8 * g + 2 * quarter]) = make_float2(most[0], most[1]);
-    ptx::sync_threads(1, kWarpgroup);
-    if (i >= 2) ptx::barrier_wait(ptx::shared_address(&shared.p_empty[buffer]), ((i >> 1) - 1) & 1);
-    if (threadIdx.x < kHeads) {  // a head each
-      const int head = threadIdx.x;
-      const float seen = fmaxf(fmaxf(shared.partial[0][head], shared.partial[1][head]),
-                               fmaxf(shared.partial[2][head], shared.partial[3][head]));
-      const bool raise = seen > top + kRescaleAbove || (top == -INFINITY && seen > -INFINITY);
-      shared.alpha[buffer][head] = raise ? ptx::exp2_fast(top - seen) : 1.0f;
-      if (raise) top = seen;
-      shared.reference[head] = top == -INFINITY ? 0.0f : top;
-      const bool rescale = __any_sync(0xFFFFFFFFu, raise) && i > 0;
-      if (lane == 0) shared.rescale[buffer][warp] = rescale;
-    }
-    ptx::sync_threads(1, kWarpgroup);
-    if (shared.rescale[buffer][0] | shared.rescale[buffer][1]) {
+    // Most blocks raise no head's reference: then one vote takes the place of the maxima.
+    bool above = !settled;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 alpha = *reinterpret_cast<const float2*>(&shared.alpha[buffer][8 * j + 2 * quarter]);
-        total[2 * j] *= alpha.x, total[2 * j + 1] *= alpha.y;
+    for (int j = 0; j < 8; ++j) {
+      const float2 reference = *reinterpret_cast<const float2*>(&shared.reference[8 * j + 2 * quarter]);
+      above |= most[2 * j] > reference.x + kRescaleAbove || most[2 * j + 1] > reference.y + kRescaleAbove;
+    }
+    above = ptx::any_of_threads(1, kWarpgroup, above);
+    if (i >= 2) ptx::barrier_wait(ptx::shared_address(&shared.p_empty[buffer]), ((i >> 1) - 1) & 1);
+    if (above) {
+      reduce_spread(most, lane, [](float a, float b) { return fmaxf(a, b); });
+      *reinterpret_cast<float2*>(&shared.partial[warp][8 * g + 2 * quarter]) = make_float2(most[0], most[1]);
+      ptx::sync_threads(1, kWarpgroup);
+      if (threadIdx.x < kHeads) {  // a head each
+        const int head = threadIdx.x;
+        const float seen = fmaxf(fmaxf(shared.partial[0][head], shared.partial[1][head]),
+                                 fmaxf(shared.partial[2][head], shared.partial[3][head]));
+        const bool raise = seen > top + kRescaleAbove || (top == -INFINITY && seen > -INFINITY);
+        shared.alpha[buffer][head] = raise ? ptx::exp2_fast(top - seen) : 1.0f;
+        if (raise) top = seen;
+        shared.reference[head] = top == -INFINITY ? 0.0f : top;
+        const bool rescale = __any_sync(0xFFFFFFFFu, raise) && i > 0, all = __all_sync(0xFFFFFFFFu, top > -INFINITY);
+        if (lane == 0) shared.rescale[buffer][warp] = rescale, shared.settled[warp] = all;
       }
+      ptx::sync_threads(1, kWarpgroup);
+      settled = shared.settled[0] & shared.settled[1];
+      if (shared.rescale[buffer][0] | shared.rescale[buffer][1]) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float2 alpha = *reinterpret_cast<const float2*>(&shared.alpha[buffer][8 * j + 2 * quarter]);
+          total[2 * j] *= alpha.x, total[2 * j + 1] *= alpha.y;
+        }
+      }
+    } else if (threadIdx.x < 2) {
+      shared.rescale[buffer][threadIdx.x] = 0;
     }
     float2 reference[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) reference[j] = *reinterpret_cast<const float2*>(&shared.reference[8 * j + 2 * quarter]);
-    uint8_t* p = shared.p[buffer];
-    uint8_t* p_rope = shared.p_rope[buffer];
+    const uint32_t p = ptx::shared_address(shared.p[buffer]), p_rope = ptx::shared_address(shared.p_rope[buffer]);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float pl[2], ph[2];
+    for (int pair = 0; pair < 4; ++pair) {
+      uint32_t scaled[4], plain[4];  // rows low and high of eight heads, and of the next eight
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        pl[k] = ptx::exp2_fast(scores[4 * j + k] - (k ? reference[j].y : reference[j].x));
-        ph[k] = ptx::exp2_fast(scores[4 * j + 2 + k] - (k ? reference[j].y : reference[j].x));
-        total[2 * j + k] += pl[k] + ph[k];
+      for (int half = 0; half < 2; ++half) {
+        const int j = 2 * pair + half;
+        float pl[2], ph[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          pl[k] = ptx::exp2_fast(scores[4 * j + k] - (k ? reference[j].y : reference[j].x));
+          ph[k] = ptx::exp2_fast(scores[4 * j + 2 + k] - (k ? reference[j].y : reference[j].x));
+          total[2 * j + k] += pl[k] + ph[k];
+        }
+        plain[2 * half] = ptx::bfloat_pair(pl[0], pl[1]), plain[2 * half + 1] = ptx::bfloat_pair(ph[0], ph[1]);
+        scaled[2 * half] = ptx::half_pair(pl[0] * scale_low, pl[1] * scale_low);
+        scaled[2 * half + 1] = ptx::half_pair(ph[0] * scale_high, ph[1] * scale_high);
       }
-      const uint32_t at_low = swizzled(place, j) + 4 * quarter, at_high = swizzled(place + 8, j) + 4 * quarter;
-      *reinterpret_cast<uint32_t*>(p_rope + at_low) = ptx::bfloat_pair(pl[0], pl[1]);
-      *reinterpret_cast<uint32_t*>(p_rope + at_high) = ptx::bfloat_pair(ph[0], ph[1]);
-      *reinterpret_cast<uint32_t*>(p + at_low) = ptx::half_pair(pl[0] * scale_low, pl[1] * scale_low);
-      *reinterpret_cast<uint32_t*>(p + at_high) = ptx::half_pair(ph[0] * scale_high, ph[1] * scale_high);
+      const uint32_t at = swizzled(stored, 2 * pair + (lane >> 4));
+      ptx::store_matrices(p_rope + at, plain);
+      ptx::store_matrices(p + at, scaled);
     }
     ptx::fence_shared_proxy();
     ptx::barrier_arrive(ptx::shared_address(&shared.p_full[buffer]));
