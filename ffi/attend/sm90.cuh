@@ -47,6 +47,7 @@ struct SharedMemory {
   float partial[4][kHeads];                 // of each warp
   float reference[kHeads];                  // of the block's probabilities
   float top[kHeads], total[kHeads];         // reference and sum of the softmax
+  float inverse[kHeads];                    // of the sum with the sink, for a thread block alone
   int rescale[2][2], settled[2];
   uint64_t full[kStages], empty[kStages], p_full[2], p_empty[2], queries;
 };
@@ -133,62 +134,59 @@ __device__ __forceinline__ uint32_t word_of(const uint4& four, int i) {
   return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
 }
 
-// 16 values of a head as floats.
-template <typename T>
-__device__ __forceinline__ void load_values(const void* from, float (&x)[16]) {
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(T)); ++i) {
-    const uint4 four = static_cast<const uint4*>(from)[i];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t word = word_of(four, j);
-      if constexpr (sizeof(T) == 4) {
-        x[4 * i + j] = __uint_as_float(word);
-      } else {
-        x[8 * i + 2 * j] = __uint_as_float(word << 16), x[8 * i + 2 * j + 1] = __uint_as_float(word & 0xFFFF0000u);
-      }
-    }
-  }
+__device__ __forceinline__ float2 load_pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
+__device__ __forceinline__ float2 load_pair(const BFloat16* from) {
+  const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
 }
 
 // Queries, from `from` (heads, 512): normed and rotated where they come raw, and stored in the order in which the
-// fragments of rows have values.
+// fragments of rows have values. A lane has 16 values of a head, in an order of its own: so neither the loads nor the
+// stores of a warp meet a bank twice.
 template <typename T>
 __device__ __forceinline__ void take_queries(const AttendCall& call, SharedMemory& shared, const T* from, int64_t t,
                                              int heads) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll 1
+  const int lane = threadIdx.x % 32, chunk = lane / 4;
+  const bool rope = chunk == kChunks, raw = call.cos != nullptr;
+  float2 turn[8];  // cosine and sine of pair i ^ chunk
+  if (raw && rope) {
+    const int64_t first = t * (kRope / 2) + (lane - 4 * kChunks) * 8;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) turn[i] = make_float2(__ldg(call.cos + first + (i ^ kChunks)), __ldg(call.sin + first + (i ^ kChunks)));
+  }
+  uint8_t* tile = shared.q[chunk] + 4 * (lane % 4);
+#pragma unroll 2
   for (int head = threadIdx.x / 32; head < kHeads; head += kThreads / 32) {
-    float x[16] = {};
-    if (head < heads) load_values<T>(from + head * kWidth + lane * 16, x);
-    if (call.cos) {
+    float2 x[8] = {};
+    if (head < heads) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = load_pair(from + head * kWidth + lane * 16 + 2 * (i ^ chunk));
+    }
+    if (raw) {
       float squares = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 16; ++i) squares = fmaf(x[i], x[i], squares);
+      for (int i = 0; i < 8; ++i) squares = fmaf(x[i].y, x[i].y, fmaf(x[i].x, x[i].x, squares));
 #pragma unroll
       for (int step = 16; step; step /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, step);
       const float norm = rsqrtf(squares / kWidth + call.eps);
 #pragma unroll
-      for (int i = 0; i < 16; ++i) x[i] *= norm;
-      if (lane >= 28) {
+      for (int i = 0; i < 8; ++i) x[i].x *= norm, x[i].y *= norm;
+      if (rope) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int64_t pair = t * (kRope / 2) + (lane - 28) * 8 + i;
-          const float c = __ldg(call.cos + pair), s = __ldg(call.sin + pair);
-          const float a = x[2 * i], b = x[2 * i + 1];
-          x[2 * i] = a * c - b * s, x[2 * i + 1] = a * s + b * c;
+          const float2 v = x[i];
+          x[i] = make_float2(v.x * turn[i].x - v.y * turn[i].y, v.x * turn[i].y + v.y * turn[i].x);
         }
       }
     }
-    uint8_t* tile = shared.q[lane / 4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {  // pair i of a lane's 16 values
-      const uint32_t pair = lane >= 28 ? ptx::bfloat_pair(x[2 * i], x[2 * i + 1]) : ptx::half_pair(x[2 * i], x[2 * i + 1]);
-      const uint32_t at = swizzled(head, i) + 4 * (lane % 4);
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t pair = rope ? ptx::bfloat_pair(x[i].x, x[i].y) : ptx::half_pair(x[i].x, x[i].y);
+      const uint32_t at = swizzled(head, i ^ chunk);
       *reinterpret_cast<uint32_t*>(tile + at) = pair;
-      if (lane >= 28) {
-        const float low = x[2 * i] - __uint_as_float(pair << 16), high = x[2 * i + 1] - __uint_as_float(pair & 0xFFFF0000u);
-        *reinterpret_cast<uint32_t*>(shared.q[8] + at) = ptx::bfloat_pair(low, high);
+      if (rope) {
+        const float low = x[i].x - __uint_as_float(pair << 16), high = x[i].y - __uint_as_float(pair & 0xFFFF0000u);
+        *reinterpret_cast<uint32_t*>(tile + kHeads * 128 + at) = ptx::bfloat_pair(low, high);
       }
     }
   }
@@ -271,9 +269,15 @@ __device__ __forceinline__ Row find(const AttendCall& call, const Token& token, 
   return row_of(call, token, block, row, entry_of(call, token, t, block, row), own < kRows);
 }
 
+// What sums relative to `top` are multiplied by; 0 for a head that saw nothing, whose sums are 0.
+__device__ __forceinline__ float inverse_of(float top, float total, float sink) {
+  const float reference = top == -INFINITY ? 0.0f : top;
+  return total == 0.0f ? 0.0f : 1.0f / (total + ptx::exp2_fast(sink * kLog2e - reference));
+}
+
 // The first warpgroup: scores and softmax.
 template <bool kGroups>
-__device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory& shared, int blocks) {
+__device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory& shared, int blocks, int first_head) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
   const int low = 16 * warp + turned(g), high = low + 8;  // this thread's rows
   // Where the row lies that this thread names of the matrices that the warp stores, rows low and high in turn: its place
@@ -438,7 +442,11 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory&
   if (threadIdx.x < kHeads) {
     const int head = threadIdx.x;
     shared.top[head] = top;
-    shared.total[head] = (shared.partial[0][head] + shared.partial[1][head]) + (shared.partial[2][head] + shared.partial[3][head]);
+    const float sum = (shared.partial[0][head] + shared.partial[1][head]) + (shared.partial[2][head] + shared.partial[3][head]);
+    shared.total[head] = sum;
+    if (gridDim.x == 1 && first_head + head < call.heads) {
+      shared.inverse[head] = inverse_of(top, sum, __ldg(call.sink + first_head + head));
+    }
   }
 }
 
@@ -589,10 +597,52 @@ __device__ __forceinline__ void store_pair(const AttendCall& call, int64_t t, in
   }
 }
 
-// What sums relative to `top` are multiplied by; 0 for a head that saw nothing, whose sums are 0.
-__device__ __forceinline__ float inverse_of(float top, float total, float sink) {
-  const float reference = top == -INFINITY ? 0.0f : top;
-  return total == 0.0f ? 0.0f : 1.0f / (total + ptx::exp2_fast(sink * kLog2e - reference));
+// The output of a warpgroup of a thread block alone, from its registers.
+template <int kPart>
+__device__ __forceinline__ void store_values(const AttendCall& call, const SharedMemory& shared, int64_t t, int first_head,
+                                             int heads, const float (&out)[4][32]) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
+  constexpr int kRopeTile = 3;  // of the second part
+  float c = 1.0f, s = 0.0f;
+  if (kPart == 1 && call.cos) {
+    const int64_t pair = t * (kRope / 2) + (first_value<kPart>(kRopeTile, warp, g) - kNope) / 2;
+    c = __ldg(call.cos + pair), s = __ldg(call.sin + pair);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int head = 8 * j + 2 * quarter + k;
+      if (head >= heads) continue;
+      const float inverse = shared.inverse[head];
+      const int64_t at = (t * call.heads + first_head + head) * kWidth;
+      float a[4], b[4];
+#pragma unroll
+      for (int tile = 0; tile < 4; ++tile) a[tile] = out[tile][4 * j + k] * inverse, b[tile] = out[tile][4 * j + 2 + k] * inverse;
+      if (kPart == 1 && call.cos) {
+        const float x = a[kRopeTile], y = b[kRopeTile];
+        a[kRopeTile] = x * c + y * s, b[kRopeTile] = y * c - x * s;
+      }
+#pragma unroll
+      for (int tile = 0; tile < 4; tile += 2) {
+        const int64_t first = at + first_value<kPart>(tile, warp, g), second = at + first_value<kPart>(tile + 1, warp, g);
+        const bool together = kPart == 0 || tile == 0;  // four values in a row
+        if (call.is_float) {
+          float* to = static_cast<float*>(call.out);
+          *reinterpret_cast<float2*>(to + first) = make_float2(a[tile], b[tile]);
+          *reinterpret_cast<float2*>(to + second) = make_float2(a[tile + 1], b[tile + 1]);
+        } else {
+          BFloat16* to = static_cast<BFloat16*>(call.out);
+          const uint32_t low = ptx::bfloat_pair(a[tile], b[tile]), high = ptx::bfloat_pair(a[tile + 1], b[tile + 1]);
+          if (together) {
+            *reinterpret_cast<uint2*>(to + first) = make_uint2(low, high);
+          } else {
+            *reinterpret_cast<uint32_t*>(to + first) = low, *reinterpret_cast<uint32_t*>(to + second) = high;
+          }
+        }
+      }
+    }
+  }
 }
 
 // The sums of a warpgroup, into shared memory.
@@ -683,45 +733,50 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
 
   const bool in_cluster = splits > 1;
   if (group == 0) {
-    score_rows<kGroups>(call, shared, end - first);
+    score_rows<kGroups>(call, shared, end - first, first_head);
     ptx::sync_threads(2, kThreads);
   } else if (group == 1) {
     float out[4][32];
     add_values<kGroups, 0>(call, shared, token, t, first, end - first, out);
     ptx::sync_threads(2, kThreads);  // rows and queries are not needed any more
-    put_values<0>(shared, out);
+    in_cluster ? put_values<0>(shared, out) : store_values<0>(call, shared, t, first_head, heads, out);
   } else {
     float out[4][32];
     add_values<kGroups, 1>(call, shared, token, t, first, end - first, out);
     ptx::sync_threads(2, kThreads);
-    put_values<1>(shared, out);
+    in_cluster ? put_values<1>(shared, out) : store_values<1>(call, shared, t, first_head, heads, out);
   }
-  in_cluster ? ptx::cluster_sync() : __syncthreads();
+  if (!in_cluster) return;
+  ptx::cluster_sync();
 
-  // Each block of a cluster adds up some of the heads, in the order of the blocks.
-  const int share = kHeads / splits;
-  for (int i = threadIdx.x / 32; i < share; i += kThreads / 32) {  // a warp a head
-    const int head = rank * share + i, lane = threadIdx.x % 32;
-    if (first_head + head >= call.heads) break;
-    float top = shared.top[head];
-    for (int r = 0; in_cluster && r < splits; ++r) {
-      top = fmaxf(top, ptx::load_remote(ptx::address_in(ptx::shared_address(&shared.top[head]), r)));
+  // Each block of a cluster adds up some of the heads, in the order of the blocks: a warp a head.
+  const int lane = threadIdx.x % 32;
+  for (int head = rank + splits * (threadIdx.x / 32); head < heads; head += splits * (kThreads / 32)) {
+    float top_here = -INFINITY, total_here = 0.0f;  // of block `lane`
+    if (lane < splits) {
+      top_here = ptx::load_remote(ptx::address_in(ptx::shared_address(&shared.top[head]), lane));
+      total_here = ptx::load_remote(ptx::address_in(ptx::shared_address(&shared.total[head]), lane));
     }
+    float top = top_here;
+#pragma unroll
+    for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, step));
     const float reference = top == -INFINITY ? 0.0f : top;
+    // A part without a maximum has sums of 0, or of NaN.
+    const float weight_here = ptx::exp2_fast((top_here == -INFINITY ? reference : top_here) - reference);
+    const uint32_t part = ptx::shared_address(shared.part + head * kPartPitch + 2 * lane);
     float total = 0.0f;
     float2 sums[8] = {};
+#pragma unroll 4
     for (int r = 0; r < splits; ++r) {
-      const uint32_t top_at = ptx::address_in(ptx::shared_address(&shared.top[head]), r);
-      const uint32_t total_at = ptx::address_in(ptx::shared_address(&shared.total[head]), r);
-      const uint32_t part_at = ptx::address_in(ptx::shared_address(shared.part + head * kPartPitch + 2 * lane), r);
-      const float top_r = ptx::load_remote(top_at);
-      // A part without a maximum has sums of 0, or of NaN.
-      const float weight = ptx::exp2_fast((top_r == -INFINITY ? reference : top_r) - reference);
-      total += weight * ptx::load_remote(total_at);
+      const float weight = __shfl_sync(0xFFFFFFFFu, weight_here, r);
+      total = fmaf(weight, __shfl_sync(0xFFFFFFFFu, total_here, r), total);
+      const uint32_t from = ptx::address_in(part, r);
+      float2 pairs[8];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) pairs[n] = ptx::load_remote_pair(from + 256 * n);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const float2 pair = ptx::load_remote_pair(part_at + 256 * n);
-        sums[n].x += weight * pair.x, sums[n].y += weight * pair.y;
+        sums[n].x = fmaf(weight, pairs[n].x, sums[n].x), sums[n].y = fmaf(weight, pairs[n].y, sums[n].y);
       }
     }
     const float inverse = inverse_of(top, total, __ldg(call.sink + first_head + head));
@@ -730,7 +785,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
       store_pair(call, t, first_head + head, 64 * n + 2 * lane, sums[n].x * inverse, sums[n].y * inverse);
     }
   }
-  if (in_cluster) ptx::cluster_sync();  // others may still read here
+  ptx::cluster_sync();  // others may still read here
 }
 
 }  // namespace dsv4::attend_sm90
