@@ -9,17 +9,24 @@
 namespace dsv4 {
 namespace {
 
-constexpr int64_t kFills = 132;      // thread blocks that fill the chip
-constexpr int64_t kMostSplits = 16;  // thread blocks of a cluster
+constexpr int kMostSplits = 16;  // thread blocks of a cluster
 
-// In how many parts the rows of a token are taken: from shapes alone, so that a token's bits follow from them too.
-int64_t splits_of(const AttendCall& call, int64_t head_groups) {
+// Clusters of so many thread blocks that run at once on a card of 132 multiprocessors, where the smallest of eight parts
+// of the chip has 14: a cluster lies in one part.
+constexpr int kClusters[kMostSplits + 1] = {0, 132, 66, 42, 31, 23, 19, 16, 15, 8, 8, 8, 8, 8, 8, 7, 7};
+
+// In how many parts the rows of a token are taken: from shapes alone, so that a token's bits follow from them too. As few
+// as give the parts the fewest blocks of rows, of those of which all clusters run at once.
+int splits_of(const AttendCall& call, int64_t head_groups) {
   const int64_t entries = !call.has_entries ? 0 : call.selected ? call.chosen : call.max_entries;
   const int64_t rows = attend_sm90::kRows;
   const int64_t blocks = (call.window + rows - 1) / rows + (entries + rows - 1) / rows;
-  int64_t splits = 1;
-  while (splits < kMostSplits && 2 * splits <= blocks && 2 * splits * call.tokens * head_groups <= kFills) splits *= 2;
-  return splits;
+  int best = 1;
+  for (int splits = 2; splits <= kMostSplits; ++splits) {
+    const bool together = call.tokens * head_groups <= kClusters[splits];
+    if (together && (blocks + splits - 1) / splits < (blocks + best - 1) / best) best = splits;
+  }
+  return best;
 }
 
 template <bool kGroups>

@@ -40,6 +40,17 @@ __device__ __forceinline__ void sync_threads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same, and whether `mine` holds in one of them.
+__device__ __forceinline__ bool any_of_threads(int id, int threads, bool mine) {
+  int any;
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.s32 p, %1, 0;\nbar.red.or.pred q, %2, %3, p;\nselp.s32 %0, 1, 0, q;\n}\n"
+      : "=r"(any)
+      : "r"(static_cast<int>(mine)), "r"(id), "r"(threads)
+      : "memory");
+  return any;
+}
+
 // Copies into shared memory.
 
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
@@ -57,6 +68,13 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
 }
 // Ordinary accesses of shared memory before it come before those of copies and matrix products after it.
 __device__ __forceinline__ void fence_shared_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Stores four matrices of 8 by 8 halves, a register each; a lane names the place of row (lane % 8) of matrix (lane / 8).
+__device__ __forceinline__ void store_matrices(uint32_t to, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
 
 // Arithmetic.
 
@@ -145,14 +163,15 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t rank) 
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
 }
+// Volatile, so that they stay behind cluster_sync; nothing else keeps them in order.
 __device__ __forceinline__ float load_remote(uint32_t address) {
   float x;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address));
   return x;
 }
 __device__ __forceinline__ float2 load_remote_pair(uint32_t address) {
   float2 x;
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
   return x;
 }
 

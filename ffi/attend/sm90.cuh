@@ -47,7 +47,8 @@ struct SharedMemory {
   float partial[4][kHeads];                 // of each warp
   float reference[kHeads];                  // of the block's probabilities
   float top[kHeads], total[kHeads];         // reference and sum of the softmax
-  int rescale[2][2];
+  float inverse[kHeads];                    // of the sum with the sink, for a thread block alone
+  int rescale[2][2], settled[2];
   uint64_t full[kStages], empty[kStages], p_full[2], p_empty[2], queries;
 };
 constexpr int kSharedBytes = sizeof(SharedMemory) + 1024;  // to begin at a multiple of 1024
@@ -133,62 +134,59 @@ __device__ __forceinline__ uint32_t word_of(const uint4& four, int i) {
   return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
 }
 
-// 16 values of a head as floats.
-template <typename T>
-__device__ __forceinline__ void load_values(const void* from, float (&x)[16]) {
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(T)); ++i) {
-    const uint4 four = static_cast<const uint4*>(from)[i];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t word = word_of(four, j);
-      if constexpr (sizeof(T) == 4) {
-        x[4 * i + j] = __uint_as_float(word);
-      } else {
-        x[8 * i + 2 * j] = __uint_as_float(word << 16), x[8 * i + 2 * j + 1] = __uint_as_float(word & 0xFFFF0000u);
-      }
-    }
-  }
+__device__ __forceinline__ float2 load_pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
+__device__ __forceinline__ float2 load_pair(const BFloat16* from) {
+  const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
 }
 
 // Queries, from `from` (heads, 512): normed and rotated where they come raw, and stored in the order in which the
-// fragments of rows have values.
+// fragments of rows have values. A lane has 16 values of a head, in an order of its own: so neither the loads nor the
+// stores of a warp meet a bank twice.
 template <typename T>
 __device__ __forceinline__ void take_queries(const AttendCall& call, SharedMemory& shared, const T* from, int64_t t,
                                              int heads) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll 1
+  const int lane = threadIdx.x % 32, chunk = lane / 4;
+  const bool rope = chunk == kChunks, raw = call.cos != nullptr;
+  float2 turn[8];  // cosine and sine of pair i ^ chunk
+  if (raw && rope) {
+    const int64_t first = t * (kRope / 2) + (lane - 4 * kChunks) * 8;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) turn[i] = make_float2(__ldg(call.cos + first + (i ^ kChunks)), __ldg(call.sin + first + (i ^ kChunks)));
+  }
+  uint8_t* tile = shared.q[chunk] + 4 * (lane % 4);
+#pragma unroll 2
   for (int head = threadIdx.x / 32; head < kHeads; head += kThreads / 32) {
-    float x[16] = {};
-    if (head < heads) load_values<T>(from + head * kWidth + lane * 16, x);
-    if (call.cos) {
+    float2 x[8] = {};
+    if (head < heads) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = load_pair(from + head * kWidth + lane * 16 + 2 * (i ^ chunk));
+    }
+    if (raw) {
       float squares = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 16; ++i) squares = fmaf(x[i], x[i], squares);
+      for (int i = 0; i < 8; ++i) squares = fmaf(x[i].y, x[i].y, fmaf(x[i].x, x[i].x, squares));
 #pragma unroll
       for (int step = 16; step; step /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, step);
       const float norm = rsqrtf(squares / kWidth + call.eps);
 #pragma unroll
-      for (int i = 0; i < 16; ++i) x[i] *= norm;
-      if (lane >= 28) {
+      for (int i = 0; i < 8; ++i) x[i].x *= norm, x[i].y *= norm;
+      if (rope) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int64_t pair = t * (kRope / 2) + (lane - 28) * 8 + i;
-          const float c = __ldg(call.cos + pair), s = __ldg(call.sin + pair);
-          const float a = x[2 * i], b = x[2 * i + 1];
-          x[2 * i] = a * c - b * s, x[2 * i + 1] = a * s + b * c;
+          const float2 v = x[i];
+          x[i] = make_float2(v.x * turn[i].x - v.y * turn[i].y, v.x * turn[i].y + v.y * turn[i].x);
         }
       }
     }
-    uint8_t* tile = shared.q[lane / 4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {  // pair i of a lane's 16 values
-      const uint32_t pair = lane >= 28 ? ptx::bfloat_pair(x[2 * i], x[2 * i + 1]) : ptx::half_pair(x[2 * i], x[2 * i + 1]);
-      const uint32_t at = swizzled(head, i) + 4 * (lane % 4);
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t pair = rope ? ptx::bfloat_pair(x[i].x, x[i].y) : ptx::half_pair(x[i].x, x[i].y);
+      const uint32_t at = swizzled(head, i ^ chunk);
       *reinterpret_cast<uint32_t*>(tile + at) = pair;
-      if (lane >= 28) {
-        const float low = x[2 * i] - __uint_as_float(pair << 16), high = x[2 * i + 1] - __uint_as_float(pair & 0xFFFF0000u);
-        *reinterpret_cast<uint32_t*>(shared.q[8] + at) = ptx::bfloat_pair(low, high);
+      if (rope) {
+        const float low = x[i].x - __uint_as_float(pair << 16), high = x[i].y - __uint_as_float(pair & 0xFFFF0000u);
+        *reinterpret_cast<uint32_t*>(tile + kHeads * 128 + at) = ptx::bfloat_pair(low, high);
       }
     }
   }
@@ -224,44 +222,45 @@ __device__ __forceinline__ void fetch(SharedMemory& shared, int stage, const Row
   }
 }
 
-// The scale of a row and, in groups, of every 64 values relative to it.
-template <bool kGroups>
-__device__ __forceinline__ void unpack_scale(SharedMemory& shared, int stage) {
+// The largest of a row's scales and, relative to it, that of every 64 values.
+__device__ __forceinline__ void unpack_scales(SharedMemory& shared, int stage) {
   const int row = threadIdx.x;
   if (row >= kRows) return;
   const uint64_t stored = shared.scale[stage][row];
-  if constexpr (!kGroups) {
-    shared.row_scale[stage][row] = __uint_as_float(static_cast<uint32_t>(stored));
-  } else {
-    int largest = 1;
+  int largest = 1;
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) largest = max(largest, static_cast<int>((stored >> (8 * i)) & 0xFF));
-    if (largest == 255) largest = 254;
+  for (int i = 0; i < kChunks; ++i) largest = max(largest, static_cast<int>((stored >> (8 * i)) & 0xFF));
+  if (largest == 255) largest = 254;
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const int byte = static_cast<int>((stored >> (8 * i)) & 0xFF), below = largest - byte;
-      uint16_t factor = below > 24 ? 0 : below > 14 ? static_cast<uint16_t>(1 << (24 - below))
-                                                    : static_cast<uint16_t>((15 - below) << 10);
-      if (byte == 255) factor = 0x7E00;
-      shared.factor[stage][i][row] = factor;
-    }
-    shared.row_scale[stage][row] = shared.visible[stage][row] ? __uint_as_float(static_cast<uint32_t>(largest) << 23) : 0.0f;
+  for (int i = 0; i < kChunks; ++i) {
+    const int byte = static_cast<int>((stored >> (8 * i)) & 0xFF), below = largest - byte;
+    uint16_t factor = below > 24 ? 0 : below > 14 ? static_cast<uint16_t>(1 << (24 - below))
+                                                  : static_cast<uint16_t>((15 - below) << 10);
+    if (byte == 255) factor = 0x7E00;
+    shared.factor[stage][i][row] = factor;
   }
+  shared.row_scale[stage][row] = shared.visible[stage][row] ? __uint_as_float(static_cast<uint32_t>(largest) << 23) : 0.0f;
+}
+
+// What a row's codes are multiplied by, after unpack_scales where there are several scales.
+template <bool kGroups>
+__device__ __forceinline__ float scale_of(const SharedMemory& shared, int stage, int row) {
+  if constexpr (kGroups) return shared.row_scale[stage][row];
+  return __uint_as_float(static_cast<uint32_t>(shared.scale[stage][row]));
 }
 
 // Reduces 16 values over the eight lanes that have the same `quarter`: lane g of them ends with values 2 g and 2 g + 1, in
 // x[0] and x[1].
-template <typename Combine>
+// (A template, as the compiler leaves a loop over halves rolled and x in local memory.)
+template <int kHalf = 8, typename Combine>
 __device__ __forceinline__ void reduce_spread(float (&x)[16], int lane, Combine combine) {
+  const bool upper = lane & (2 * kHalf);
 #pragma unroll
-  for (int half = 8; half >= 2; half /= 2) {
-    const bool upper = lane & (2 * half);
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float other = __shfl_xor_sync(0xFFFFFFFFu, upper ? x[i] : x[i + half], 2 * half);
-      x[i] = combine(upper ? x[i + half] : x[i], other);
-    }
+  for (int i = 0; i < kHalf; ++i) {
+    const float other = __shfl_xor_sync(0xFFFFFFFFu, upper ? x[i] : x[i + kHalf], 2 * kHalf);
+    x[i] = combine(upper ? x[i + kHalf] : x[i], other);
   }
+  if constexpr (kHalf > 2) reduce_spread<kHalf / 2>(x, lane, combine);
 }
 
 // The half of a row that thread `own` of the fetching warpgroup brings of a block.
@@ -270,23 +269,33 @@ __device__ __forceinline__ Row find(const AttendCall& call, const Token& token, 
   return row_of(call, token, block, row, entry_of(call, token, t, block, row), own < kRows);
 }
 
+// What sums relative to `top` are multiplied by; 0 for a head that saw nothing, whose sums are 0.
+__device__ __forceinline__ float inverse_of(float top, float total, float sink) {
+  const float reference = top == -INFINITY ? 0.0f : top;
+  return total == 0.0f ? 0.0f : 1.0f / (total + ptx::exp2_fast(sink * kLog2e - reference));
+}
+
 // The first warpgroup: scores and softmax.
 template <bool kGroups>
-__device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory& shared, int blocks) {
+__device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory& shared, int blocks, int first_head) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
   const int low = 16 * warp + turned(g), high = low + 8;  // this thread's rows
-  // Their places among the rows of the second product's fragments.
-  const int x = turned(g), place = 16 * warp + 2 * (x & 3) + (x >> 2);
+  // Where the row lies that this thread names of the matrices that the warp stores, rows low and high in turn: its place
+  // among the rows of the second product's fragments.
+  const int x = turned(lane % 8), stored = 16 * warp + 2 * (x & 3) + (x >> 2) + (lane & 8);
   const float factor = call.scale * kLog2e;
 
   float total[16] = {};     // of this thread's rows
   float top = -INFINITY;    // reference of head threadIdx.x
+  bool settled = false;     // every head has a reference
 
   for (int i = 0; i < blocks; ++i) {
     const int stage = i % kStages, buffer = i & 1;
     ptx::barrier_wait(ptx::shared_address(&shared.full[stage]), (i / kStages) & 1);
-    unpack_scale<kGroups>(shared, stage);
-    ptx::sync_threads(1, kWarpgroup);
+    if constexpr (kGroups) {
+      unpack_scales(shared, stage);
+      ptx::sync_threads(1, kWarpgroup);
+    }
     const uint8_t* rows = shared.rows[stage];
 
     float scores[32], rope[32];
@@ -312,11 +321,12 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory&
       ptx::products_commit();
     }
     uint32_t a[2][4][4];
+    const uint8_t* codes_low = rows + low * kPitch + 16 * quarter;
+    const uint8_t* codes_high = rows + high * kPitch + 16 * quarter;
+    uint4 l = *reinterpret_cast<const uint4*>(codes_low), h = *reinterpret_cast<const uint4*>(codes_high);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       uint32_t(&now)[4][4] = a[chunk & 1];
-      const uint4 l = *reinterpret_cast<const uint4*>(rows + low * kPitch + 64 * chunk + 16 * quarter);
-      const uint4 h = *reinterpret_cast<const uint4*>(rows + high * kPitch + 64 * chunk + 16 * quarter);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         const uint32_t wl = word_of(l, step), wh = word_of(h, step);
@@ -331,6 +341,10 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory&
           now[step][1] = ptx::multiply_halves(now[step][1], fh), now[step][3] = ptx::multiply_halves(now[step][3], fh);
         }
       }
+      if (chunk + 1 < kChunks) {  // they come while the products run
+        l = *reinterpret_cast<const uint4*>(codes_low + 64 * (chunk + 1));
+        h = *reinterpret_cast<const uint4*>(codes_high + 64 * (chunk + 1));
+      }
       const uint64_t b = ptx::tile_descriptor(ptx::shared_address(shared.q[chunk]));
       ptx::products_fence();
 #pragma unroll
@@ -342,7 +356,7 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory&
 
     // Softmax of the block: this thread has heads 8 j + 2 quarter and the next, in rows low and high.
     const bool sees_low = shared.visible[stage][low], sees_high = shared.visible[stage][high];
-    const float scale_low = shared.row_scale[stage][low], scale_high = shared.row_scale[stage][high];
+    const float scale_low = scale_of<kGroups>(shared, stage, low), scale_high = scale_of<kGroups>(shared, stage, high);
     const float log_low = ptx::log2_fast(fmaxf(scale_low, 1e-30f)), log_high = ptx::log2_fast(fmaxf(scale_high, 1e-30f));
     float most[16];
 #pragma unroll
@@ -356,48 +370,66 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory&
         most[2 * j + k] = fmaxf(a_low + log_low, a_high + log_high);
       }
     }
-    reduce_spread(most, lane, [](float a, float b) { return fmaxf(a, b); });
-    *reinterpret_cast<float2*>(&shared.partial[warp][8 * g + 2 * quarter]) = make_float2(most[0], most[1]);
-    ptx::sync_threads(1, kWarpgroup);
-    if (i >= 2) ptx::barrier_wait(ptx::shared_address(&shared.p_empty[buffer]), ((i >> 1) - 1) & 1);
-    if (threadIdx.x < kHeads) {  // a head each
-      const int head = threadIdx.x;
-      const float seen = fmaxf(fmaxf(shared.partial[0][head], shared.partial[1][head]),
-                               fmaxf(shared.partial[2][head], shared.partial[3][head]));
-      const bool raise = seen > top + kRescaleAbove || (top == -INFINITY && seen > -INFINITY);
-      shared.alpha[buffer][head] = raise ? ptx::exp2_fast(top - seen) : 1.0f;
-      if (raise) top = seen;
-      shared.reference[head] = top == -INFINITY ? 0.0f : top;
-      const bool rescale = __any_sync(0xFFFFFFFFu, raise) && i > 0;
-      if (lane == 0) shared.rescale[buffer][warp] = rescale;
-    }
-    ptx::sync_threads(1, kWarpgroup);
-    if (shared.rescale[buffer][0] | shared.rescale[buffer][1]) {
+    // Most blocks raise no head's reference: then one vote takes the place of the maxima.
+    bool above = !settled;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 alpha = *reinterpret_cast<const float2*>(&shared.alpha[buffer][8 * j + 2 * quarter]);
-        total[2 * j] *= alpha.x, total[2 * j + 1] *= alpha.y;
+    for (int j = 0; j < 8; ++j) {
+      const float2 reference = *reinterpret_cast<const float2*>(&shared.reference[8 * j + 2 * quarter]);
+      above |= most[2 * j] > reference.x + kRescaleAbove || most[2 * j + 1] > reference.y + kRescaleAbove;
+    }
+    above = ptx::any_of_threads(1, kWarpgroup, above);
+    if (i >= 2) ptx::barrier_wait(ptx::shared_address(&shared.p_empty[buffer]), ((i >> 1) - 1) & 1);
+    if (above) {
+      reduce_spread(most, lane, [](float a, float b) { return fmaxf(a, b); });
+      *reinterpret_cast<float2*>(&shared.partial[warp][8 * g + 2 * quarter]) = make_float2(most[0], most[1]);
+      ptx::sync_threads(1, kWarpgroup);
+      if (threadIdx.x < kHeads) {  // a head each
+        const int head = threadIdx.x;
+        const float seen = fmaxf(fmaxf(shared.partial[0][head], shared.partial[1][head]),
+                                 fmaxf(shared.partial[2][head], shared.partial[3][head]));
+        const bool raise = seen > top + kRescaleAbove || (top == -INFINITY && seen > -INFINITY);
+        shared.alpha[buffer][head] = raise ? ptx::exp2_fast(top - seen) : 1.0f;
+        if (raise) top = seen;
+        shared.reference[head] = top == -INFINITY ? 0.0f : top;
+        const bool rescale = __any_sync(0xFFFFFFFFu, raise) && i > 0, all = __all_sync(0xFFFFFFFFu, top > -INFINITY);
+        if (lane == 0) shared.rescale[buffer][warp] = rescale, shared.settled[warp] = all;
       }
+      ptx::sync_threads(1, kWarpgroup);
+      settled = shared.settled[0] & shared.settled[1];
+      if (shared.rescale[buffer][0] | shared.rescale[buffer][1]) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float2 alpha = *reinterpret_cast<const float2*>(&shared.alpha[buffer][8 * j + 2 * quarter]);
+          total[2 * j] *= alpha.x, total[2 * j + 1] *= alpha.y;
+        }
+      }
+    } else if (threadIdx.x < 2) {
+      shared.rescale[buffer][threadIdx.x] = 0;
     }
     float2 reference[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) reference[j] = *reinterpret_cast<const float2*>(&shared.reference[8 * j + 2 * quarter]);
-    uint8_t* p = shared.p[buffer];
-    uint8_t* p_rope = shared.p_rope[buffer];
+    const uint32_t p = ptx::shared_address(shared.p[buffer]), p_rope = ptx::shared_address(shared.p_rope[buffer]);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float pl[2], ph[2];
+    for (int pair = 0; pair < 4; ++pair) {
+      uint32_t scaled[4], plain[4];  // rows low and high of eight heads, and of the next eight
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        pl[k] = ptx::exp2_fast(scores[4 * j + k] - (k ? reference[j].y : reference[j].x));
-        ph[k] = ptx::exp2_fast(scores[4 * j + 2 + k] - (k ? reference[j].y : reference[j].x));
-        total[2 * j + k] += pl[k] + ph[k];
+      for (int half = 0; half < 2; ++half) {
+        const int j = 2 * pair + half;
+        float pl[2], ph[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          pl[k] = ptx::exp2_fast(scores[4 * j + k] - (k ? reference[j].y : reference[j].x));
+          ph[k] = ptx::exp2_fast(scores[4 * j + 2 + k] - (k ? reference[j].y : reference[j].x));
+          total[2 * j + k] += pl[k] + ph[k];
+        }
+        plain[2 * half] = ptx::bfloat_pair(pl[0], pl[1]), plain[2 * half + 1] = ptx::bfloat_pair(ph[0], ph[1]);
+        scaled[2 * half] = ptx::half_pair(pl[0] * scale_low, pl[1] * scale_low);
+        scaled[2 * half + 1] = ptx::half_pair(ph[0] * scale_high, ph[1] * scale_high);
       }
-      const uint32_t at_low = swizzled(place, j) + 4 * quarter, at_high = swizzled(place + 8, j) + 4 * quarter;
-      *reinterpret_cast<uint32_t*>(p_rope + at_low) = ptx::bfloat_pair(pl[0], pl[1]);
-      *reinterpret_cast<uint32_t*>(p_rope + at_high) = ptx::bfloat_pair(ph[0], ph[1]);
-      *reinterpret_cast<uint32_t*>(p + at_low) = ptx::half_pair(pl[0] * scale_low, pl[1] * scale_low);
-      *reinterpret_cast<uint32_t*>(p + at_high) = ptx::half_pair(ph[0] * scale_high, ph[1] * scale_high);
+      const uint32_t at = swizzled(stored, 2 * pair + (lane >> 4));
+      ptx::store_matrices(p_rope + at, plain);
+      ptx::store_matrices(p + at, scaled);
     }
     ptx::fence_shared_proxy();
     ptx::barrier_arrive(ptx::shared_address(&shared.p_full[buffer]));
@@ -410,7 +442,11 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory&
   if (threadIdx.x < kHeads) {
     const int head = threadIdx.x;
     shared.top[head] = top;
-    shared.total[head] = (shared.partial[0][head] + shared.partial[1][head]) + (shared.partial[2][head] + shared.partial[3][head]);
+    const float sum = (shared.partial[0][head] + shared.partial[1][head]) + (shared.partial[2][head] + shared.partial[3][head]);
+    shared.total[head] = sum;
+    if (gridDim.x == 1 && first_head + head < call.heads) {
+      shared.inverse[head] = inverse_of(top, sum, __ldg(call.sink + first_head + head));
+    }
   }
 }
 
@@ -561,10 +597,52 @@ __device__ __forceinline__ void store_pair(const AttendCall& call, int64_t t, in
   }
 }
 
-// What sums relative to `top` are multiplied by; 0 for a head that saw nothing, whose sums are 0.
-__device__ __forceinline__ float inverse_of(float top, float total, float sink) {
-  const float reference = top == -INFINITY ? 0.0f : top;
-  return total == 0.0f ? 0.0f : 1.0f / (total + ptx::exp2_fast(sink * kLog2e - reference));
+// The output of a warpgroup of a thread block alone, from its registers.
+template <int kPart>
+__device__ __forceinline__ void store_values(const AttendCall& call, const SharedMemory& shared, int64_t t, int first_head,
+                                             int heads, const float (&out)[4][32]) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
+  constexpr int kRopeTile = 3;  // of the second part
+  float c = 1.0f, s = 0.0f;
+  if (kPart == 1 && call.cos) {
+    const int64_t pair = t * (kRope / 2) + (first_value<kPart>(kRopeTile, warp, g) - kNope) / 2;
+    c = __ldg(call.cos + pair), s = __ldg(call.sin + pair);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int head = 8 * j + 2 * quarter + k;
+      if (head >= heads) continue;
+      const float inverse = shared.inverse[head];
+      const int64_t at = (t * call.heads + first_head + head) * kWidth;
+      float a[4], b[4];
+#pragma unroll
+      for (int tile = 0; tile < 4; ++tile) a[tile] = out[tile][4 * j + k] * inverse, b[tile] = out[tile][4 * j + 2 + k] * inverse;
+      if (kPart == 1 && call.cos) {
+        const float x = a[kRopeTile], y = b[kRopeTile];
+        a[kRopeTile] = x * c + y * s, b[kRopeTile] = y * c - x * s;
+      }
+#pragma unroll
+      for (int tile = 0; tile < 4; tile += 2) {
+        const int64_t first = at + first_value<kPart>(tile, warp, g), second = at + first_value<kPart>(tile + 1, warp, g);
+        const bool together = kPart == 0 || tile == 0;  // four values in a row
+        if (call.is_float) {
+          float* to = static_cast<float*>(call.out);
+          *reinterpret_cast<float2*>(to + first) = make_float2(a[tile], b[tile]);
+          *reinterpret_cast<float2*>(to + second) = make_float2(a[tile + 1], b[tile + 1]);
+        } else {
+          BFloat16* to = static_cast<BFloat16*>(call.out);
+          const uint32_t low = ptx::bfloat_pair(a[tile], b[tile]), high = ptx::bfloat_pair(a[tile + 1], b[tile + 1]);
+          if (together) {
+            *reinterpret_cast<uint2*>(to + first) = make_uint2(low, high);
+          } else {
+            *reinterpret_cast<uint32_t*>(to + first) = low, *reinterpret_cast<uint32_t*>(to + second) = high;
+          }
+        }
+      }
+    }
+  }
 }
 
 // The sums of a warpgroup, into shared memory.
@@ -655,45 +733,50 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
 
   const bool in_cluster = splits > 1;
   if (group == 0) {
-    score_rows<kGroups>(call, shared, end - first);
+    score_rows<kGroups>(call, shared, end - first, first_head);
     ptx::sync_threads(2, kThreads);
   } else if (group == 1) {
     float out[4][32];
     add_values<kGroups, 0>(call, shared, token, t, first, end - first, out);
     ptx::sync_threads(2, kThreads);  // rows and queries are not needed any more
-    put_values<0>(shared, out);
+    in_cluster ? put_values<0>(shared, out) : store_values<0>(call, shared, t, first_head, heads, out);
   } else {
     float out[4][32];
     add_values<kGroups, 1>(call, shared, token, t, first, end - first, out);
     ptx::sync_threads(2, kThreads);
-    put_values<1>(shared, out);
+    in_cluster ? put_values<1>(shared, out) : store_values<1>(call, shared, t, first_head, heads, out);
   }
-  in_cluster ? ptx::cluster_sync() : __syncthreads();
+  if (!in_cluster) return;
+  ptx::cluster_sync();
 
-  // Each block of a cluster adds up some of the heads, in the order of the blocks.
-  const int share = kHeads / splits;
-  for (int i = threadIdx.x / 32; i < share; i += kThreads / 32) {  // a warp a head
-    const int head = rank * share + i, lane = threadIdx.x % 32;
-    if (first_head + head >= call.heads) break;
-    float top = shared.top[head];
-    for (int r = 0; in_cluster && r < splits; ++r) {
-      top = fmaxf(top, ptx::load_remote(ptx::address_in(ptx::shared_address(&shared.top[head]), r)));
+  // Each block of a cluster adds up some of the heads, in the order of the blocks: a warp a head.
+  const int lane = threadIdx.x % 32;
+  for (int head = rank + splits * (threadIdx.x / 32); head < heads; head += splits * (kThreads / 32)) {
+    float top_here = -INFINITY, total_here = 0.0f;  // of block `lane`
+    if (lane < splits) {
+      top_here = ptx::load_remote(ptx::address_in(ptx::shared_address(&shared.top[head]), lane));
+      total_here = ptx::load_remote(ptx::address_in(ptx::shared_address(&shared.total[head]), lane));
     }
+    float top = top_here;
+#pragma unroll
+    for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, step));
     const float reference = top == -INFINITY ? 0.0f : top;
+    // A part without a maximum has sums of 0, or of NaN.
+    const float weight_here = ptx::exp2_fast((top_here == -INFINITY ? reference : top_here) - reference);
+    const uint32_t part = ptx::shared_address(shared.part + head * kPartPitch + 2 * lane);
     float total = 0.0f;
     float2 sums[8] = {};
+#pragma unroll 4
     for (int r = 0; r < splits; ++r) {
-      const uint32_t top_at = ptx::address_in(ptx::shared_address(&shared.top[head]), r);
-      const uint32_t total_at = ptx::address_in(ptx::shared_address(&shared.total[head]), r);
-      const uint32_t part_at = ptx::address_in(ptx::shared_address(shared.part + head * kPartPitch + 2 * lane), r);
-      const float top_r = ptx::load_remote(top_at);
-      // A part without a maximum has sums of 0, or of NaN.
-      const float weight = ptx::exp2_fast((top_r == -INFINITY ? reference : top_r) - reference);
-      total += weight * ptx::load_remote(total_at);
+      const float weight = __shfl_sync(0xFFFFFFFFu, weight_here, r);
+      total = fmaf(weight, __shfl_sync(0xFFFFFFFFu, total_here, r), total);
+      const uint32_t from = ptx::address_in(part, r);
+      float2 pairs[8];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) pairs[n] = ptx::load_remote_pair(from + 256 * n);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const float2 pair = ptx::load_remote_pair(part_at + 256 * n);
-        sums[n].x += weight * pair.x, sums[n].y += weight * pair.y;
+        sums[n].x = fmaf(weight, pairs[n].x, sums[n].x), sums[n].y = fmaf(weight, pairs[n].y, sums[n].y);
       }
     }
     const float inverse = inverse_of(top, total, __ldg(call.sink + first_head + head));
@@ -702,7 +785,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
       store_pair(call, t, first_head + head, 64 * n + 2 * lane, sums[n].x * inverse, sums[n].y * inverse);
     }
   }
-  if (in_cluster) ptx::cluster_sync();  // others may still read here
+  ptx::cluster_sync();  // others may still read here
 }
 
 }  // namespace dsv4::attend_sm90
