@@ -11,8 +11,12 @@ from typing import Any
 import jax
 
 from .counts import count
-from .kv_cache import KVCache
+from .kv_cache import RAN_STEPS, KVCache
 from .schema import KINDS, CacheSchema, build_schema
+
+
+FIXED_BYTES = 4 * (1 + RAN_STEPS)
+"""Of a cache of any size: the numbers of the steps that ran."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class CacheCost:
     def total_bytes(self, requests: int, max_context_len: int, num_blocks: dict[str, int]) -> int:
         """Bytes of a cache with that many slots and physical blocks, to the byte."""
         blocks = sum(k.block * num_blocks[k.kind] for k in self.kinds if k.block)
-        return requests * self.per_request + self.table_bytes(requests, max_context_len) + blocks
+        return requests * self.per_request + self.table_bytes(requests, max_context_len) + blocks + FIXED_BYTES
 
     def size(self, requests: int, max_context_len: int) -> CacheSize:
         """The cache in which every request can have `max_context_len` tokens at once; ValueError for absurd numbers."""
@@ -90,7 +94,7 @@ class CacheCost:
 
     def largest_concurrency(self, memory: int, max_context_len: int) -> int:
         """Most requests of `max_context_len` tokens that `memory` bytes hold at once; 0 for none."""
-        return memory // self.size(1, max_context_len).total_bytes
+        return max(memory - FIXED_BYTES, 0) // (self.size(1, max_context_len).total_bytes - FIXED_BYTES)
 
     def fill(self, memory: int, requests: int, max_context_len: int) -> CacheSize:
         """The cache with as many blocks as `memory` bytes hold, and no more than all requests can use.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +35,11 @@ Array = jax.Array
 T = TypeVar("T")
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["cache", "plan", "pending"], meta_fields=["layer_idx", "unallocated"]
-)
 @dataclass(frozen=True)
 class LayerCacheHandle:
-    """(cache, plan, static layer index): making one allocates nothing; a write returns a new handle.
+    """(cache, plan, static layer index): making one allocates nothing; a write returns a new handle. A pytree.
+
+    The plan's new blocks are entered in the cache's tables, unless they are already (`KVCache.with_blocks`).
 
     A decode step writes its token, then reads the window. A step that brings several tokens of a slot overwrites ring
     rows which its own first tokens still need: it reads first (`read_swa_view(kv)`) and writes after
@@ -53,6 +52,9 @@ class LayerCacheHandle:
     layer_idx: int
     pending: SWAView | None = None  # the window as of a multi-token write
     unallocated: str | None = None  # why entries cannot be written, known when the host made the plan
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cache", self.cache.with_blocks(self.plan.new_blocks))
 
     @property
     def schema(self) -> CacheSchema:
@@ -419,6 +421,23 @@ class LayerCacheHandle:
 
     def _num_columns(self) -> int:
         return self.max_entries // self.schema.entries_per_block
+
+
+def _flatten(handle: LayerCacheHandle):
+    keys = tuple(map(jax.tree_util.GetAttrKey, ("cache", "plan", "pending")))
+    children = handle.cache, handle.plan, handle.pending
+    return tuple(zip(keys, children, strict=True)), (handle.layer_idx, handle.unallocated)
+
+
+def _unflatten(static: tuple[int, str | None], children: Any) -> LayerCacheHandle:
+    # As it was: children may be anything here, and a cache that is on its way through has its blocks.
+    handle = object.__new__(LayerCacheHandle)
+    fields = ("cache", "plan", "pending", "layer_idx", "unallocated")
+    vars(handle).update(zip(fields, (*children, *static), strict=True))
+    return handle
+
+
+jax.tree_util.register_pytree_with_keys(LayerCacheHandle, _flatten, _unflatten)
 
 
 def _given(part: T | None) -> T:

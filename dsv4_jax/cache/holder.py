@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from .host.prefix import PrefixIndex, PrefixPolicy
 from .host.requests import RequestTable
 from .host.slot import Slot
-from .kv_cache import KVCache
+from .kv_cache import RAN_STEPS, KVCache
 from .paged_cache import PagedKVPool
 from .stacks import LayerViews
 from .state_cache import StateCachePool
@@ -45,7 +46,7 @@ class CacheHolder:
 
     @property
     def cache(self) -> KVCache:
-        """The cache. Assigning a step's result says that the oldest planned step was dispatched."""
+        """The cache. A step's result is assigned to it, and says which planned steps ran."""
         return self._cache
 
     @cache.setter
@@ -54,8 +55,12 @@ class CacheHolder:
         if not isinstance(given, KVCache) or _size(given) != _size(self._cache):
             what = "a cache of another size or form" if isinstance(given, KVCache) else f"a {type(given).__name__}"
             raise ValueError(f"manager.cache got {what}: expected the cache that its step returned")
+        pending = self._requests.pending
+        pending.caches += cache.ran is not self._cache.ran
         self._cache = cache
-        self._requests.pending.dispatched()
+        unseen = pending.caches - pending.looked_at
+        if pending and unseen >= RAN_STEPS // 2:  # in time, before the cache forgets what ran
+            self._look(wait=unseen >= RAN_STEPS - 8)
         self._settle()
 
     @property
@@ -117,13 +122,15 @@ class CacheHolder:
         """
         if kind not in self._ledger.kinds:
             raise ValueError(f"kind {kind!r} has no blocks here: expected one of {sorted(self._ledger.kinds)}")
-        self._settle()
+        self._settle(wait=True)
         reclaimable = self._ledger.num_reclaimable(kind) if self._can_reclaim() else 0
         return self._ledger.num_free(kind) + reclaimable
 
     def length(self, slot: int) -> int:
-        """Tokens planned for `slot` so far."""
+        """Tokens planned for `slot` so far. Those of a plan that was cancelled, or dropped, are none."""
         self._requests.require(slot)
+        if self._requests.is_doubtful(slot):
+            self._look(wait=not self._requests.pending.probably_ran())
         return self._requests.length(slot)
 
     def blocks(self, slot: int) -> dict[str, list[int]]:
@@ -137,6 +144,7 @@ class CacheHolder:
 
     def check(self) -> None:
         """AssertionError unless blocks, tables, lengths and ring rows fit together. Reads the device: for tests."""
+        self._look(wait=True)
         self._settle()
         kept = {}
         if self._prefix is not None:
@@ -152,8 +160,45 @@ class CacheHolder:
     def _is_donated(self) -> bool:
         return any(x.is_deleted() for x in jax.tree.leaves(self._cache))
 
-    def _settle(self) -> None:
-        """Gives back what was released and no planned step can read any more, once the cache is here to be cleared."""
+    def _look(self, *, wait: bool) -> bool:
+        """Asks the cache which planned steps ran -> whether it could say.
+
+        wait: for steps in flight; otherwise a cache that is not computed yet says nothing. Raises RuntimeError for
+        steps that ran and should not have.
+        """
+        requests = self._requests
+        if not requests.pending:
+            return True
+        ran, known = self._cache.ran, len(requests.pending.faults)
+        try:
+            if self._is_donated() or not (wait or ran.is_ready()):
+                return False
+            seen = np.array(ran)
+        except RuntimeError:  # the step that it comes from failed
+            return False
+        requests.looked(seen)
+        if faults := requests.pending.faults[known:]:
+            raise RuntimeError(f"{faults[0]}: what these requests hold may be wrong, release them")
+        return True
+
+    def cancel_step(self, number: int) -> None:
+        """See `StepPlan.cancel`; number: the plan's."""
+        pending = self._requests.pending
+        if pending.find(number) is not None:
+            self._look(wait=True)
+        if pending.has_run(number):
+            raise ValueError("the step of this plan has run: roll back instead")
+        if (step := pending.find(number)) is not None:
+            self._requests.take_back(step)
+            self._settle()
+
+    def _settle(self, *, wait: bool = False) -> None:
+        """Gives back what was released and no planned step can read any more, once the cache is here to be cleared.
+
+        wait: for steps in flight, to know whether they were those.
+        """
+        if self._requests.pending and (wait or self._requests.waiting):
+            self._look(wait=wait)
         if not self._requests.waiting or self._is_donated():
             return
         for released in self._requests.settling():
@@ -166,7 +211,7 @@ class CacheHolder:
 
     def _can_reclaim(self) -> bool:
         """Whether kept blocks can be given out at once: no planned step may read them, and the cache is here."""
-        return self._requests.pending.newest() == 0 and not self._is_donated()
+        return self._look(wait=True) and not self._requests.pending and not self._is_donated()
 
     def _reclaim(self, short: dict[str, int]) -> None:
         """Frees short[kind] blocks that are only kept for prompts to come; nothing where they do not suffice."""
@@ -187,4 +232,10 @@ class CacheHolder:
 def _size(cache: KVCache) -> tuple[Any, ...]:
     """What the shapes of all arrays follow from; asked for in every step, so without looking at each."""
     tables = [table.shape for table in cache.block_table.values()]
-    return cache.schemas, cache.max_requests, tables, [pool.num_blocks for pool in cache.paged.values()]
+    return (
+        cache.ran.shape,
+        cache.schemas,
+        cache.max_requests,
+        tables,
+        [pool.num_blocks for pool in cache.paged.values()],
+    )

@@ -1,5 +1,6 @@
 """The whole cache as one pytree of a few large arrays."""
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,15 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .new_blocks import NewBlocks
 from .paged_cache import PagedKVPool
 from .schema import CacheSchema
 from .state_cache import StateCachePool
 
 Array = jax.Array
 
+RAN_STEPS = 64
+"""Of how many of the newest steps the cache knows that they ran."""
+
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["state", "paged", "block_table"], meta_fields=["schemas", "layers"]
+    jax.tree_util.register_dataclass,
+    data_fields=["state", "paged", "block_table", "ran"],
+    meta_fields=["schemas", "layers"],
 )
 @dataclass(frozen=True)
 class KVCache:
@@ -28,8 +35,10 @@ class KVCache:
     state: dict[str, StateCachePool]  # stacked over the layers of the kind
     paged: dict[str, PagedKVPool]  # "csa", "hca"
     block_table: dict[str, Array]  # "csa", "hca": (R, blocks of a request) int32, -1 where no block is given
+    ran: Array  # (1 + RAN_STEPS,) int32: how many steps ran, then the numbers of the newest, that of step i at i mod 64
     schemas: tuple[CacheSchema, ...]  # one a layer
     layers: tuple[int, ...]  # index of each layer within its kind
+    _entered = ()  # the arrays that `with_blocks` entered last, so that entering them again costs nothing
 
     @classmethod
     def allocate(
@@ -49,11 +58,11 @@ class KVCache:
 
     def with_state(self, kind: str, **arrays) -> "KVCache":
         """This cache with other arrays in the state of one kind."""
-        return replace(self, state={**self.state, kind: self.state[kind].replace(**arrays)})
+        return self._with(state={**self.state, kind: self.state[kind].replace(**arrays)})
 
     def with_paged(self, kind: str, **arrays) -> "KVCache":
         """This cache with other arrays in the pool of one kind."""
-        return replace(self, paged={**self.paged, kind: self.paged[kind].replace(**arrays)})
+        return self._with(paged={**self.paged, kind: self.paged[kind].replace(**arrays)})
 
     def replace_state(
         self, state: dict[str, StateCachePool], paged: dict[str, PagedKVPool], block_table: dict[str, Array]
@@ -68,14 +77,38 @@ class KVCache:
     def with_blocks(self, new_blocks: Mapping[str, Array | np.ndarray]) -> "KVCache":
         """This cache with blocks entered in its tables: by kind (n, 3) int32 rows (slot, column, block).
 
-        A row with a slot or column out of range is padding and changes nothing; block -1 takes an entry out.
+        A row with a slot or column out of range is padding and changes nothing; block -1 takes an entry out. With the
+        blocks of a plan the cache takes its number, too. A handle does this for the plan that it is given; doing it
+        more than once changes nothing.
         """
+        numbered = isinstance(new_blocks, NewBlocks)
+        arrays = (new_blocks.rows,) if numbered else tuple(new_blocks.values())
+        if not arrays or (len(arrays) == len(self._entered) and all(map(operator.is_, arrays, self._entered))):
+            return self
         table = dict(self.block_table)
         for kind, rows in new_blocks.items():
             slot, column, block = rows[:, 0], rows[:, 1], rows[:, 2]
             slot = jnp.where((slot >= 0) & (column >= 0), slot, table[kind].shape[0])
             table[kind] = table[kind].at[slot, column].set(block, mode="drop")
-        return self.replace_tables(table)
+        ran = _with_number(self.ran, new_blocks.number) if isinstance(new_blocks, NewBlocks) else self.ran
+        entered = replace(self, block_table=table, ran=ran)
+        object.__setattr__(entered, "_entered", arrays)
+        return entered
+
+    def _with(self, **arrays) -> "KVCache":
+        """This cache with other arrays in place of those that hold no blocks' places."""
+        other = replace(self, **arrays)
+        object.__setattr__(other, "_entered", self._entered)
+        return other
+
+
+def _with_number(ran: Array, number: Array | np.ndarray) -> Array:
+    """`KVCache.ran` with one step more, unless it is the newest already or has no number."""
+    cell = jnp.arange(ran.shape[0], dtype=jnp.int32)
+    newest = ran[1 + (ran[0] - 1) % RAN_STEPS]
+    new = (number > 0) & (newest != number)
+    ran_with = jnp.where(cell == 1 + ran[0] % RAN_STEPS, number, ran + jnp.where(cell == 0, 1, 0))
+    return jnp.where(new, ran_with, ran)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -100,6 +133,7 @@ def _allocate(
         state={k: StateCachePool(s, max_requests, count[k]) for k, s in first.items()},
         paged=paged,
         block_table={k: jnp.full((max_requests, columns[k]), -1, jnp.int32) for k in paged},
+        ran=jnp.zeros(1 + RAN_STEPS, jnp.int32),
         schemas=schemas,
         layers=tuple(layers),
     )

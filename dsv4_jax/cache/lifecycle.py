@@ -24,7 +24,7 @@ class RequestLifecycle(CacheHolder):
 
     def admit_request(self) -> Slot:
         """The lowest free slot. Raises RuntimeError when all are taken."""
-        self._settle()
+        self._settle(wait=not self._requests.free_slots)
         return self._requests.open()
 
     def admit_prompt(self, token_ids: Any, *, salt: bytes = b"") -> AdmittedPrompt:
@@ -39,7 +39,7 @@ class RequestLifecycle(CacheHolder):
             raise ValueError(
                 f"the prompt has {len(ids)} tokens: expected 1 to {self._requests.max_context_len} (max_context_len)"
             )
-        self._settle()
+        self._settle(wait=not self._requests.free_slots)
         if self._prefix is None:
             return AdmittedPrompt(self._requests.open(), 0, 0, 0)
         keys = self._prefix.keys(ids[:-1], salt)  # a token is left to be fed
@@ -107,7 +107,7 @@ class RequestLifecycle(CacheHolder):
         more. Without a prefix policy, and under another salt than the request's blocks are kept already, nothing is.
         Raises ValueError for a slot without a request or with a planned step not dispatched.
         """
-        self._requests.require_written(slot)
+        self._require_written(slot)
         if self._prefix is None:
             return 0
         cache = self._live_cache()
@@ -147,7 +147,7 @@ class RequestLifecycle(CacheHolder):
         self._requests.require(slot)
         if not is_integer(n):
             raise ValueError(f"the number of tokens is {n!r}: expected an integer, 0 or more")
-        length = self._requests.length(slot)
+        length = self.length(slot)
         most = max(length - self._requests.settled(slot), 0)
         if not 0 <= n <= most:
             raise ValueError(
@@ -164,9 +164,9 @@ class RequestLifecycle(CacheHolder):
         Raises ValueError for a slot without a request or with a planned step not dispatched, RuntimeError when no slot
         or too few blocks are free; then nothing changed.
         """
-        self._requests.require_written(slot)
+        self._require_written(slot)
         self._live_cache()
-        self._settle()
+        self._settle(wait=bool(self._requests.waiting))
         settled = self._requests.settled(slot) // self.block_size
         shared = {kind: min(settled, len(ids)) for kind, ids in self._ledger.blocks(slot).items()}
         target, copies = self._requests.fork(slot, shared)
@@ -184,7 +184,7 @@ class RequestLifecycle(CacheHolder):
         ValueError for a slot without a request or with a planned step not dispatched, or for more rollback than the
         request has.
         """
-        self._requests.require_written(slot)
+        self._require_written(slot)
         rollback = count("rollback", rollback)
         length = self._requests.length(slot)
         most = length - self._requests.settled(slot)
@@ -202,7 +202,7 @@ class RequestLifecycle(CacheHolder):
         slot or too few blocks are free; then nothing changed.
         """
         self._live_cache()
-        self._settle()
+        self._settle(wait=bool(self._requests.waiting))
         require_fit(snapshot, self._cache, self.fingerprint, self.max_context_len)
         settled = snapshot.length - min(snapshot.rollback, self.max_rollback)
         slot = self._requests.open(snapshot.length, settled)
@@ -224,6 +224,13 @@ class RequestLifecycle(CacheHolder):
                 self._settle()
             raise
 
+    def _require_written(self, slot: int) -> None:
+        """See `RequestTable.require_written`; asks the cache first, where that matters."""
+        self._requests.require(slot)
+        if self._requests.pending.involves(slot):
+            self._look(wait=True)
+        self._requests.require_written(slot)
+
     def check_restorable(self, snapshot: Snapshot) -> None:
         """ValueError, with the reason, for a snapshot that `restore` would refuse whatever is free."""
         require_fit(snapshot, self._cache, self.fingerprint, self.max_context_len)
@@ -239,8 +246,7 @@ class RequestLifecycle(CacheHolder):
 
         A loop that wrote more than it keeps counts all of them, then rolls the rest back.
         """
-        self._requests.require(slot)
-        length = self._requests.length(slot)
+        length = self.length(slot)
         end = length + count("the number of tokens", n)
         if end > self.max_context_len:
             raise ValueError(

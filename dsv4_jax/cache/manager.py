@@ -16,6 +16,7 @@ from .host.prefix import PrefixIndex, PrefixPolicy, recomputation_reach
 from .host.requests import RequestTable
 from .kv_cache import KVCache
 from .lifecycle import RequestLifecycle
+from .new_blocks import forget, is_held, made_by
 from .plan import StepPlan, group_tokens
 from .schema import build_schema, compute_block_budget
 from .transfer.slots import enter_cells
@@ -95,6 +96,8 @@ class KVCacheManager(RequestLifecycle):
             max_context_len=max_context_len,
             max_rollback=max_rollback,
             block_size=config.block_size,
+            is_held=is_held,
+            forget=forget,
         )
         identity = model_fingerprint(config, fingerprint)
         index = None
@@ -207,20 +210,31 @@ class KVCacheManager(RequestLifecycle):
         Raises ValueError for slots without a request or bad positions, RuntimeError (OOM) when the blocks do not
         suffice; then nothing changed.
 
-        The step is outstanding until its result is assigned to `cache`, or the plan is dropped: blocks and slots given
-        up until then are not given to others, and the requests in it cannot be copied.
+        The step is outstanding until it ran, as the cache that comes back says, or until the plan is cancelled or it and
+        all its copies are gone; then, if it did not run, the requests are as they were before. Blocks and slots given
+        up meanwhile are not given to others, and the requests in it cannot be copied. Steps of one request run in the
+        order of their plans, those of different requests in any.
         """
         self._settle()
-        return planning.plan_step(
-            self._requests,
-            request_slots,
-            positions,
-            lookahead=lookahead,
-            limits=limits,
-            num_segments=num_segments,
-            width=width,
-            max_blocks=max_blocks,
-        )
+        options: dict[str, Any] = {
+            "lookahead": lookahead, "limits": limits, "num_segments": num_segments, "width": width,
+            "max_blocks": max_blocks,
+        }  # fmt: skip
+        try:
+            step = planning.prepare_step(self._requests, request_slots, positions, **options)
+        except ValueError:
+            if not self._requests.pending or not self._look(wait=True):
+                raise
+            step = planning.prepare_step(self._requests, request_slots, positions, **options)  # what is known now
+        try:
+            plan = step.commit()
+        except RuntimeError:
+            if not self._requests.waiting:
+                raise
+            self._settle(wait=True)
+            plan = step.commit()
+        made_by(plan.new_blocks, self)
+        return plan
 
     def acquire(self, layer_idx: int, request_slots: Any, positions: Any, request_ids: Any = None) -> LayerCacheHandle:
         """A handle on one layer for T tokens; allocates neither device memory nor blocks (`allocate_block` does).

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..ops.segments import Segments, one_token_segments
+from .new_blocks import cancel
 
 Array = jax.Array
 
@@ -24,7 +25,8 @@ class StepPlan:
     """What the host tells a step: O(tokens) numbers, whatever the context. A pytree.
 
     slots, positions: (T,) int32, token-major, slot -1 for padding. `grouped` is None when every slot brings one token.
-    `new_blocks` by kind: (n, 3) int32 rows (slot, column, block), entered in the tables before anything else.
+    `new_blocks` by kind: (n, 3) int32 rows (slot, column, block), entered in the tables before anything else; with
+    them goes the plan's number, by which the cache says that the step ran.
     `max_blocks` (static) bounds how many blocks of a request readers look at; None is all the table has.
     `kept_blocks` (R,) int32: so many first blocks of each slot's request the step reads and does not write, because the
     tokens there are fed again only for ring and tails; None where there are none.
@@ -41,6 +43,14 @@ class StepPlan:
     def one_token_per_slot(self) -> bool:
         """Whether this is a plain decode step, in which no slot brings two tokens."""
         return self.grouped is None
+
+    def cancel(self) -> None:
+        """Says that the step will not run: the requests are as they were before the plan. Twice is as good as once.
+
+        Dropping the plan and all copies of it says the same. Raises ValueError, and changes nothing, when the step ran
+        (then roll back instead) or a later plan goes on from its tokens (then cancel that one first).
+        """
+        cancel(self.new_blocks)
 
     @property
     def segments(self) -> Segments:

@@ -15,6 +15,7 @@ import numpy as np
 from ..cache.counts import count
 from ..cache.host.prefix import check_salt
 from ..cache.manager import KVCacheManager
+from ..cache.new_blocks import NewBlocks
 from ..cache.plan import StepPlan
 from ..model.step_inputs import check_cache
 from ..model.transformer import DSV4Model
@@ -322,7 +323,7 @@ class DecodeLoop:
         _compiled.add(known)
         loop, draws = slot_arrays([], num_slots, self._wanted.hook)
         rows = num_slots * (-(-self.decode_chunk // size) + 1)  # as in a plan
-        new_blocks = {kind: np.zeros((rows, 3), np.int32) for kind in cache.block_table}
+        new_blocks = NewBlocks.none(tuple(cache.block_table), rows)
         lower = partial(decode_steps.lower, steps=self.decode_chunk, max_blocks=max_blocks, wanted=self._wanted)
 
         def compile_it() -> None:
@@ -440,9 +441,7 @@ class DecodeLoop:
         if call.results:
             self._book(call)
         elif call.plan is not None:
-            cancel = getattr(call.plan, "cancel", None)
-            if cancel is not None:
-                cancel()
+            call.plan.cancel()
             call.plan = None
         there = {identity(slot): slot for slot in self.manager.active_slots}
         for s in list(self._schedule.running):

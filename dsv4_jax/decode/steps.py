@@ -5,6 +5,7 @@ tuple or a dataclass, jit runs Python code once the donated cache is gone: a Ctr
 the results with it.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -140,7 +141,7 @@ def decode_steps(
     weights: list[Array],
     cache: KVCache,
     loop: LoopState,
-    new_blocks: dict[str, Array],
+    new_blocks: Mapping[str, Array],
     draws: Draws,
     *,
     steps: int,

@@ -1,5 +1,7 @@
 """Steps without tokens and pools without blocks: nothing is written, everything can be read."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,5 +49,5 @@ def test_nothing_is_written(make, weights, same, tokens, blocks):
     plan = manager.plan_step([-1] * tokens, [0] * tokens, num_segments=2, width=3)
     x = jnp.full((tokens, 1024), jnp.nan)
     views, cache = jax.jit(lambda *a: step(weights, *a))(manager.cache, plan, x)
-    assert same(cache, manager.cache)
+    assert same(cache, replace(manager.cache, ran=cache.ran))  # that the step ran is all there is to see
     assert not any(np.asarray(view.valid).any() for view in views)

@@ -32,7 +32,7 @@ def test_views_by_layer(make, config):
     assert manager.state_pools[HCA].tail_ka.shape == (2, 127, 512)
     pools = sum(p.memory_bytes() for p in [*manager.paged_pools, *manager.state_pools] if p)
     tables = sum(t.nbytes for t in manager.cache.block_table.values())
-    assert manager.memory_bytes() == pools + tables
+    assert manager.memory_bytes() == pools + tables + manager.cache.ran.nbytes
     assert [s.schema.kind for s in manager.state_pools[:3]] == ["swa", "csa", "hca"]
     with pytest.raises(IndexError, match="layer 5"):
         manager.paged_pools[5]
@@ -62,9 +62,10 @@ def test_release_gives_everything_back(make):
     manager = make()
     before = book(manager)
     slot = manager.admit_request()
-    manager.plan_step([slot] * 200, np.arange(200))
+    plan = manager.plan_step([slot] * 200, np.arange(200))
     assert manager.length(slot) == 200
     assert {k: len(v) for k, v in manager.blocks(slot).items()} == {"csa": 2, "hca": 1}
+    del plan
     manager.release_request(slot)
     assert book(manager) == before
     with pytest.raises(ValueError, match="slot 0 holds no request"):
@@ -92,7 +93,7 @@ def test_allocate_block(make):
 def test_exhausted_pool_changes_nothing(make):
     manager = make(num_blocks_per_csa_layer=3, num_blocks_per_hca_layer=1)
     a, b = manager.admit_request(), manager.admit_request()
-    manager.plan_step([a] * 200, np.arange(200))
+    plan = manager.plan_step([a] * 200, np.arange(200))
     before = book(manager)
     with pytest.raises(RuntimeError, match=r"OOM: 2 more CSA blocks are needed, 1 are free"):
         manager.plan_step([b] * 200, np.arange(200))
@@ -104,6 +105,7 @@ def test_exhausted_pool_changes_nothing(make):
     manager.allocate_block(CSA, b)
     with pytest.raises(RuntimeError, match="OOM: 1 more CSA blocks are needed, 0 are free"):
         manager.allocate_block(CSA, b)
+    plan.cancel()
 
 
 def test_what_is_no_integer_changes_nothing(make):
@@ -201,10 +203,13 @@ def test_lookahead_gives_out_what_a_loop_will_need(make):
     assert manager.length(slot) == 1
     with pytest.raises(ValueError, match=r"limits is int64\(2,\): expected integers \(1,\), one for each token"):
         manager.plan_step([slot], [1], lookahead=300, limits=np.array([128, 128]))
-    manager.plan_step([slot], [1], lookahead=300, limits=[128])
+    second = manager.plan_step([slot], [1], lookahead=300, limits=[128])
     assert {k: len(v) for k, v in manager.blocks(slot).items()} == {"csa": 1, "hca": 1}
-    manager.plan_step([slot], [2], lookahead=200, limits=[300])
+    third = manager.plan_step([slot], [2], lookahead=200, limits=[300])
     assert {k: len(v) for k, v in manager.blocks(slot).items()} == {"csa": 2, "hca": 1}
+    third.cancel()
+    second.cancel()
+    assert (manager.length(slot), {k: len(v) for k, v in manager.blocks(slot).items()}) == (1, {"csa": 1, "hca": 1})
 
 
 def test_acquire_allocates_nothing(make):

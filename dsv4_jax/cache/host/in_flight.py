@@ -1,17 +1,20 @@
-"""Steps that were planned and not dispatched, and what they keep from being given to others.
+"""Steps that were planned, what became of them, and what they keep from being given to others.
 
 A step in flight needs no care: every step takes the cache that the step before it returned, and XLA runs what data ties
 together in that order, so whatever is dispatched later writes later. But between `plan_step` and the dispatch nothing
 orders the step after what the host does meanwhile (a restored request is written at once, a freed block filled with
-NaN). So what is released in between is given out again only once the plan cannot come any more: its step's result is in
-`manager.cache`, or the plan object is gone.
+NaN). So what is released in between is given out again only once the plan cannot come any more: the cache that came
+back says that its step ran, it was taken back, or no array with its number exists any more.
 """
 
-import weakref
-from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from ..plan import StepPlan
+import numpy as np
+
+MEMORY = 256
+"""Of how many plans it is remembered that they ran, or were taken back: more than the cache knows of."""
 
 
 @dataclass
@@ -21,42 +24,155 @@ class Released:
     cells: dict[str, list[tuple[int, int]]]  # (slot, column) of the block tables, by kind
     blocks: dict[str, list[int]]  # blocks nobody owns any more, by kind
     slots: list[int] = field(default_factory=list)
-    after: int = 0  # number of the newest plan outstanding at that time
+    after: int = 0  # how many plans had been made by then
+
+
+class Part(NamedTuple):
+    """What one request brings to a step, and what the books said of it before."""
+
+    generation: int  # which of the slot's requests
+    start: int
+    end: int
+    settled: int
+
+
+@dataclass(eq=False)
+class PlannedStep:
+    """A plan whose fate is not known, or was lately."""
+
+    number: int
+    index: int  # plans that had been made before it
+    parts: dict[int, Part]  # by slot
+    given: dict[str, dict[int, int]]  # by kind and slot, the first column of the blocks given out for it
+    caches: int  # caches that had come back before it was made
+
+    def on_top(self, other: "PlannedStep") -> bool:
+        """Whether this step goes on where tokens of the other one are."""
+        return any(
+            slot in other.parts
+            and part.generation == other.parts[slot].generation
+            and other.parts[slot].start < part.start <= other.parts[slot].end
+            for slot, part in self.parts.items()
+        )
+
+    def meets(self, other: "PlannedStep") -> list[int]:
+        """Slots of requests that both bring tokens of."""
+        return [
+            s for s, part in self.parts.items() if s in other.parts and part.generation == other.parts[s].generation
+        ]
 
 
 class PendingSteps:
-    """The outstanding plans, oldest first, numbered from 1."""
+    """The plans whose fate is not known, oldest first."""
 
-    def __init__(self) -> None:
-        self._plans: deque[tuple[int, weakref.ref[StepPlan], frozenset[int]]] = deque()
-        self._count = 0
+    def __init__(self, is_held: Callable[[int], bool], forget: Callable[[int], None]) -> None:
+        """is_held: whether an array with a plan's number exists. forget: it is not to be asked for any more."""
+        self._is_held, self._forget = is_held, forget
+        self._steps: dict[int, PlannedStep] = {}  # by number
+        self._ran: dict[int, PlannedStep] = {}  # the newest that did, the last one last
+        self._taken_back: dict[int, PlannedStep] = {}
+        self._runs = np.int32(0)  # of the cache, when it was last looked at
+        self.count = 0  # plans made
+        self.caches = 0  # caches that came back
+        self.looked_at = 0  # of them, when one was last looked at
+        self.faults: list[str] = []  # what steps did that they should not have
 
-    def add(self, plan: StepPlan, slots: frozenset[int]) -> None:
-        """A plan was made that reads or writes `slots`."""
-        self._count += 1
-        self._plans.append((self._count, weakref.ref(plan), slots))
+    def __bool__(self) -> bool:
+        return bool(self._steps)
 
-    def dispatched(self) -> None:
-        """The oldest outstanding plan's step was dispatched and its result is the cache."""
-        self._drop_dead()
-        if self._plans:
-            self._plans.popleft()
+    def __len__(self) -> int:
+        return len(self._steps)
 
-    def newest(self) -> int:
-        """Number of the newest outstanding plan; 0 when there is none."""
-        self._drop_dead()
-        return self._plans[-1][0] if self._plans else 0
+    def add(self, number: int, parts: dict[int, Part], given: dict[str, dict[int, int]]) -> None:
+        """A plan was made."""
+        self._steps[number] = PlannedStep(number, self.count, parts, given, self.caches)
+        self.count += 1
+
+    def find(self, number: int) -> PlannedStep | None:
+        """The plan of this number, if its fate is not known."""
+        return self._steps.get(number)
+
+    def has_run(self, number: int) -> bool:
+        """Whether the step is known to have run."""
+        return number in self._ran
 
     def oldest(self) -> int:
-        """Number of the oldest outstanding plan; when there is none, more than any plan's so far."""
-        self._drop_dead()
-        return self._plans[0][0] if self._plans else self._count + 1
+        """The index of the oldest plan that may still be dispatched; when there is none, how many were made."""
+        return next((s.index for s in self._steps.values() if self._is_held(s.number)), self.count)
 
     def involves(self, slot: int) -> bool:
-        """Whether an outstanding plan brings tokens of `slot`."""
-        self._drop_dead()
-        return any(slot in slots for _, _, slots in self._plans)
+        """Whether a plan whose fate is not known brings tokens of a request of this slot."""
+        return any(slot in s.parts for s in self._steps.values())
 
-    def _drop_dead(self) -> None:
-        """A plan that no longer exists can no longer be dispatched."""
-        self._plans = deque(p for p in self._plans if p[1]() is not None)
+    def is_doubtful(self, slot: int, generation: int) -> bool:
+        """Whether the last plan of this request is gone, and was dispatched or dropped."""
+        for step in reversed(self._steps.values()):
+            if slot in step.parts and step.parts[slot].generation == generation:
+                return not self._is_held(step.number)
+        return False
+
+    def probably_ran(self) -> bool:
+        """Whether as many caches came back as plans are gone since the first of them was made."""
+        gone = [s for s in self._steps.values() if not self._is_held(s.number)]
+        return not gone or self.caches - gone[0].caches >= len(gone)
+
+    def later(self, step: PlannedStep) -> list[PlannedStep]:
+        """The plans made after this one that brought tokens of the same requests and were not taken back."""
+        known = (*self._steps.values(), *self._ran.values())
+        return [other for other in known if other.index > step.index and other.meets(step)]
+
+    def looked(self, ran: np.ndarray) -> None:
+        """The cache says which steps ran: how many so far, then the numbers of the newest, that of step i at i mod n."""
+        new, size = (int(ran[0]) - int(self._runs)) % (1 << 32), len(ran) - 1
+        if new >> 31:
+            self.faults.append("the cache that came back is older than the one before")
+            new = 0
+        numbers = [int(ran[1 + (int(ran[0]) - i) % size]) for i in range(min(new, size), 0, -1)]
+        if new > size:  # too many to know each: what cannot come any more has run, for all that is known
+            numbers = [n for n, s in self._steps.items() if n not in numbers and not self._is_held(n)] + numbers
+        for number in numbers:
+            self._came(number)
+        self._runs, self.looked_at = ran[0], self.caches
+        while len(self._ran) > MEMORY:
+            del self._ran[next(iter(self._ran))]
+
+    def _came(self, number: int) -> None:
+        """The step of this number ran."""
+        if (step := self._taken_back.pop(number, None)) is not None:
+            self._fault(step.parts, "was taken back, and its step ran")
+        step = self._steps.get(number) or self._ran.get(number)
+        if step is None:
+            return
+        for other in self._steps.values():
+            if other.index < step.index and step.on_top(other):
+                self._fault(step.meets(other), "ran before the step whose tokens it goes on from")
+        for other in self._ran.values():
+            if other.index > step.index and other.meets(step):
+                self._fault(step.meets(other), "ran after a step that was planned later")
+        self._ran.pop(number, None)
+        self._ran[number] = step
+        self.drop(step)
+
+    def _fault(self, slots: Iterable[int], what: str) -> None:
+        self.faults.append(f"a plan with tokens of slots {sorted(map(int, slots))} {what}")
+
+    def gone(self) -> list[PlannedStep]:
+        """The plans that no array holds any more, the newest first."""
+        return [s for s in reversed(self._steps.values()) if not self._is_held(s.number)]
+
+    def take_back(self, step: PlannedStep) -> None:
+        """The step will not run."""
+        self._taken_back[step.number] = step
+        while len(self._taken_back) > MEMORY:
+            del self._taken_back[next(iter(self._taken_back))]
+        self.drop(step)
+
+    def drop(self, step: PlannedStep) -> None:
+        """The fate of a plan is known."""
+        self._steps.pop(step.number, None)
+        self._forget(step.number)
+
+    def forget_all(self) -> None:
+        """Nobody asks for these plans any more."""
+        for number in self._steps:
+            self._forget(number)

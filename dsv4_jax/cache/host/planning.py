@@ -1,18 +1,42 @@
 """Turning slots and positions into a step plan, with every check that can be made before the step."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..counts import count
+from ..new_blocks import NewBlocks
 from ..plan import StepPlan, group_tokens
-from .blocks import rows_array
 from .requests import RequestTable
 from .slot import Slot
 
 
-def plan_step(
+@dataclass(frozen=True)
+class PreparedStep:
+    """A step that passed every check but that for free blocks; nothing has changed yet."""
+
+    requests: RequestTable
+    slots: np.ndarray
+    positions: np.ndarray
+    grouped: Any  # Segments, or None
+    ends: dict[int, int]  # length of each request after the step
+    need: dict[str, dict[int, int]]  # by kind, the blocks that each slot lacks
+    new_rows: int  # rows of `new_blocks`, the same for every step of one shape
+    max_blocks: int | None
+
+    def commit(self) -> StepPlan:
+        """Gives out the blocks, all or none, and makes the plan; RuntimeError (OOM) when they do not suffice."""
+        new = self.requests.ledger.extend(self.need)
+        blocks = NewBlocks.of(new, self.new_rows)
+        plan = StepPlan(self.slots, self.positions, self.grouped, blocks, self.max_blocks, self.requests.kept_blocks())
+        starts = {slot: self.requests.length(slot) for slot in self.ends}
+        self.requests.planned(int(blocks.number), starts, self.ends, new)
+        return plan
+
+
+def prepare_step(
     requests: RequestTable,
     request_slots: Any,
     positions: Any,
@@ -22,8 +46,8 @@ def plan_step(
     num_segments: int | None = None,
     width: int | None = None,
     max_blocks: int | None = None,
-) -> StepPlan:
-    """See `KVCacheManager.plan_step`."""
+) -> PreparedStep:
+    """The checks of `KVCacheManager.plan_step`, and what it will take; raises its ValueErrors."""
     lookahead = min(count("lookahead", lookahead), requests.max_context_len)
     for name, size, least in (("num_segments", num_segments, 0), ("width", width, 1), ("max_blocks", max_blocks, 0)):
         if size is not None:
@@ -38,16 +62,11 @@ def plan_step(
         if max_blocks is not None and needed > max_blocks:
             raise ValueError(f"max_blocks is {max_blocks}: slot {slot} needs {needed} blocks that readers look at")
     ledger = requests.ledger
-    new = ledger.extend(
-        {kind: {slot: requests.missing(kind, slot, end) for slot, end in reach.items()} for kind in ledger.kinds}
-    )
+    need = {kind: {slot: requests.missing(kind, slot, end) for slot, end in reach.items()} for kind in ledger.kinds}
     # A fixed number of rows for a step's shape, so that steps of one shape compile once.
     segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
     size = segments * (-(-(lookahead + most) // requests.block_size) + 1)
-    rows = {kind: rows_array(new[kind], size, 3) for kind in new}
-    plan = StepPlan(slots, positions, grouped, rows, max_blocks, requests.kept_blocks())
-    requests.planned(plan, ends)
-    return plan
+    return PreparedStep(requests, slots, positions, grouped, ends, need, size, max_blocks)
 
 
 def _reach(slots: np.ndarray, ends: dict[int, int], lookahead: int, limits: Any) -> dict[int, int]:
@@ -66,7 +85,11 @@ def _check_starts(requests: RequestTable, slots: np.ndarray, positions: np.ndarr
     for slot in np.unique(slots[slots >= 0]).tolist():
         start, length = int(positions[slots == slot].min()), requests.length(slot)
         if start != length:
-            what_to_do = "roll back first" if start < length else "tell what a loop wrote beyond its plan with advance"
+            what_to_do = (
+                "roll back first, or cancel a plan that will not run"
+                if start < length
+                else "tell what a loop wrote beyond its plan with advance"
+            )
             raise ValueError(
                 f"slot {slot} brings position {start} and has {length} tokens: expected positions from {length} on; "
                 f"{what_to_do}"

@@ -1,14 +1,14 @@
 """The running requests as the host knows them: their slots, lengths and blocks."""
 
 import heapq
+from collections.abc import Callable
 
 import numpy as np
 
 from ..counts import is_integer
-from ..plan import StepPlan
 from ..schema import CacheSchema
 from .blocks import BlockLedger
-from .in_flight import PendingSteps, Released
+from .in_flight import Part, PendingSteps, PlannedStep, Released
 from .slot import Slot
 
 
@@ -28,15 +28,19 @@ class RequestTable:
         max_context_len: int,
         max_rollback: int,
         block_size: int,
+        is_held: Callable[[int], bool],
+        forget: Callable[[int], None],
     ):
         """num_blocks, schema_of: physical blocks and geometry of the kinds of layers that have blocks.
 
-        max_context_len: tokens of one request at most. block_size: tokens that a block covers.
+        max_context_len: tokens of one request at most. block_size: tokens that a block covers. is_held, forget: see
+        `PendingSteps`.
         """
         self.num_slots, self.schema_of = num_slots, schema_of
         self.max_context_len, self.max_rollback, self.block_size = max_context_len, max_rollback, block_size
         self.ledger = BlockLedger(num_blocks)
-        self.pending = PendingSteps()
+        self._holders = is_held, forget
+        self.pending = PendingSteps(is_held, forget)
         self.plans_kept_blocks = False  # whether plans say which blocks a step does not write
         self.free_slots = list(range(num_slots))
         self._lengths: dict[int, int] = {}
@@ -55,8 +59,11 @@ class RequestTable:
             max_context_len=self.max_context_len,
             max_rollback=self.max_rollback,
             block_size=self.block_size,
+            is_held=self._holders[0],
+            forget=self._holders[1],
         )
         fresh.plans_kept_blocks = self.plans_kept_blocks
+        self.pending.forget_all()
         fresh._generations = [generation + 1 for generation in self._generations]
         return fresh
 
@@ -89,7 +96,7 @@ class RequestTable:
         if self.pending.involves(slot):
             raise ValueError(
                 f"slot {slot} has a planned step that was not dispatched: assign the step's result to manager.cache "
-                "first"
+                "first, or cancel the plan"
             )
         if self._lengths[slot] < self._complete_from[slot]:
             raise ValueError(
@@ -194,21 +201,64 @@ class RequestTable:
 
     # Steps that were planned, and what waits for them.
 
-    def planned(self, plan: StepPlan, ends: dict[int, int]) -> None:
-        """A plan was made, after which the slots have these lengths."""
-        self.pending.add(plan, frozenset(ends))
+    def planned(self, number: int, starts: dict[int, int], ends: dict[int, int], new: dict[str, list]) -> None:
+        """A plan was made, which brings tokens of positions [start, end) by slot; new: rows of the blocks given out."""
+        parts = {s: Part(self._generations[s], starts[s], end, self._settled[s]) for s, end in ends.items()}
+        given: dict[str, dict[int, int]] = {kind: {} for kind in new}
+        for kind, rows in new.items():
+            for slot, column, _ in rows:
+                given[kind].setdefault(slot, column)
+        self.pending.add(number, parts, given)
         for slot, end in ends.items():
             self.grow(slot, end)
 
+    def is_doubtful(self, slot: int) -> bool:
+        """Whether the last plan of this request is gone, and it is not known whether its step ran."""
+        return bool(self.pending) and self.pending.is_doubtful(slot, self._generations[slot])
+
+    def take_back(self, step: PlannedStep) -> None:
+        """A planned step will not run: its requests are as they were before it.
+
+        ValueError where a later plan goes on from its tokens. A request that went back before it and was planned anew
+        stays as it is.
+        """
+        later = self.pending.later(step)
+        if any(other.on_top(step) for other in later):
+            raise ValueError(
+                f"the plan brings tokens of slots {sorted(step.parts)} and a later plan goes on from them: cancel that "
+                "one first"
+            )
+        elsewhere = {slot for other in later for slot in other.meets(step)}
+        for slot, part in step.parts.items():
+            if slot in elsewhere or slot not in self.ledger or self._generations[slot] != part.generation:
+                continue
+            self._lengths[slot] = min(self._lengths[slot], part.start)
+            self._settled[slot] = part.settled
+            owned = self.ledger.blocks(slot)
+            keep = {kind: min(len(ids), step.given[kind].get(slot, len(ids))) for kind, ids in owned.items()}
+            if any(keep[kind] < len(ids) for kind, ids in owned.items()):
+                self.give_up(self.ledger.truncate(slot, keep))
+        self.pending.take_back(step)
+
+    def looked(self, ran: np.ndarray) -> None:
+        """The cache, which is here, says which steps ran (`PendingSteps.looked`); of the others those are taken back
+        that no array holds any more."""
+        self.pending.looked(ran)
+        for step in self.pending.gone():
+            try:
+                self.take_back(step)
+            except ValueError:  # somebody counts on its tokens, and will be told
+                continue
+
     def give_up(self, released: Released) -> None:
-        """What was released is free when no plan made until now is outstanding."""
-        released.after = self.pending.newest()
+        """What was released is free when no plan made until now may be dispatched any more."""
+        released.after = self.pending.count
         self._released.append(released)
 
     def settling(self) -> list[Released]:
         """What no outstanding plan can read any more; its places in the tables are to be entered, then it is free."""
         oldest = self.pending.oldest()
-        return [released for released in self._released if released.after < oldest]
+        return [released for released in self._released if released.after <= oldest]
 
     def free(self, released: Released) -> None:
         """Makes free what `settling` named."""
@@ -225,6 +275,7 @@ class RequestTable:
     def check(self, kept: dict[str, list[int]]) -> None:
         """AssertionError unless slots, lengths and blocks fit together; kept: blocks by kind that `keep` got."""
         self.ledger.check(kept)
+        assert not self.pending.faults, self.pending.faults[0]
         waiting = [slot for released in self._released for slot in released.slots]
         assert sorted([*self.free_slots, *waiting, *self.ledger.slots]) == list(range(self.num_slots)), "slots"
         assert set(self._lengths) == set(self._settled) == set(self.ledger.slots), "lengths"
