@@ -14,7 +14,6 @@ from .counts import count
 from .kv_cache import RAN_STEPS, KVCache
 from .schema import KINDS, CacheSchema, build_schema
 
-
 FIXED_BYTES = 4 * (1 + RAN_STEPS)
 """Of a cache of any size: the numbers of the steps that ran."""
 

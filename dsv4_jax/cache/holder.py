@@ -169,7 +169,8 @@ class CacheHolder:
         requests = self._requests
         if not requests.pending:
             return True
-        ran, known = self._cache.ran, len(requests.pending.faults)
+        ran: Any = self._cache.ran
+        known = len(requests.pending.faults)
         try:
             if self._is_donated() or not (wait or ran.is_ready()):
                 return False

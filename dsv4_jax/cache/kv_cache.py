@@ -81,8 +81,7 @@ class KVCache:
         blocks of a plan the cache takes its number, too. A handle does this for the plan that it is given; doing it
         more than once changes nothing.
         """
-        numbered = isinstance(new_blocks, NewBlocks)
-        arrays = (new_blocks.rows,) if numbered else tuple(new_blocks.values())
+        arrays = (new_blocks.rows,) if isinstance(new_blocks, NewBlocks) else tuple(new_blocks.values())
         if not arrays or (len(arrays) == len(self._entered) and all(map(operator.is_, arrays, self._entered))):
             return self
         table = dict(self.block_table)

@@ -210,10 +210,10 @@ class KVCacheManager(RequestLifecycle):
         Raises ValueError for slots without a request or bad positions, RuntimeError (OOM) when the blocks do not
         suffice; then nothing changed.
 
-        The step is outstanding until it ran, as the cache that comes back says, or until the plan is cancelled or it and
-        all its copies are gone; then, if it did not run, the requests are as they were before. Blocks and slots given
-        up meanwhile are not given to others, and the requests in it cannot be copied. Steps of one request run in the
-        order of their plans, those of different requests in any.
+        The step is outstanding until it ran, as the cache that comes back says, or until the plan is cancelled, or it
+        and all its copies are gone; then, if it did not run, the requests are as they were before. Blocks and slots
+        given up meanwhile are not given to others, and the requests in it cannot be copied. Steps of one request run in
+        the order of their plans, those of different requests in any.
         """
         self._settle()
         options: dict[str, Any] = {
@@ -233,7 +233,7 @@ class KVCacheManager(RequestLifecycle):
                 raise
             self._settle(wait=True)
             plan = step.commit()
-        made_by(plan.new_blocks, self)
+        made_by(plan, self)
         return plan
 
     def acquire(self, layer_idx: int, request_slots: Any, positions: Any, request_ids: Any = None) -> LayerCacheHandle:

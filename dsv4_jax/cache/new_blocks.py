@@ -39,10 +39,11 @@ class NewBlocks(Mapping[str, Any]):
 
     def __post_init__(self) -> None:
         # Every copy is made here too: device_put, tree.map and the like build it anew.
-        if isinstance(self.rows, (np.ndarray, jax.Array)) and not isinstance(self.rows, jax.core.Tracer):
+        rows: Any = self.rows
+        if isinstance(rows, (np.ndarray, jax.Array)) and not isinstance(rows, jax.core.Tracer):
             if len(_unread) % 64 == 63:
                 _unread[:] = [ref for ref in _unread if ref() is not None]
-            _unread.append(weakref.ref(self.rows))
+            _unread.append(weakref.ref(rows))
 
     @classmethod
     def of(cls, rows: Mapping[str, list[tuple[int, int, int]]], size: int) -> "NewBlocks":
@@ -82,7 +83,7 @@ class NewBlocks(Mapping[str, Any]):
 
 
 def numbers_of(rows: Any) -> list[int]:
-    """The numbers in rows (..., 3): one, or several where plans were stacked or laid end to end. Waits for the array."""
+    """The numbers in rows (..., 3): several where plans were stacked or laid end to end. Waits for the array."""
     rows = np.asarray(rows).reshape(-1, 3)
     return rows[(rows[:, 0] == -1) & (rows[:, 1] == -1) & (rows[:, 2] > 0), 2].tolist()
 
@@ -105,9 +106,9 @@ def forget(number: int) -> None:
     _holders.pop(number, None)
 
 
-def made_by(new_blocks: NewBlocks, manager: Any) -> None:
+def made_by(plan: Any, manager: Any) -> None:
     """manager.cancel_step(number) takes the plan back."""
-    _managers[int(new_blocks.number)] = weakref.ref(manager)
+    _managers[int(plan.new_blocks.number)] = weakref.ref(manager)
     if len(_managers) > 2048:
         for number in [n for n in itertools.islice(_managers, 1024) if n not in _holders]:
             del _managers[number]

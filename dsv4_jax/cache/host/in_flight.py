@@ -122,7 +122,10 @@ class PendingSteps:
         return [other for other in known if other.index > step.index and other.meets(step)]
 
     def looked(self, ran: np.ndarray) -> None:
-        """The cache says which steps ran: how many so far, then the numbers of the newest, that of step i at i mod n."""
+        """The cache says which steps ran.
+
+        ran: (1 + n,) int32, how many ran so far, then the numbers of the newest n, that of step i at i mod n.
+        """
         new, size = (int(ran[0]) - int(self._runs)) % (1 << 32), len(ran) - 1
         if new >> 31:
             self.faults.append("the cache that came back is older than the one before")
