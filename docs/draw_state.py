@@ -105,23 +105,23 @@ def draw() -> str:
     d.text(left + 128 * cell, y + 38, "127", 11, SOFT, "end")
 
     y += 70
-    d.text(left, y - 8, "CSA tails, and the indexer's: row = p mod 7 (lane a), p mod 3 (b)", 13)
-    for row in range(7):
+    d.text(left, y - 8, "CSA tails, and the indexer's: row = p mod 8 (lane a), p mod 4 (b)", 13)
+    for row in range(8):
         d.box(left + row * 26, y, 26, 22, TAIL)
-        held = max(p for p in range(POSITION + 1) if p % 7 == row)
+        held = max(p for p in range(POSITION + 1) if p % 8 == row)
         d.text(left + row * 26 + 13, y + 15, str(held), 10, INK, "middle")
-    for row in range(3):
-        d.box(left + 202 + row * 26, y, 26, 22, TAIL)
-        held = max(p for p in range(POSITION + 1) if p % 3 == row)
-        d.text(left + 202 + row * 26 + 13, y + 15, str(held), 10, INK, "middle")
+    for row in range(4):
+        d.box(left + 228 + row * 26, y, 26, 22, TAIL)
+        held = max(p for p in range(POSITION + 1) if p % 4 == row)
+        d.text(left + 228 + row * 26 + 13, y + 15, str(held), 10, INK, "middle")
     d.text(left, y + 38, "lane a reaches into the window before: entries overlap", 11, SOFT)
 
     y += 78
-    d.text(left, y - 8, "HCA tail: row = p mod 127", 13)
-    d.box(left, y, 127 * cell, 22, EMPTY)
-    first, last = 256 % 127, POSITION % 127
+    d.text(left, y - 8, "HCA tail: row = p mod 128", 13)
+    d.box(left, y, 128 * cell, 22, EMPTY)
+    first, last = 256 % 128, POSITION % 128
     d.box(left + first * cell, y, (last - first + 1) * cell, 22, TAIL)
-    d.text(left + (last + 3) * cell, y + 15, "256 … 300 in rows 2 … 46", 11)
+    d.text(left + (last + 3) * cell, y + 15, "256 … 300 in rows 0 … 44", 11)
     d.text(left, y + 38, "the other rows are out of date, and nobody looks at them", 11, SOFT)
 
     # The paged part.

@@ -1,11 +1,11 @@
 """Host-side free list of physical blocks, with reference counts."""
 
-from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 
 from .counts import count
+from .host.undo import NO_UNDO, Undo
 
 
 class BlockAllocator:
@@ -15,10 +15,10 @@ class BlockAllocator:
     Every call succeeds as a whole or changes nothing.
     """
 
-    def __init__(self, num_total_blocks: int):
-        """Raises ValueError for a negative number."""
-        self.num_total_blocks = count("num_total_blocks", num_total_blocks)
-        self._free = deque(range(self.num_total_blocks))
+    def __init__(self, num_total_blocks: int, undo: Undo = NO_UNDO):
+        """Raises ValueError for a negative number. undo: takes note of every change."""
+        self.num_total_blocks, self._undo = count("num_total_blocks", num_total_blocks), undo
+        self._free, self._given = list(range(self.num_total_blocks)), 0  # of the list, so many are given out
         self._held: set[int] = set()
         self._kept = np.zeros(self.num_total_blocks, bool)
         self._owners = np.zeros(self.num_total_blocks, np.int32)
@@ -26,7 +26,7 @@ class BlockAllocator:
     @property
     def num_free(self) -> int:
         """Blocks that `acquire` can give out: nobody owns them, and they are not held."""
-        return len(self._free)
+        return len(self._free) - self._given
 
     @property
     def num_held(self) -> int:
@@ -36,24 +36,34 @@ class BlockAllocator:
     @property
     def free_ids(self) -> list[int]:
         """The free blocks, the next to be given out first."""
-        return list(self._free)
+        return self._free[self._given :]
 
     def acquire(self, n: int) -> np.ndarray:
         """n distinct ids, int32 (n,). Raises RuntimeError (OOM) when fewer are free, ValueError when n is negative."""
         n = count("the number of blocks", n)
-        if n > len(self._free):
+        if n > self.num_free:
             raise RuntimeError(
-                f"OOM: asked for {n} blocks, {len(self._free)} of {self.num_total_blocks} are free: release requests "
+                f"OOM: asked for {n} blocks, {self.num_free} of {self.num_total_blocks} are free: release requests "
                 "or make the pool larger"
             )
-        ids = np.array([self._free.popleft() for _ in range(n)], np.int32)
+        if not n:
+            return np.empty(0, np.int32)
+        if 2 * self._given > len(self._free):  # the list does not grow for ever
+            self._undo.attributes(self, "_free", "_given")
+            vars(self).update(_free=self.free_ids, _given=0)
+        ids = np.array(self._free[self._given : self._given + n], np.int32)
+        self._undo.attributes(self, "_given")
+        self._undo.elements(self._owners, ids)
+        self._given += n
         self._owners[ids] = 1
         return ids
 
     def share(self, ids: Sequence[int] | np.ndarray) -> None:
         """One more owner for each of ids (n,). ValueError for one that is unknown, free or named twice; then nothing
         changed."""
-        self._owners[self._owned(ids, "shared")] += 1
+        ids = self._owned(ids, "shared")
+        self._undo.elements(self._owners, ids)
+        self._owners[ids] += 1
 
     def release(self, ids: Sequence[int] | np.ndarray, *, hold: bool = False) -> list[int]:
         """Takes ids (n,) back -> those that nobody owns any more; they are free, or held if `hold`.
@@ -61,11 +71,14 @@ class BlockAllocator:
         ValueError for one that is unknown, not owned or named twice; then nothing changed.
         """
         ids = self._owned(ids, "released")
+        self._undo.elements(self._owners, ids)
         self._owners[ids] -= 1
         gone = [i for i in ids if not self._owners[i]]
         if hold:
+            self._undo.note(self._held.difference_update, gone)
             self._held.update(gone)
         else:
+            self._undo.elements(self._free, slice(len(self._free), None))
             self._free.extend(gone)
         return gone
 
@@ -84,16 +97,20 @@ class BlockAllocator:
         ValueError as `share`; then nothing changed.
         """
         self.share(ids)
+        self._undo.elements(self._kept, list(ids))
         self._kept[list(ids)] = True
 
     def drop(self, ids: Sequence[int]) -> list[int]:
         """Takes back what `keep` gave; those nobody owns any more are held, and returned."""
         gone = self.release(ids, hold=True)
+        self._undo.elements(self._kept, list(ids))
         self._kept[list(ids)] = False
         return gone
 
     def unhold(self, ids: Sequence[int]) -> None:
         """Held blocks are free now."""
+        self._undo.note(self._held.update, list(ids))
+        self._undo.elements(self._free, slice(len(self._free), None))
         self._held.difference_update(ids)
         self._free.extend(ids)
 

@@ -71,14 +71,14 @@ class CacheCost:
         return {k.kind: k.schema.blocks_for(num_tokens) for k in self.kinds if k.block}
 
     def table_bytes(self, requests: int, max_context_len: int) -> int:
-        """Bytes of the block tables."""
+        """Bytes of the block tables, and of the numbers of the newest steps."""
         columns = self.blocks_for(max_context_len)
-        return requests * sum(k.table_column * max(columns[k.kind], 1) for k in self.kinds if k.block)
+        return requests * sum(k.table_column * max(columns[k.kind], 1) for k in self.kinds if k.block) + FIXED_BYTES
 
     def total_bytes(self, requests: int, max_context_len: int, num_blocks: dict[str, int]) -> int:
         """Bytes of a cache with that many slots and physical blocks, to the byte."""
         blocks = sum(k.block * num_blocks[k.kind] for k in self.kinds if k.block)
-        return requests * self.per_request + self.table_bytes(requests, max_context_len) + blocks + FIXED_BYTES
+        return requests * self.per_request + self.table_bytes(requests, max_context_len) + blocks
 
     def size(self, requests: int, max_context_len: int) -> CacheSize:
         """The cache in which every request can have `max_context_len` tokens at once; ValueError for absurd numbers."""

@@ -1,7 +1,8 @@
 """The cache and the host's bookkeeping of it, kept together."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +17,34 @@ from .state_cache import StateCachePool
 from .transfer.consistency import check_cache
 from .transfer.debug import fill_blocks, fill_slot
 from .transfer.slots import enter_cells
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class StepFault(RuntimeError):
+    """Steps ran that should not have."""
+
+
+def whole(method: Method) -> Method:
+    """A method that changes the books as a whole or not at all, whatever interrupts it; none calls another."""
+
+    @functools.wraps(method)
+    def call(self: "CacheHolder", *arguments: Any, **options: Any) -> Any:
+        self._recover()
+        try:
+            self._requests.undo.begin()
+            result = method(self, *arguments, **options)
+            self._requests.undo.done()
+            self._opening = None
+        except StepFault:
+            self._requests.undo.done()
+            raise
+        except BaseException:
+            self._recover()
+            raise
+        return result
+
+    return call  # type: ignore[return-value]
 
 
 class CacheHolder:
@@ -36,9 +65,11 @@ class CacheHolder:
         self.fingerprint = fingerprint
         self._ledger = requests.ledger
         self._prefix = prefix
+        self._opening: Slot | None = None  # a request that is being filled
         self._chains: dict[int, tuple[tuple[int, bytes], list[bytes]]] = {}  # keys of what a slot's request has kept
         if prefix is not None:
             self._ledger.reclaim = self._reclaim
+            prefix.undo = requests.undo
             requests.plans_kept_blocks = prefix.policy.name == "zero"
         if debug_nan:
             free = {kind: self._ledger.free_blocks(kind) for kind in self._ledger.kinds}
@@ -50,14 +81,15 @@ class CacheHolder:
         return self._cache
 
     @cache.setter
+    @whole
     def cache(self, cache: KVCache) -> None:
         given: Any = cache
         if not isinstance(given, KVCache) or _size(given) != _size(self._cache):
             what = "a cache of another size or form" if isinstance(given, KVCache) else f"a {type(given).__name__}"
             raise ValueError(f"manager.cache got {what}: expected the cache that its step returned")
-        pending = self._requests.pending
-        pending.caches += cache.ran is not self._cache.ran
+        pending, same = self._requests.pending, cache.ran is self._cache.ran
         self._cache = cache
+        pending.caches += not same
         unseen = pending.caches - pending.looked_at
         if pending and unseen >= RAN_STEPS // 2:  # in time, before the cache forgets what ran
             self._look(wait=unseen >= RAN_STEPS - 8)
@@ -102,6 +134,7 @@ class CacheHolder:
     @property
     def active_slots(self) -> list[Slot]:
         """Slots of admitted requests, ascending."""
+        self._recover()
         return self._requests.slots
 
     @property
@@ -114,20 +147,28 @@ class CacheHolder:
         """What is kept of prompts for others that begin alike."""
         return None if self._prefix is None else self._prefix.policy
 
+    @whole
     def num_free_blocks(self, kind: str) -> int:
         """Blocks of the "csa" or "hca" pools that can be given out now.
 
         Those that are only kept for prompts to come count, they go when others need them. Those that a request gave up
         while a planned step was not dispatched yet are not among them until it is.
         """
+        return self._num_free(kind)
+
+    def _num_free(self, kind: str) -> int:
         if kind not in self._ledger.kinds:
             raise ValueError(f"kind {kind!r} has no blocks here: expected one of {sorted(self._ledger.kinds)}")
         self._settle(wait=True)
         reclaimable = self._ledger.num_reclaimable(kind) if self._can_reclaim() else 0
         return self._ledger.num_free(kind) + reclaimable
 
+    @whole
     def length(self, slot: int) -> int:
         """Tokens planned for `slot` so far. Those of a plan that was cancelled, or dropped, are none."""
+        return self._length(slot)
+
+    def _length(self, slot: int) -> int:
         self._requests.require(slot)
         if self._requests.is_doubtful(slot):
             self._look(wait=not self._requests.pending.probably_ran())
@@ -135,6 +176,7 @@ class CacheHolder:
 
     def blocks(self, slot: int) -> dict[str, list[int]]:
         """Blocks of `slot` by kind, in order."""
+        self._recover()
         self._requests.require(slot)
         return self._ledger.blocks(slot)
 
@@ -142,6 +184,7 @@ class CacheHolder:
         """Bytes of device memory the cache holds."""
         return self.cache.memory_bytes()
 
+    @whole
     def check(self) -> None:
         """AssertionError unless blocks, tables, lengths and ring rows fit together. Reads the device: for tests."""
         self._look(wait=True)
@@ -151,6 +194,25 @@ class CacheHolder:
             self._prefix.check()
             kept = self._prefix.blocks()
         check_cache(self._requests, self._live_cache(), kept, free_is_unreadable=self._debug_nan)
+
+    def _recover(self) -> None:
+        """Undoes what an interrupted call has changed; may be interrupted and called again."""
+        requests = self._requests
+        if requests.undo.changed:
+            requests.undo.roll_back()
+        if (slot := self._opening) is None:
+            return
+        if slot in requests.ledger and requests.handle(slot).generation == slot.generation:
+            requests.undo.begin()
+            requests.close(slot)
+            requests.undo.done()
+        self._opening = None
+
+    def _fill(self, slot: Slot) -> Slot:
+        """A request was opened, whose part of the device is written next: where that fails, it ends."""
+        self._opening = slot
+        self._requests.undo.keep()
+        return slot
 
     def _live_cache(self) -> KVCache:
         if self._is_donated():
@@ -179,9 +241,10 @@ class CacheHolder:
             return False
         requests.looked(seen)
         if faults := requests.pending.faults[known:]:
-            raise RuntimeError(f"{faults[0]}: what these requests hold may be wrong, release them")
+            raise StepFault(f"{faults[0]}: what these requests hold may be wrong, release them")
         return True
 
+    @whole
     def cancel_step(self, number: int) -> None:
         """See `StepPlan.cancel`; number: the plan's."""
         pending = self._requests.pending
@@ -202,6 +265,7 @@ class CacheHolder:
             self._look(wait=wait)
         if not self._requests.waiting or self._is_donated():
             return
+        self._requests.undo.keep()  # a request whose places are cleared does not come back
         for released in self._requests.settling():
             # An entry that nobody gave a block must find none, not that of a former owner. The device comes first:
             # where it refuses, what was released goes on waiting.
@@ -209,6 +273,7 @@ class CacheHolder:
             if self._debug_nan:
                 self._make_unreadable(released.blocks, released.slots)
             self._requests.free(released)
+            self._requests.undo.keep()
 
     def _can_reclaim(self) -> bool:
         """Whether kept blocks can be given out at once: no planned step may read them, and the cache is here."""

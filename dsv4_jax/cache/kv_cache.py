@@ -103,11 +103,10 @@ class KVCache:
 
 def _with_number(ran: Array, number: Array | np.ndarray) -> Array:
     """`KVCache.ran` with one step more, unless it is the newest already or has no number."""
-    cell = jnp.arange(ran.shape[0], dtype=jnp.int32)
-    newest = ran[1 + (ran[0] - 1) % RAN_STEPS]
-    new = (number > 0) & (newest != number)
-    ran_with = jnp.where(cell == 1 + ran[0] % RAN_STEPS, number, ran + jnp.where(cell == 0, 1, 0))
-    return jnp.where(new, ran_with, ran)
+    count = ran[0]
+    new = (number > 0) & (ran[1 + (count - 1) % RAN_STEPS] != number)
+    cell = jnp.where(new, jnp.stack([jnp.zeros_like(count), 1 + count % RAN_STEPS]), ran.shape[0])
+    return ran.at[cell].set(jnp.stack([count + 1, jnp.asarray(number, jnp.int32)]), mode="drop")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -1,14 +1,12 @@
 """Requests come, go, branch, go back, leave the cache and return."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from .counts import count, is_integer
-from .holder import CacheHolder
+from .holder import CacheHolder, whole
 from .host.blocks import rows_array
 from .host.prefix import AdmittedPrompt
 from .host.slot import Slot
@@ -22,11 +20,13 @@ from .transfer.state_rows import read_rows, write_rows
 class RequestLifecycle(CacheHolder):
     """What may happen to a request; every call succeeds as a whole or changes nothing."""
 
+    @whole
     def admit_request(self) -> Slot:
         """The lowest free slot. Raises RuntimeError when all are taken."""
         self._settle(wait=not self._requests.free_slots)
         return self._requests.open()
 
+    @whole
     def admit_prompt(self, token_ids: Any, *, salt: bytes = b"") -> AdmittedPrompt:
         """A request for a prompt, which goes on from the longest beginning that `keep_prefix` kept under the same salt.
 
@@ -47,10 +47,9 @@ class RequestLifecycle(CacheHolder):
         if match is None:
             return AdmittedPrompt(self._requests.open(), 0, 0, 0)
         cache = self._live_cache()
-        slot = self._requests.adopt(match.blocks, match.start)
-        with self._opened(slot):
-            self._cache = write_rows(cache, slot, match.state or {}, match.start)
-            self._cache = enter_cells(self._cache, self._ledger.all_entered(slot))
+        slot = self._fill(self._requests.adopt(match.blocks, match.start))
+        self._cache = write_rows(cache, slot, match.state or {}, match.start)
+        self._cache = enter_cells(self._cache, self._ledger.all_entered(slot))
         return AdmittedPrompt(slot, match.start, match.hit_tokens, match.hit_tokens - match.start)
 
     def shareable_blocks(self, token_ids: Any, *, salt: bytes = b"") -> dict[str, int]:
@@ -74,6 +73,7 @@ class RequestLifecycle(CacheHolder):
                 shared[kind] = int((~kept_only[kind][match.blocks[kind]]).sum())
         return shared
 
+    @whole
     def reset(self) -> None:
         """Begins anew with an empty cache, after the one there was is lost: donated to a step that failed.
 
@@ -90,14 +90,15 @@ class RequestLifecycle(CacheHolder):
         prefix = None if self._prefix is None else self._prefix.emptied()
         # One assignment: whatever interrupts this finds the old state or the new one.
         vars(self).update(
-            _cache=fresh, _requests=requests, _ledger=requests.ledger, _prefix=prefix, _chains={},
+            _cache=fresh, _requests=requests, _ledger=requests.ledger, _prefix=prefix, _chains={}, _opening=None,
         )  # fmt: skip
         if prefix is not None:
-            requests.ledger.reclaim = self._reclaim
+            requests.ledger.reclaim, prefix.undo = self._reclaim, requests.undo
         if self._debug_nan:
             free = {kind: requests.ledger.free_blocks(kind) for kind in requests.ledger.kinds}
             self._make_unreadable(free, range(fresh.max_requests))
 
+    @whole
     def keep_prefix(self, slot: int, token_ids: Any, *, salt: bytes = b"") -> int:
         """Keeps the full blocks of a request for prompts that begin alike -> how many tokens they hold.
 
@@ -119,15 +120,18 @@ class RequestLifecycle(CacheHolder):
         # A block is one text's: what a request shares with a text under another salt is not kept once more.
         if self._ledger.any_kept(slot, self._prefix.num_known(keys), len(keys)):
             return 0
-        self._ledger.keep(self._prefix.add(keys, self._ledger.blocks(slot)))
         settled = self._requests.settled(slot)
-        for end in range(max(-(-settled // size), 1) * size, len(keys) * size + 1, size):
+        ends = range(max(-(-settled // size), 1) * size, len(keys) * size + 1, size)
+        self._ledger.keep(self._prefix.add(keys, self._ledger.blocks(slot)))
+        for end in ends:
             if self._prefix.lacks_state(keys[end // size - 1], end):
                 self._prefix.keep_state(keys[end // size - 1], read_rows(cache, slot, end, end))
         self._requests.settle_at(slot, len(keys) * size)
+        self._requests.undo.item(self._chains, number)
         self._chains[number] = owner, keys
         return len(keys) * size
 
+    @whole
     def release_request(self, slot: int) -> None:
         """Ends the request of `slot`, at any moment: its blocks and the slot are free again.
 
@@ -137,6 +141,7 @@ class RequestLifecycle(CacheHolder):
         self._requests.close(slot)
         self._settle()
 
+    @whole
     def rollback(self, slot: int, n: int) -> None:
         """Forgets the last n tokens of a request; blocks no longer needed are free again. O(blocks), nothing is copied.
 
@@ -147,7 +152,7 @@ class RequestLifecycle(CacheHolder):
         self._requests.require(slot)
         if not is_integer(n):
             raise ValueError(f"the number of tokens is {n!r}: expected an integer, 0 or more")
-        length = self.length(slot)
+        length = self._length(slot)
         most = max(length - self._requests.settled(slot), 0)
         if not 0 <= n <= most:
             raise ValueError(
@@ -157,6 +162,7 @@ class RequestLifecycle(CacheHolder):
         self._requests.shrink(slot, length - int(n))
         self._settle()
 
+    @whole
     def fork(self, slot: int) -> Slot:
         """A second request with the same tokens so far -> its slot; the two go on independently.
 
@@ -172,11 +178,12 @@ class RequestLifecycle(CacheHolder):
         target, copies = self._requests.fork(slot, shared)
         # At most the open block and what a rollback reaches back to: a fixed number, so that forks compile once.
         most = -(-self.max_rollback // self.block_size) + 1
-        with self._opened(target):
-            pairs = {kind: jnp.asarray(rows_array(rows, most, 2)) for kind, rows in copies.items()}
-            self._cache = copy_slot(self._cache, jnp.int32(slot), jnp.int32(target), pairs)
+        self._fill(target)
+        pairs = {kind: jnp.asarray(rows_array(rows, most, 2)) for kind, rows in copies.items()}
+        self._cache = copy_slot(self._cache, jnp.int32(slot), jnp.int32(target), pairs)
         return target
 
+    @whole
     def snapshot(self, slot: int, *, rollback: int = 0) -> Snapshot:
         """The request of `slot` outside the cache, in numpy arrays; the request goes on. Waits for steps in flight.
 
@@ -194,6 +201,7 @@ class RequestLifecycle(CacheHolder):
             self._live_cache(), slot, length, self._ledger.blocks(slot), rollback=rollback, fingerprint=self.fingerprint
         )
 
+    @whole
     def restore(self, snapshot: Snapshot) -> Slot:
         """A request that goes on where the snapshot was taken, on this manager or one of another size -> its slot.
 
@@ -205,24 +213,11 @@ class RequestLifecycle(CacheHolder):
         self._settle(wait=bool(self._requests.waiting))
         require_fit(snapshot, self._cache, self.fingerprint, self.max_context_len)
         settled = snapshot.length - min(snapshot.rollback, self.max_rollback)
-        slot = self._requests.open(snapshot.length, settled)
-        blocks = self._ledger.blocks(slot)
-        with self._opened(slot):
-            self._cache = write_entries(self._cache, snapshot, blocks)
-            self._cache = write_rows(self._cache, slot, snapshot.arrays, snapshot.length)
-            self._cache = enter_cells(self._cache, self._ledger.all_entered(slot))
+        slot = self._fill(self._requests.open(snapshot.length, settled))
+        self._cache = write_entries(self._cache, snapshot, self._ledger.blocks(slot))
+        self._cache = write_rows(self._cache, slot, snapshot.arrays, snapshot.length)
+        self._cache = enter_cells(self._cache, self._ledger.all_entered(slot))
         return slot
-
-    @contextmanager
-    def _opened(self, slot: int) -> Iterator[None]:
-        """Around the writes that fill a request just opened: where one fails, the request ends and nothing is lost."""
-        try:
-            yield
-        except BaseException:
-            self._requests.close(slot)
-            with suppress(Exception):  # where the device still refuses, what waits is given back by the next call
-                self._settle()
-            raise
 
     def _require_written(self, slot: int) -> None:
         """See `RequestTable.require_written`; asks the cache first, where that matters."""
@@ -241,12 +236,13 @@ class RequestLifecycle(CacheHolder):
         self.release_request(slot)
         return snapshot
 
+    @whole
     def advance(self, slot: int, n: int) -> None:
         """Counts n tokens more for `slot`, which a loop wrote beyond its plan (see `plan_step`'s lookahead).
 
         A loop that wrote more than it keeps counts all of them, then rolls the rest back.
         """
-        length = self.length(slot)
+        length = self._length(slot)
         end = length + count("the number of tokens", n)
         if end > self.max_context_len:
             raise ValueError(

@@ -11,6 +11,7 @@ from .counts import count, is_integer
 from .fingerprint import model_fingerprint
 from .geometry import CacheGeometry
 from .handle import LayerCacheHandle
+from .holder import whole
 from .host import planning
 from .host.prefix import PrefixIndex, PrefixPolicy, recomputation_reach
 from .host.requests import RequestTable
@@ -171,6 +172,7 @@ class KVCacheManager(RequestLifecycle):
             **options,
         )
 
+    @whole
     def allocate_block(self, layer_idx: int, request_slot: int) -> int:
         """Gives the request its next block in this layer, and in all layers of its kind, which share one block table.
 
@@ -182,14 +184,17 @@ class KVCacheManager(RequestLifecycle):
         if kind not in self._ledger.kinds:
             raise ValueError(f"layer {layer_idx} is SWA: it has no blocks")
         self._live_cache()
-        if self.num_free_blocks(kind):  # where the pool is empty, that is the reason to give
+        if self._num_free(kind):  # where the pool is empty, that is the reason to give
             self._check_room(request_slot, kind, len(self._ledger.blocks(request_slot)[kind]) + 1)
         rows = self._ledger.extend({kind: {request_slot: 1}})
+        cells = {kind: [(slot, column) for slot, column, _ in rows[kind]]}
+        self._requests.undo.note(self._requests.entered_in_vain, cells)
         self._cache = enter_cells(self._cache, rows)
         return rows[kind][0][2]
 
     # Steps.
 
+    @whole
     def plan_step(
         self,
         request_slots: Any,

@@ -23,8 +23,9 @@ class CacheSchema:
 
     The ring holds `swa_window_size` tokens, the tails what a compressor still needs of tokens it has not compressed,
     a block one entry per `compress_ratio` of its `block_size` tokens. With `max_rollback` r, ring and tails have r rows
-    more, so that the last r tokens can be forgotten. A running HCA tail holds the softmax's sums after each of the last
-    r + 1 tokens (at least 2) instead of 127 + r tokens.
+    more, so that the last r tokens can be forgotten; tails have one more at least, so that a decode step that closes a
+    window can run again. A running HCA tail holds the softmax's sums after each of the last
+    r + 1 tokens (at least 2) instead of 127 + r tokens (at least 128).
     """
 
     kind: str  # "swa" | "csa" | "hca"
@@ -77,7 +78,7 @@ class CacheSchema:
     @property
     def tail_rows(self) -> int:
         """Rows of the tail of a window's own lane."""
-        return self.tail_buffer_size + self.max_rollback
+        return self.tail_buffer_size + max(self.max_rollback, 1) if self.compress_ratio else 0
 
     @property
     def running_tail(self) -> bool:

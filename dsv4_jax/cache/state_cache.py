@@ -73,7 +73,7 @@ class StateCachePool:
     @property
     def tail_ka(self) -> Array | None:
         """([L,] R, rows, head_dim) float32, lane a of wkv: ratio - 1 rows, with overlap 2 * ratio - 1, and max_rollback
-        more; None for SWA and for a running tail."""
+        more, at least one; None for SWA and for a running tail."""
         return getattr(self.tail, "ka", None)
 
     @property
@@ -83,7 +83,7 @@ class StateCachePool:
 
     @property
     def tail_kb(self) -> Array | None:
-        """([L,] R, ratio - 1, head_dim) float32, lane b of wkv; CSA only."""
+        """([L,] R, rows, head_dim) float32, lane b of wkv: ratio - 1 rows and as many more as lane a has; CSA only."""
         return getattr(self.tail, "kb", None)
 
     @property

@@ -29,7 +29,7 @@ def test_views_by_layer(make, config):
     assert all(isinstance(s, StateCachePool) for s in manager.state_pools)
     assert manager.paged_pools[CSA].entries_fp8.shape == (4, 32, 448)
     assert manager.paged_pools[-1].entries_fp8.shape == (4, 1, 448)
-    assert manager.state_pools[HCA].tail_ka.shape == (2, 127, 512)
+    assert manager.state_pools[HCA].tail_ka.shape == (2, 128, 512)
     pools = sum(p.memory_bytes() for p in [*manager.paged_pools, *manager.state_pools] if p)
     tables = sum(t.nbytes for t in manager.cache.block_table.values())
     assert manager.memory_bytes() == pools + tables + manager.cache.ran.nbytes

@@ -64,8 +64,8 @@ def test_state(spec):
     shapes = [None if t is None else t.shape for t in tails]
     expected = {
         SWA: [None] * 5,
-        CSA: [(4, 7, 512), (4, 7, 512), (4, 3, 512), (4, 3, 512), (4,)],
-        HCA: [(4, 127, 512), (4, 127, 512), None, None, (4,)],
+        CSA: [(4, 8, 512), (4, 8, 512), (4, 4, 512), (4, 4, 512), (4,)],
+        HCA: [(4, 128, 512), (4, 128, 512), None, None, (4,)],
     }
     assert shapes == expected[spec]
     assert (state.indexer_tail is not None) == (spec is CSA)

@@ -17,7 +17,7 @@ SCHEDULE = build_schedule(FLASH)
 
 @pytest.mark.parametrize(
     ("layer", "entries", "keys", "tail", "rows"),
-    [(0, 0, 0, 0, 0), (2, 32, 32, 3, 7), (3, 1, 0, 127, 127)],
+    [(0, 0, 0, 0, 0), (2, 32, 32, 3, 8), (3, 1, 0, 127, 128)],
     ids=["swa", "csa", "hca"],
 )
 def test_geometry(layer, entries, keys, tail, rows):
@@ -52,7 +52,7 @@ def test_small_geometry():
     schemas = [build_schema(SMALL, spec, max_rollback=2) for spec in build_schedule(SMALL)]
     assert [s.block_size for s in schemas] == [12] * 3
     assert [s.entries_per_block for s in schemas] == [0, 3, 2]
-    assert [s.tail_rows for s in schemas] == [2, 5, 7]
+    assert [s.tail_rows for s in schemas] == [0, 5, 7]
     assert [s.ring_rows for s in schemas] == [10] * 3
     assert [s.blocks_for(13) for s in schemas] == [0, 1, 1]
     assert [s.blocks_for(16) for s in schemas] == [0, 2, 1]
@@ -120,7 +120,7 @@ def test_unknown_options(options, message):
 def test_a_running_tail_is_small():
     full, running = (build_schema(FLASH, SCHEDULE[3], hca_tail=tail) for tail in ("full", "running"))
     sizes = [StateCachePool(schema, 1).tail for schema in (full, running)]
-    assert [sum(x.nbytes for x in jax.tree.leaves(tail)) for tail in sizes] == [127 * 4096, 2 * 10240]
+    assert [sum(x.nbytes for x in jax.tree.leaves(tail)) for tail in sizes] == [128 * 4096, 2 * 10240]
     assert not build_schema(FLASH, SCHEDULE[2], hca_tail="running").running_tail
 
 

@@ -72,7 +72,7 @@ def test_the_table_says_what_the_object_says(run):
     costs, limits = out[out.index("side by side") :].split("\n\n")
     for table in (costs, limits):
         assert [" ".join(line.split()[:3]) for line in table.splitlines()[2:]] == formats
-    assert costs.splitlines()[2].split()[3:] == ["580", "B", "72", "B", "14.01", "MiB", "3,513.6", "B"]
+    assert costs.splitlines()[2].split()[3:] == ["580", "B", "72", "B", "14.30", "MiB", "3,513.6", "B"]
     assert limits.splitlines()[2].split()[3:] == ["7.08", "GiB", "yes", "1,048,576", "180"]
 
 

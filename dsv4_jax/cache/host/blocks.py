@@ -6,6 +6,7 @@ import numpy as np
 
 from ..allocator import BlockAllocator
 from .in_flight import Released
+from .undo import Undo
 
 
 class BlockLedger:
@@ -14,9 +15,10 @@ class BlockLedger:
     Every call succeeds as a whole or changes nothing.
     """
 
-    def __init__(self, num_blocks: dict[str, int]):
-        """num_blocks: physical blocks by kind."""
-        self._allocators = {kind: BlockAllocator(n) for kind, n in num_blocks.items()}
+    def __init__(self, num_blocks: dict[str, int], undo: Undo):
+        """num_blocks: physical blocks by kind. undo: takes note of every change."""
+        self._undo = undo
+        self._allocators = {kind: BlockAllocator(n, undo) for kind, n in num_blocks.items()}
         self._blocks: dict[int, dict[str, list[int]]] = {}
         self.reclaim: Callable[[dict[str, int]], None] | None = None  # frees so many kept blocks by kind, or none
 
@@ -76,6 +78,7 @@ class BlockLedger:
         """Opens a request whose first blocks are these, owned by others too."""
         for kind, ids in blocks.items():
             self._allocators[kind].share(ids)
+        self._undo.item(self._blocks, slot)
         self._blocks[slot] = {kind: list(blocks[kind]) for kind in self._allocators}
 
     def free_blocks(self, kind: str) -> list[int]:
@@ -88,11 +91,13 @@ class BlockLedger:
 
     def open(self, slot: int) -> None:
         """A request without blocks."""
+        self._undo.item(self._blocks, slot)
         self._blocks[slot] = {kind: [] for kind in self._allocators}
 
     def close(self, slot: int) -> Released:
         """Gives up a request's share of all its blocks; those nobody owns any more are held until `unhold`."""
         released = self.truncate(slot, dict.fromkeys(self.kinds, 0))
+        self._undo.item(self._blocks, slot)
         del self._blocks[slot]
         released.slots.append(slot)
         return released
@@ -119,9 +124,10 @@ class BlockLedger:
         for kind, by_slot in need.items():
             for slot, n in by_slot.items():
                 owned = self._blocks[slot][kind]
-                for block in self._allocators[kind].acquire(n).tolist():
-                    rows[kind].append((slot, len(owned), block))
-                    owned.append(block)
+                new = self._allocators[kind].acquire(n).tolist()
+                rows[kind] += [(slot, column, block) for column, block in enumerate(new, len(owned))]
+                self._undo.elements(owned, slice(len(owned), None))
+                owned += new
         return rows
 
     def truncate(self, slot: int, keep: dict[str, int]) -> Released:
@@ -132,6 +138,7 @@ class BlockLedger:
             owned = self._blocks[slot][kind]
             cells[kind] = [(slot, column) for column in range(n, len(owned))]
             blocks[kind] = self._allocators[kind].release(owned[n:], hold=True)
+            self._undo.elements(owned, slice(n, None))
             del owned[n:]
         return Released(cells, blocks)
 
@@ -164,11 +171,13 @@ class BlockLedger:
             # The rows' columns are as yet without the shared blocks; only the ids matter here.
             new = self.extend({kind: {target: len(ids) - shared[kind]} for kind, ids in owned.items()})
         except RuntimeError:
+            self._undo.item(self._blocks, target)
             del self._blocks[target]
             raise
         for kind, ids in owned.items():
             common = ids[: shared[kind]]
             self._allocators[kind].share(common)
+            self._undo.item(self._blocks[target], kind)
             self._blocks[target][kind] = common + [block for _, _, block in new[kind]]
         return {
             kind: list(zip(ids[shared[kind] :], self._blocks[target][kind][shared[kind] :], strict=True))

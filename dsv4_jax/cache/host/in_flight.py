@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .undo import Undo
+
 MEMORY = 256
 """Of how many plans it is remembered that they ran, or were taken back: more than the cache knows of."""
 
@@ -65,9 +67,10 @@ class PlannedStep:
 class PendingSteps:
     """The plans whose fate is not known, oldest first."""
 
-    def __init__(self, is_held: Callable[[int], bool], forget: Callable[[int], None]) -> None:
+    def __init__(self, is_held: Callable[[int], bool], forget: Callable[[int], None], undo: Undo) -> None:
         """is_held: whether an array with a plan's number exists. forget: it is not to be asked for any more."""
-        self._is_held, self._forget = is_held, forget
+        self._is_held, self._forget, self._undo = is_held, forget, undo
+        self._known: list[int] = []  # plans whose fate is known, not forgotten yet
         self._steps: dict[int, PlannedStep] = {}  # by number
         self._ran: dict[int, PlannedStep] = {}  # the newest that did, the last one last
         self._taken_back: dict[int, PlannedStep] = {}
@@ -85,6 +88,12 @@ class PendingSteps:
 
     def add(self, number: int, parts: dict[int, Part], given: dict[str, dict[int, int]]) -> None:
         """A plan was made."""
+        for known in self._known:
+            if known not in self._steps:
+                self._forget(known)
+        self._known = []
+        self._undo.item(self._steps, number)
+        self._undo.attributes(self, "count")
         self._steps[number] = PlannedStep(number, self.count, parts, given, self.caches)
         self.count += 1
 
@@ -127,37 +136,32 @@ class PendingSteps:
         ran: (1 + n,) int32, how many ran so far, then the numbers of the newest n, that of step i at i mod n.
         """
         new, size = (int(ran[0]) - int(self._runs)) % (1 << 32), len(ran) - 1
+        faults, steps, done = list(self.faults), dict(self._steps), dict(self._ran)
         if new >> 31:
-            self.faults.append("the cache that came back is older than the one before")
+            faults.append("the cache that came back is older than the one before")
             new = 0
         numbers = [int(ran[1 + (int(ran[0]) - i) % size]) for i in range(min(new, size), 0, -1)]
         if new > size:  # too many to know each: what cannot come any more has run, for all that is known
-            numbers = [n for n, s in self._steps.items() if n not in numbers and not self._is_held(n)] + numbers
+            numbers = [n for n in steps if n not in numbers and not self._is_held(n)] + numbers
         for number in numbers:
-            self._came(number)
-        self._runs, self.looked_at = ran[0], self.caches
-        while len(self._ran) > MEMORY:
-            del self._ran[next(iter(self._ran))]
-
-    def _came(self, number: int) -> None:
-        """The step of this number ran."""
-        if (step := self._taken_back.pop(number, None)) is not None:
-            self._fault(step.parts, "was taken back, and its step ran")
-        step = self._steps.get(number) or self._ran.get(number)
-        if step is None:
-            return
-        for other in self._steps.values():
-            if other.index < step.index and step.on_top(other):
-                self._fault(step.meets(other), "ran before the step whose tokens it goes on from")
-        for other in self._ran.values():
-            if other.index > step.index and other.meets(step):
-                self._fault(step.meets(other), "ran after a step that was planned later")
-        self._ran.pop(number, None)
-        self._ran[number] = step
-        self.drop(step)
-
-    def _fault(self, slots: Iterable[int], what: str) -> None:
-        self.faults.append(f"a plan with tokens of slots {sorted(map(int, slots))} {what}")
+            if (step := self._taken_back.get(number)) is not None:
+                faults.append(_fault(step.parts, "was taken back, and its step ran"))
+            if (step := steps.get(number) or done.get(number)) is None:
+                continue
+            for other in steps.values():
+                if other.index < step.index and step.on_top(other):
+                    faults.append(_fault(step.meets(other), "ran before the step whose tokens it goes on from"))
+            for other in done.values():
+                if other.index > step.index and other.meets(step):
+                    faults.append(_fault(step.meets(other), "ran after a step that was planned later"))
+            done.pop(number, None)
+            done[number] = steps.pop(number, step)
+        known = [*self._known, *(n for n in self._steps if n not in steps)]
+        done = dict([*done.items()][-MEMORY:])
+        self._undo.attributes(self, "faults", "_steps", "_ran", "_known", "_runs", "looked_at")
+        vars(self).update(  # at once
+            faults=faults, _steps=steps, _ran=done, _known=known, _runs=ran[0], looked_at=self.caches,
+        )  # fmt: skip
 
     def gone(self) -> list[PlannedStep]:
         """The plans that no array holds any more, the newest first."""
@@ -165,17 +169,16 @@ class PendingSteps:
 
     def take_back(self, step: PlannedStep) -> None:
         """The step will not run."""
-        self._taken_back[step.number] = step
-        while len(self._taken_back) > MEMORY:
-            del self._taken_back[next(iter(self._taken_back))]
-        self.drop(step)
-
-    def drop(self, step: PlannedStep) -> None:
-        """The fate of a plan is known."""
-        self._steps.pop(step.number, None)
-        self._forget(step.number)
+        self._undo.attributes(self, "_taken_back", "_steps", "_known")
+        taken_back = [*self._taken_back.items(), (step.number, step)][-MEMORY:]
+        steps = {number: other for number, other in self._steps.items() if other is not step}
+        vars(self).update(_taken_back=dict(taken_back), _steps=steps, _known=[*self._known, step.number])
 
     def forget_all(self) -> None:
         """Nobody asks for these plans any more."""
         for number in self._steps:
             self._forget(number)
+
+
+def _fault(slots: Iterable[int], what: str) -> str:
+    return f"a plan with tokens of slots {sorted(map(int, slots))} {what}"

@@ -24,6 +24,7 @@ import numpy as np
 from ..counts import count
 from ..schema import CacheSchema
 from .slot import Slot
+from .undo import NO_UNDO, Undo
 
 POLICIES = ("full", "periodic", "zero")
 
@@ -116,6 +117,7 @@ class PrefixIndex:
         self._clock = 0
         self._with_state: set[bytes] = set()
         self.state_bytes = 0
+        self.undo: Undo = NO_UNDO  # takes note of every change but of when something was used
 
     def keys(self, token_ids: np.ndarray, salt: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
         """The key of every full block of token_ids (n,) int32; those of the first blocks may be known."""
@@ -165,8 +167,10 @@ class PrefixIndex:
             if key in self._nodes:
                 continue
             parent = keys[i - 1] if i else b""
+            self.undo.item(self._nodes, key)
             self._nodes[key] = _Node(parent, {kind: ids[i] for kind, ids in blocks.items()})
             if parent:
+                self.undo.attributes(self._nodes[parent], "children")
                 self._nodes[parent].children += 1
             for kind, ids in blocks.items():
                 new[kind].append(ids[i])
@@ -183,6 +187,9 @@ class PrefixIndex:
         node = self._nodes[key]
         self._forget_state(key)
         self._clock += 1
+        self.undo.attributes(node, "state", "state_used")
+        self.undo.attributes(self, "state_bytes")
+        self.undo.note(self._with_state.discard, key)
         node.state, node.state_used = state, self._clock
         self._with_state.add(key)
         self.state_bytes += _nbytes(state)
@@ -215,6 +222,8 @@ class PrefixIndex:
         only where nothing else is left and a beginning before it is nobody's: one that the request has a block of its
         own for, because it was computed twice.
         """
+        self.undo.attributes(self, "_by_age")
+        self._by_age = list(self._by_age)
         gone: dict[str, list[int]] = {kind: [] for kind in owned_elsewhere}
         missing, in_use = dict(short), []
 
@@ -254,26 +263,33 @@ class PrefixIndex:
 
     def _remove(self, key: bytes) -> None:
         self._forget_state(key)
+        self.undo.item(self._nodes, key)
         node = self._nodes.pop(key)
         if node.parent:
             parent = self._nodes[node.parent]
+            self.undo.attributes(parent, "children", "last_used")
             parent.children -= 1
             parent.last_used = max(parent.last_used, node.last_used)
             heapq.heappush(self._by_age, (parent.last_used, node.parent))
 
     def _forget_state(self, key: bytes) -> None:
         node = self._nodes[key]
+        self.undo.attributes(node, "state")
+        self.undo.attributes(self, "state_bytes")
+        if key in self._with_state:
+            self.undo.note(self._with_state.add, key)
         self.state_bytes -= _nbytes(node.state or {})
         node.state = None
         self._with_state.discard(key)
 
     def _touch(self, key: bytes) -> None:
-        self._clock += 1
-        self._nodes[key].last_used = self._clock
-        heapq.heappush(self._by_age, (self._clock, key))
+        clock = self._clock + 1  # in an order in which every end is in the heap at any time
+        heapq.heappush(self._by_age, (clock, key))
+        self._clock = self._nodes[key].last_used = clock
         if len(self._by_age) > 2 * len(self._nodes) + 64:
-            self._by_age = [(node.last_used, key) for key, node in self._nodes.items() if not node.children]
-            heapq.heapify(self._by_age)
+            by_age = [(node.last_used, key) for key, node in self._nodes.items() if not node.children]
+            heapq.heapify(by_age)
+            self._by_age = by_age
 
     def blocks(self) -> dict[str, list[int]]:
         """All blocks that are known, by kind."""

@@ -10,6 +10,7 @@ from ..schema import CacheSchema
 from .blocks import BlockLedger
 from .in_flight import Part, PendingSteps, PlannedStep, Released
 from .slot import Slot
+from .undo import Undo
 
 
 class RequestTable:
@@ -38,9 +39,10 @@ class RequestTable:
         """
         self.num_slots, self.schema_of = num_slots, schema_of
         self.max_context_len, self.max_rollback, self.block_size = max_context_len, max_rollback, block_size
-        self.ledger = BlockLedger(num_blocks)
+        self.undo = Undo()
+        self.ledger = BlockLedger(num_blocks, self.undo)
         self._holders = is_held, forget
-        self.pending = PendingSteps(is_held, forget)
+        self.pending = PendingSteps(is_held, forget, self.undo)
         self.plans_kept_blocks = False  # whether plans say which blocks a step does not write
         self.free_slots = list(range(num_slots))
         self._lengths: dict[int, int] = {}
@@ -115,7 +117,7 @@ class RequestTable:
             self.ledger.extend({kind: {slot: n} for kind, n in self.blocks_for(length).items()})
         except RuntimeError:
             self.ledger.close(slot)
-            heapq.heappush(self.free_slots, slot)
+            self._give_slot(slot)
             raise
         return self._begin(slot, length, settled)
 
@@ -128,6 +130,7 @@ class RequestTable:
         self.ledger.adopt(slot, blocks)
         covered = max((len(ids) * self.block_size for ids in blocks.values()), default=length)
         self._begin(slot, length, covered)
+        self.undo.item(self._complete_from, slot)
         self._complete_from[slot] = covered
         return self.handle(slot)
 
@@ -137,14 +140,16 @@ class RequestTable:
         try:
             copies = self.ledger.fork(slot, target, shared)
         except RuntimeError:
-            heapq.heappush(self.free_slots, target)
+            self._give_slot(target)
             raise
         return self._begin(target, self._lengths[slot], self._settled[slot]), copies
 
     def close(self, slot: int) -> None:
         """Ends a request."""
         self.give_up(self.ledger.close(slot))
-        del self._lengths[slot], self._settled[slot], self._complete_from[slot]
+        for known in (self._lengths, self._settled, self._complete_from):
+            self.undo.item(known, slot)
+            del known[slot]
 
     # Lengths.
 
@@ -162,12 +167,16 @@ class RequestTable:
 
     def grow(self, slot: int, length: int) -> None:
         """A request has `length` tokens now."""
-        self._lengths[slot] = length
-        self._settled[slot] = max(self._settled[slot], length - self.max_rollback)
+        self._set(slot, length, max(self._settled[slot], length - self.max_rollback))
+
+    def _set(self, slot: int, length: int, settled: int) -> None:
+        self.undo.item(self._lengths, slot)
+        self.undo.item(self._settled, slot)
+        self._lengths[slot], self._settled[slot] = length, settled
 
     def settle_at(self, slot: int, length: int) -> None:
         """No rollback takes back the first `length` tokens of a request any more: others may read their blocks."""
-        self._settled[slot] = max(self._settled[slot], length)
+        self._set(slot, self._lengths[slot], max(self._settled[slot], length))
 
     def kept_blocks(self) -> np.ndarray | None:
         """(slots,) int32: how many blocks of each request a step does not write, because what they hold is final.
@@ -187,7 +196,7 @@ class RequestTable:
 
         While a prefix hit is computed again, blocks beyond the length hold entries that are not written a second time.
         """
-        self._lengths[slot] = length
+        self._set(slot, length, self._settled[slot])
         self.give_up(self.ledger.truncate(slot, self.blocks_for(max(length, self._complete_from[slot]))))
 
     def blocks_for(self, num_tokens: int) -> dict[str, int]:
@@ -232,8 +241,7 @@ class RequestTable:
         for slot, part in step.parts.items():
             if slot in elsewhere or slot not in self.ledger or self._generations[slot] != part.generation:
                 continue
-            self._lengths[slot] = min(self._lengths[slot], part.start)
-            self._settled[slot] = part.settled
+            self._set(slot, min(self._lengths[slot], part.start), part.settled)
             owned = self.ledger.blocks(slot)
             keep = {kind: min(len(ids), step.given[kind].get(slot, len(ids))) for kind, ids in owned.items()}
             if any(keep[kind] < len(ids) for kind, ids in owned.items()):
@@ -253,7 +261,8 @@ class RequestTable:
     def give_up(self, released: Released) -> None:
         """What was released is free when no plan made until now may be dispatched any more."""
         released.after = self.pending.count
-        self._released.append(released)
+        self.undo.attributes(self, "_released")
+        self._released = [*self._released, released]
 
     def settling(self) -> list[Released]:
         """What no outstanding plan can read any more; its places in the tables are to be entered, then it is free."""
@@ -262,10 +271,15 @@ class RequestTable:
 
     def free(self, released: Released) -> None:
         """Makes free what `settling` named."""
+        self.undo.attributes(self, "_released")
         self._released = [other for other in self._released if other is not released]
         self.ledger.unhold(released.blocks)
         for slot in released.slots:
-            heapq.heappush(self.free_slots, slot)
+            self._give_slot(slot)
+
+    def entered_in_vain(self, cells: dict[str, list[tuple[int, int]]]) -> None:
+        """The tables may hold something at these places (slot, column), by kind, that the books know nothing of."""
+        self._released = [*self._released, Released({**{kind: [] for kind in self.ledger.kinds}, **cells}, {})]
 
     @property
     def waiting(self) -> list[Released]:
@@ -285,7 +299,7 @@ class RequestTable:
                 owned = len(self.ledger.blocks(slot)[kind])
                 assert owned >= needed, f"slot {slot} has {owned} {kind.upper()} blocks and needs {needed}"
         for kind in self.ledger.kinds:
-            held = sum(len(released.blocks[kind]) for released in self._released)
+            held = sum(len(released.blocks.get(kind, ())) for released in self._released)
             assert held == self.ledger.num_held(kind), f"{kind.upper()}: {held} blocks wait"
 
     def _take_slot(self) -> int:
@@ -296,9 +310,17 @@ class RequestTable:
                 f"all {self.num_slots} concurrent requests are running{wait}: release one or make "
                 "max_concurrent_requests larger"
             )
+        self.undo.elements(self.free_slots, slice(None))
         return heapq.heappop(self.free_slots)
 
+    def _give_slot(self, slot: int) -> None:
+        self.undo.elements(self.free_slots, slice(None))
+        heapq.heappush(self.free_slots, slot)
+
     def _begin(self, slot: int, length: int, settled: int) -> Slot:
-        self._lengths[slot], self._settled[slot], self._complete_from[slot] = length, settled, 0
+        self._set(slot, length, settled)
+        self.undo.item(self._complete_from, slot)
+        self.undo.elements(self._generations, slot)
+        self._complete_from[slot] = 0
         self._generations[slot] += 1
         return self.handle(slot)
