@@ -204,7 +204,7 @@ class CacheHolder:
             return
         if slot in requests.ledger and requests.handle(slot).generation == slot.generation:
             requests.undo.begin()
-            requests.close(slot)
+            requests.close(slot, after=0)  # no plan knows of it
             requests.undo.done()
         self._opening = None
 
@@ -290,7 +290,8 @@ class CacheHolder:
             self._settle()
 
     def _make_unreadable(self, blocks: Mapping[str, Sequence[int]], slots: Sequence[int]) -> None:
-        self._cache = fill_blocks(self._cache, blocks)
+        for self._cache in fill_blocks(self._cache, blocks):
+            pass
         for slot in slots:
             self._cache = fill_slot(self._cache, slot)
 

@@ -214,7 +214,8 @@ class RequestLifecycle(CacheHolder):
         require_fit(snapshot, self._cache, self.fingerprint, self.max_context_len)
         settled = snapshot.length - min(snapshot.rollback, self.max_rollback)
         slot = self._fill(self._requests.open(snapshot.length, settled))
-        self._cache = write_entries(self._cache, snapshot, self._ledger.blocks(slot))
+        for self._cache in write_entries(self._cache, snapshot, self._ledger.blocks(slot)):
+            pass
         self._cache = write_rows(self._cache, slot, snapshot.arrays, snapshot.length)
         self._cache = enter_cells(self._cache, self._ledger.all_entered(slot))
         return slot

@@ -144,9 +144,9 @@ class RequestTable:
             raise
         return self._begin(target, self._lengths[slot], self._settled[slot]), copies
 
-    def close(self, slot: int) -> None:
-        """Ends a request."""
-        self.give_up(self.ledger.close(slot))
+    def close(self, slot: int, after: int | None = None) -> None:
+        """Ends a request; after: see `give_up`."""
+        self.give_up(self.ledger.close(slot), after)
         for known in (self._lengths, self._settled, self._complete_from):
             self.undo.item(known, slot)
             del known[slot]
@@ -245,7 +245,8 @@ class RequestTable:
             owned = self.ledger.blocks(slot)
             keep = {kind: min(len(ids), step.given[kind].get(slot, len(ids))) for kind, ids in owned.items()}
             if any(keep[kind] < len(ids) for kind, ids in owned.items()):
-                self.give_up(self.ledger.truncate(slot, keep))
+                # No step has these blocks: not an older one, they were free, and not a later one.
+                self.give_up(self.ledger.truncate(slot, keep), after=0)
         self.pending.take_back(step)
 
     def looked(self, ran: np.ndarray) -> None:
@@ -258,9 +259,9 @@ class RequestTable:
             except ValueError:  # somebody counts on its tokens, and will be told
                 continue
 
-    def give_up(self, released: Released) -> None:
-        """What was released is free when no plan made until now may be dispatched any more."""
-        released.after = self.pending.count
+    def give_up(self, released: Released, after: int | None = None) -> None:
+        """What was released is free when none of the first `after` plans may be dispatched any more; None: of all."""
+        released.after = self.pending.count if after is None else after
         self.undo.attributes(self, "_released")
         self._released = [*self._released, released]
 

@@ -1,6 +1,6 @@
 """Bytes that show when they are read: what a debug mode leaves in freed blocks and released slots."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,13 +30,14 @@ def unreadable(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(fill, tree)
 
 
-def fill_blocks(cache: KVCache, blocks: Mapping[str, Sequence[int]]) -> KVCache:
-    """The cache with these blocks, by kind, made unreadable. Donates the pools."""
+def fill_blocks(cache: KVCache, blocks: Mapping[str, Sequence[int]]) -> Iterator[KVCache]:
+    """The cache with these blocks, by kind, made unreadable, after each part. Donates the pools."""
     paged = dict(cache.paged)
     for kind, ids in blocks.items():
         if ids:
-            paged[kind] = write_blocks(paged[kind], ids, unreadable(_some_blocks(paged[kind], len(ids))))
-    return cache.replace_state(cache.state, paged, cache.block_table)
+            values = unreadable(_some_blocks(paged[kind], len(ids)))
+            for paged[kind] in write_blocks(paged[kind], ids, values):
+                yield cache.replace_state(cache.state, paged, cache.block_table)
 
 
 def _some_blocks(pool: PagedKVPool, n: int) -> PagedKVPool:

@@ -4,7 +4,7 @@ Each is one compiled call that touches what it names and no more; writes donate 
 blocks are padded to powers of two, so that few programs are compiled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -102,8 +102,11 @@ def _write_blocks(pool: PagedKVPool, ids: Array, values: PagedKVPool, count: Arr
     return jax.tree.map(write, pool, values)
 
 
-def write_blocks(pool: PagedKVPool, ids: Sequence[int], values: PagedKVPool) -> PagedKVPool:
-    """The pool with blocks `ids` replaced: values are numpy arrays (L, len(ids), E, ...). Donates the pool."""
+def write_blocks(pool: PagedKVPool, ids: Sequence[int], values: PagedKVPool) -> Iterator[PagedKVPool]:
+    """The pool with blocks `ids` replaced: values are numpy arrays (L, len(ids), E, ...). Donates the pool.
+
+    Yields the pool after each part, because the one before is gone: whoever keeps it loses nothing if the next fails.
+    """
     start = 0
     for padded, n in _parts(ids):
         fill = [(0, 0), (0, len(padded) - n)]
@@ -111,8 +114,8 @@ def write_blocks(pool: PagedKVPool, ids: Sequence[int], values: PagedKVPool) -> 
             lambda x, at=start, n=n, fill=fill: np.pad(x[:, at : at + n], fill + [(0, 0)] * (x.ndim - 2)), values
         )
         pool = _write_blocks(pool, padded, part, np.int32(n))
+        yield pool
         start += n
-    return pool
 
 
 def _parts(ids: Sequence[int]) -> list[tuple[np.ndarray, int]]:

@@ -1,6 +1,7 @@
 """A request outside the cache: what it needs to go on, in numpy arrays."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -57,8 +58,8 @@ def take_snapshot(
     )
 
 
-def write_entries(cache: KVCache, snapshot: Snapshot, blocks: dict[str, list[int]]) -> KVCache:
-    """The cache with a snapshot's entries in these blocks. Donates the pools."""
+def write_entries(cache: KVCache, snapshot: Snapshot, blocks: dict[str, list[int]]) -> Iterator[KVCache]:
+    """The cache with a snapshot's entries in these blocks, after each part. Donates the pools."""
     paged = dict(cache.paged)
     for kind, ids in blocks.items():
 
@@ -69,8 +70,9 @@ def write_entries(cache: KVCache, snapshot: Snapshot, blocks: dict[str, list[int
             return padded.reshape(x.shape[0], n, *x.shape[2:])
 
         if ids:
-            paged[kind] = write_blocks(paged[kind], ids, jax.tree_util.tree_map_with_path(in_blocks, paged[kind]))
-    return cache.replace_state(cache.state, paged, cache.block_table)
+            values = jax.tree_util.tree_map_with_path(in_blocks, paged[kind])
+            for paged[kind] in write_blocks(paged[kind], ids, values):
+                yield cache.replace_state(cache.state, paged, cache.block_table)
 
 
 def require_fit(snapshot: Snapshot, cache: KVCache, fingerprint: str, max_context_len: int) -> None:
