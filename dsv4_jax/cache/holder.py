@@ -290,8 +290,8 @@ class CacheHolder:
             self._settle()
 
     def _make_unreadable(self, blocks: Mapping[str, Sequence[int]], slots: Sequence[int]) -> None:
-        for self._cache in fill_blocks(self._cache, blocks):
-            pass
+        for cache in fill_blocks(self._cache, blocks):
+            self._cache = cache
         for slot in slots:
             self._cache = fill_slot(self._cache, slot)
 

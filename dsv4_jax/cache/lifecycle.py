@@ -88,12 +88,13 @@ class RequestLifecycle(CacheHolder):
         )
         requests = old.emptied()
         prefix = None if self._prefix is None else self._prefix.emptied()
+        if prefix is not None:
+            requests.ledger.reclaim, prefix.undo = self._reclaim, requests.undo
         # One assignment: whatever interrupts this finds the old state or the new one.
         vars(self).update(
             _cache=fresh, _requests=requests, _ledger=requests.ledger, _prefix=prefix, _chains={}, _opening=None,
         )  # fmt: skip
-        if prefix is not None:
-            requests.ledger.reclaim, prefix.undo = self._reclaim, requests.undo
+        old.pending.forget_all()
         if self._debug_nan:
             free = {kind: requests.ledger.free_blocks(kind) for kind in requests.ledger.kinds}
             self._make_unreadable(free, range(fresh.max_requests))
@@ -214,8 +215,8 @@ class RequestLifecycle(CacheHolder):
         require_fit(snapshot, self._cache, self.fingerprint, self.max_context_len)
         settled = snapshot.length - min(snapshot.rollback, self.max_rollback)
         slot = self._fill(self._requests.open(snapshot.length, settled))
-        for self._cache in write_entries(self._cache, snapshot, self._ledger.blocks(slot)):
-            pass
+        for cache in write_entries(self._cache, snapshot, self._ledger.blocks(slot)):
+            self._cache = cache
         self._cache = write_rows(self._cache, slot, snapshot.arrays, snapshot.length)
         self._cache = enter_cells(self._cache, self._ledger.all_entered(slot))
         return slot

@@ -65,7 +65,6 @@ class RequestTable:
             forget=self._holders[1],
         )
         fresh.plans_kept_blocks = self.plans_kept_blocks
-        self.pending.forget_all()
         fresh._generations = [generation + 1 for generation in self._generations]
         return fresh
 

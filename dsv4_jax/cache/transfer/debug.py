@@ -36,7 +36,8 @@ def fill_blocks(cache: KVCache, blocks: Mapping[str, Sequence[int]]) -> Iterator
     for kind, ids in blocks.items():
         if ids:
             values = unreadable(_some_blocks(paged[kind], len(ids)))
-            for paged[kind] in write_blocks(paged[kind], ids, values):
+            for pool in write_blocks(paged[kind], ids, values):
+                paged[kind] = pool
                 yield cache.replace_state(cache.state, paged, cache.block_table)
 
 

@@ -71,7 +71,8 @@ def write_entries(cache: KVCache, snapshot: Snapshot, blocks: dict[str, list[int
 
         if ids:
             values = jax.tree_util.tree_map_with_path(in_blocks, paged[kind])
-            for paged[kind] in write_blocks(paged[kind], ids, values):
+            for pool in write_blocks(paged[kind], ids, values):
+                paged[kind] = pool
                 yield cache.replace_state(cache.state, paged, cache.block_table)
 
 
