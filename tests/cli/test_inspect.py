@@ -239,7 +239,7 @@ def test_a_small_run_shows_its_cache_step_by_step(run, four_layers, tmp_path):
     assert decoded[1:8] == [
         "  A  slot 0, 137 tokens",
         "     ring  128 of 128 rows hold tokens 9 to 136, the next goes to row 9",
-        "     tail  csa: 1 of 3 rows holds token 136",
+        "     tail  csa: 1 of 4 rows holds token 136",
         "     tail  csa lane a: 5 of 8 rows hold tokens 132 to 136",
         "     tail  hca: 9 of 128 rows hold tokens 128 to 136",
         "     csa   34 entries; blocks: 0, 1",

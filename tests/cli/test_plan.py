@@ -73,7 +73,7 @@ def test_the_table_says_what_the_object_says(run):
     for table in (costs, limits):
         assert [" ".join(line.split()[:3]) for line in table.splitlines()[2:]] == formats
     assert costs.splitlines()[2].split()[3:] == ["580", "B", "72", "B", "14.30", "MiB", "3,513.6", "B"]
-    assert limits.splitlines()[2].split()[3:] == ["7.08", "GiB", "yes", "1,048,576", "180"]
+    assert limits.splitlines()[2].split()[3:] == ["7.09", "GiB", "yes", "1,048,576", "180"]
 
 
 def test_the_table_is_whole_in_a_terminal_of_80_columns(run, monkeypatch):
@@ -104,10 +104,10 @@ def test_too_little_memory_is_status_1_and_says_what_is_missing_and_what_fits(ru
     assert status == 1
     assert "As asked for, these formats would fit: fp8 + nvfp4, fp8 + mxfp4, fp8_ue8m0 + nvfp4" in out
     out = run("--config", "pro", "--memory", "30MB", "--concurrency", 4)[1]
-    assert "One request alone can have 1,539 tokens" in out
+    assert "One request alone can have 1,411 tokens" in out
     arguments = ("--config", "pro", "--memory", "9MB")
     smallest = json.loads(run(*arguments, "--json")[1])["smallest_bytes"]
-    assert f"Not even one token fits: its cache takes 21.19 MiB ({smallest:,})" in run(*arguments)[1]
+    assert f"Not even one token fits: its cache takes 21.61 MiB ({smallest:,})" in run(*arguments)[1]
     assert run("--config", "pro", "--memory", smallest, "--context", 1)[0] == 0
     assert run("--config", "pro", "--memory", smallest - 1, "--context", 1)[0] == 1
 
