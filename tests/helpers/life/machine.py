@@ -120,6 +120,26 @@ class Life(RuleBasedStateMachine):
         else:
             self.session.mistake(which, seed)
 
+    @SOMEBODY
+    @rule(counts=COUNTS, seed=SEED)
+    def not_run(self, counts, seed):
+        self.session.not_run(counts, seed)
+
+    @SOMEBODY
+    @rule(counts=COUNTS, which=WHICH, seed=SEED)
+    def copied(self, counts, which, seed):
+        self.session.copied(counts, which, seed)
+
+    @SOMEBODY
+    @rule(counts=COUNTS, seed=SEED)
+    def two_in_flight(self, counts, seed):
+        self.session.two_in_flight(counts, seed)
+
+    @SOMEBODY
+    @rule(which=WHICH, at=st.integers(1, 250), seed=SEED)
+    def broken_off(self, which, at, seed):
+        self.session.broken_off(which, at, seed)
+
     def teardown(self):
         if self.session is not None and sys.exception() is None:
             self.session.end()

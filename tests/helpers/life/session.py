@@ -1,6 +1,11 @@
 """Moves on a cache whose every promise is checked after each: the reference is a list of tokens per request."""
 
-from collections.abc import Callable
+import contextlib
+import copy
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,11 +14,41 @@ import numpy as np
 import pytest
 from life.worlds import World
 
+import dsv4_jax.cache
 from dsv4_jax.cache.kv_cache import KVCache
 from dsv4_jax.cache.plan import StepPlan
 from dsv4_jax.cache.transfer.snapshot import Snapshot
 
 KINDS = ("csa", "hca")
+
+COPIES: list[Callable[[StepPlan], StepPlan]] = [
+    jax.device_put,
+    lambda plan: jax.tree.map(jnp.asarray, plan),
+    lambda plan: dataclasses.replace(plan),
+    copy.deepcopy,
+]
+FOLDER = str(Path(dsv4_jax.cache.__file__).parent)
+
+
+@contextlib.contextmanager
+def interrupted(at: int) -> Iterator[None]:
+    """KeyboardInterrupt at the at-th line that runs in dsv4_jax/cache, as Ctrl-C raises it between two bytecodes."""
+    count = 0
+
+    def line(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count == at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return line
+
+    sys.settrace(lambda frame, event, arg: line if frame.f_code.co_filename.startswith(FOLDER) else None)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
 
 
 class Session:
@@ -36,7 +71,7 @@ class Session:
         self.kept: list[np.ndarray] = []  # the beginnings of texts that were kept for others
         self.shelf: list[tuple[Snapshot, np.ndarray]] = []  # snapshots and their texts
         self.stale: list[int] = []  # handles of requests that ended
-        self.moves = self.hits = 0
+        self.moves = self.hits = self.lost = 0
 
     # Moves. A number that says which slot means the one of that rank among the running ones.
 
@@ -202,6 +237,113 @@ class Session:
             self.lengths[newcomer] = self.floors[newcomer] = 0
             self._go_on_with(newcomer, seed)
         self._done()
+
+    # What users do that are not polite.
+
+    def not_run(self, counts: tuple[int, ...], seed: int) -> None:
+        """A chunk is planned, perhaps copied, and then cancelled or dropped: nothing has changed."""
+        before = self.book()
+        planned = self._plan(
+            self._new(counts), self.slots * self.width, seed, num_segments=self.slots, width=self.width
+        )
+        if planned is None:
+            return
+        if seed % 2:
+            planned = COPIES[seed // 2 % len(COPIES)](planned)
+        if seed % 2 or seed // 16 % 2:  # Python may hold on to arrays that were copied for a while
+            planned.cancel()
+            planned.cancel()
+        del planned
+        assert self.book() == before
+        self._done()
+
+    def copied(self, counts: tuple[int, ...], which: int, seed: int) -> None:
+        """A copy of a plan is dispatched, the plan being gone; a request of it may end meanwhile, and others begin."""
+        planned = self._plan(
+            self._new(counts), self.slots * self.width, seed, num_segments=self.slots, width=self.width
+        )
+        if planned is None:
+            return
+        planned = COPIES[seed % len(COPIES)](planned)
+        ended = self._slot(which) if seed // 8 % 2 else None
+        written = {s: n + self._new(counts)[s] for s, n in self.lengths.items()}
+        if ended is not None:
+            self.stale.append(next(s for s in self.manager.active_slots if s == ended))
+            self.manager.release_request(ended)
+        newcomers = []
+        while len(self.lengths) + len(newcomers) < self.slots and seed // 16 % 2:
+            newcomers.append(self.manager.admit_request())
+            assert newcomers[-1] not in self.lengths
+        self.world.step(self, planned)
+        if seed // 32 % 2 and ended is None and max(self._new(counts).values()) <= self.manager.max_rollback:
+            self.world.step(self, planned)  # the newest tokens may be written again
+        self.lengths = written
+        if ended is not None:
+            self._forget(ended)
+        for newcomer in newcomers:
+            self.lengths[newcomer] = self.floors[newcomer] = 0
+            self._go_on_with(newcomer, seed)
+        del planned
+        self._done()
+
+    def two_in_flight(self, counts: tuple[int, ...], seed: int) -> None:
+        """Two plans of different requests, dispatched in either order; one of them, or both, may never run."""
+        parts = [{s: n * (s % 2 == i) for s, n in self._new(counts).items()} for i in (0, 1)]
+        if not self._room({s: self.lengths[s] + n for part in parts for s, n in part.items() if n}):
+            return
+        plans = []
+        for part in parts:
+            plans.append(self._plan_chunk(part, seed))
+            for slot, n in part.items():
+                self.lengths[slot] += n
+        for i in (1, 0) if seed % 2 else (0, 1):
+            if plans[i] is None:
+                continue
+            if seed // 2 % 4 == i:
+                plans[i] = None  # dropped
+                for slot, n in parts[i].items():
+                    self.lengths[slot] -= n
+            else:
+                self.world.step(self, plans[i])
+        self._done()
+
+    def broken_off(self, which: int, at: int, seed: int) -> None:
+        """A call of the manager is interrupted at its at-th line: it has happened, or nothing has."""
+        if (slot := self._slot(which)) is None:
+            return
+        manager, before = self.manager, self.book()
+        calls: list[Callable[[], Any]] = [
+            lambda: manager.plan_step([slot], [self.lengths[slot]]),
+            lambda: manager.plan_step(
+                [slot] * 12, self.lengths[slot] + np.arange(12), num_segments=4, width=self.width
+            ),
+            manager.admit_request,
+            lambda: manager.fork(slot),
+            lambda: manager.snapshot(slot),
+            lambda: manager.rollback(slot, 0),
+            lambda: manager.num_free_blocks("csa"),
+            lambda: manager.restore(self.shelf[0][0]) if self.shelf else manager.length(slot),
+        ]
+        try:
+            with interrupted(at):
+                calls[seed % len(calls)]()
+        except (KeyboardInterrupt, ValueError, RuntimeError):
+            pass
+        if any(x.is_deleted() for x in jax.tree.leaves(manager.cache)):  # a step on the device took it, and is lost
+            manager.reset()
+            self.lengths, self.floors, self.restored, self.kept, self.stale = {}, {}, {}, [], []
+            self.lost += 1
+        else:
+            for new in set(manager.active_slots) - set(self.lengths):
+                manager.release_request(new)
+            assert self.book() == before
+        self._done()
+
+    def _plan_chunk(self, new: dict[int, int], seed: int) -> StepPlan | None:
+        return self._plan(new, self.slots * self.width, seed, num_segments=self.slots, width=self.width)
+
+    def _new(self, counts: tuple[int, ...]) -> dict[int, int]:
+        return {s: min(counts[s], self.limit - n) for s, n in self.lengths.items()}
 
     def branch(self, which: int, n: int, seed: int) -> None:
         """A request goes back, then forks (another makes room if need be), one of the two goes back, both go on."""
