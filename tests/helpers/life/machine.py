@@ -24,7 +24,7 @@ class Life(RuleBasedStateMachine):
     moves = hits = 0  # of all sessions of the class
     session: Session | None = None
 
-    @initialize(policy=st.sampled_from(["full", "periodic"]))
+    @initialize(policy=st.sampled_from(["full", "periodic", "zero"]))
     def begin(self, policy):
         self.session = Session(self.world, slots=SLOTS, blocks=6, prefix=PrefixPolicy(policy, period=24))
         self.session.admit(0)

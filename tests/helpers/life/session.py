@@ -63,11 +63,14 @@ class Session:
         self.world, self.slots, self.num_blocks = world, slots, blocks
         self.config, self.limit, self.width = world.fill.config, world.fill.length, world.fill.width
         self.manager = world.fill.new_manager(slots=slots, blocks=blocks, **options)
+        if world.reach is not None and self.manager._prefix is not None:
+            self.manager._prefix._reach = world.reach
         self.texts = np.zeros((slots, self.limit), np.int32)
         self.expected: Any = None  # of the world: what the texts give
         self.lengths: dict[int, int] = {}
         self.floors: dict[int, int] = {}  # the length that a request can go back to
         self.restored: dict[int, int] = {}  # the length that a restored request could go back to at first
+        self.complete: dict[int, int] = {}  # of a hit of the policy "zero", up to where it is computed again
         self.kept: list[np.ndarray] = []  # the beginnings of texts that were kept for others
         self.shelf: list[tuple[Snapshot, np.ndarray]] = []  # snapshots and their texts
         self.stale: list[int] = []  # handles of requests that ended
@@ -100,6 +103,9 @@ class Session:
         if (slot := self._slot(which)) is None:
             return
         manager, length = self.manager, self.lengths[slot]
+        if self._is_incomplete(slot):
+            self._refused(lambda: manager.snapshot(slot), ValueError)
+            return
         if back > length - self.floors[slot]:
             self._refused(lambda: manager.snapshot(slot, rollback=back), ValueError)
             return
@@ -136,6 +142,9 @@ class Session:
         if (slot := self._slot(which)) is None:
             return
         text = self.texts[slot, : self.lengths[slot]].copy()
+        if self._is_incomplete(slot):
+            self._refused(lambda: self.manager.keep_prefix(slot, text), ValueError)
+            return
         n = self.manager.keep_prefix(slot, text)
         assert n in (0, len(text) // self.config.block_size * self.config.block_size)
         self.floors[slot] = max(self.floors[slot], n)
@@ -162,6 +171,8 @@ class Session:
         assert start % self.config.block_size == 0
         self.texts[slot] = text
         self.lengths[slot] = self.floors[slot] = self.restored[slot] = start
+        if hit > start and self.manager.prefix_policy.name == "zero":
+            self.floors[slot] = self.complete[slot] = hit
         self.hits += start > 0
         self.world.renew(self, slot)
         self._done()
@@ -204,7 +215,7 @@ class Session:
 
     def interrupted(self, counts: tuple[int, ...], which: int, seed: int) -> None:
         """Between the plan of a chunk and its dispatch one of its requests ends or goes back, and another begins."""
-        if (slot := self._slot(which)) is None or self.lengths[slot] == self.limit:
+        if (slot := self._slot(which)) is None or self.lengths[slot] == self.limit or self._is_incomplete(slot):
             return
         new = {s: min(counts[s], self.limit - n) for s, n in self.lengths.items()}
         new[slot] = max(new[slot], 1)
@@ -292,9 +303,15 @@ class Session:
         if not self._room({s: self.lengths[s] + n for part in parts for s, n in part.items() if n}):
             return
         plans = []
-        for part in parts:
-            plans.append(self._plan_chunk(part, seed))
-            for slot, n in part.items():
+        for i, part in enumerate(parts):
+            try:
+                plans.append(self._plan_chunk(part, seed))
+            except RuntimeError:  # kept blocks are given out only while no plan is outstanding
+                assert plans[0] is not None
+                assert self.kept
+                plans.append(None)
+                parts[i] = dict.fromkeys(part, 0)
+            for slot, n in parts[i].items():
                 self.lengths[slot] += n
         for i in (1, 0) if seed % 2 else (0, 1):
             if plans[i] is None:
@@ -331,7 +348,7 @@ class Session:
             pass
         if any(x.is_deleted() for x in jax.tree.leaves(manager.cache)):  # a step on the device took it, and is lost
             manager.reset()
-            self.lengths, self.floors, self.restored, self.kept, self.stale = {}, {}, {}, [], []
+            self.lengths, self.floors, self.restored, self.complete, self.kept, self.stale = {}, {}, {}, {}, [], []
             self.lost += 1
         else:
             for new in set(manager.active_slots) - set(self.lengths):
@@ -360,7 +377,7 @@ class Session:
 
     def burst(self, steps: int) -> None:
         """Several decode steps of all requests after one plan, as a jitted loop takes them."""
-        running = [s for s, n in self.lengths.items() if n + steps <= self.limit]
+        running = [s for s, n in self.lengths.items() if n + steps <= self.limit and not self._is_incomplete(s)]
         if not running:
             return
         slots, positions = np.full(self.slots, -1, np.int32), np.zeros(self.slots, np.int32)
@@ -385,17 +402,21 @@ class Session:
         """Forgets n tokens, other ones will follow; or a refusal where so many cannot be forgotten."""
         if (slot := self._slot(which)) is None:
             return
-        if self.lengths[slot] - n < self.floors[slot]:
+        if n and self.lengths[slot] - n < self.floors[slot]:
             self._refused(lambda: self.manager.rollback(slot, n), ValueError)
             return
         self.manager.rollback(slot, n)
         self.lengths[slot] -= n
-        self._go_on_with(slot, seed)
+        if not self._is_incomplete(slot):
+            self._go_on_with(slot, seed)
         self._done()
 
     def fork(self, which: int, seed: int) -> None:
         """A second request with the same tokens, or a refusal for want of a slot or blocks."""
         if (slot := self._slot(which)) is None:
+            return
+        if self._is_incomplete(slot):
+            self._refused(lambda: self.manager.fork(slot), ValueError)
             return
         before = self.book()
         try:
@@ -476,6 +497,10 @@ class Session:
         running = sorted(self.lengths)
         return running[which % len(running)] if running else None
 
+    def _is_incomplete(self, slot: int) -> bool:
+        """Whether a prefix hit is still being computed again."""
+        return self.lengths[slot] < self.complete.get(slot, 0)
+
     def _rank(self, slot: int) -> int:
         return sorted(self.lengths).index(slot)
 
@@ -498,6 +523,7 @@ class Session:
     def _forget(self, slot: int) -> None:
         del self.lengths[slot], self.floors[slot]
         self.restored.pop(slot, None)
+        self.complete.pop(slot, None)
 
     def _settle(self, slot: int) -> None:
         """What lies further back than the slack can no more be gone back to."""
