@@ -15,7 +15,7 @@ from dsv4_jax.ops import dispatch
 @pytest.mark.skipif("cpu" not in dispatch.available(), reason="without native forms the last bit depends on the shapes")
 def test_what_the_cache_shows(say):
     """10,000 moves and more; window rows, entries and keys bit for bit."""
-    moves, hits = play(Views(small("fp8")), examples=150, steps=60)
+    moves, hits = play(Views(small("fp8")), examples=165, steps=60)
     say(f"{moves:,} moves, derandomised (the same in every run); {hits} prefix hits")
     assert moves >= 10_000
     assert hits >= 100
