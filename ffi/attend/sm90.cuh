@@ -120,15 +120,11 @@ __device__ __forceinline__ Token token_of(const AttendCall& call, int64_t t) {
   return token;
 }
 
-// Half of a row: its codes, or its RoPE half.
-struct Row {
-  const void* values;  // null: not visible
-  const void* scale;
-};
-__device__ __forceinline__ Row row_at(const ReadRecords& records, int64_t index, bool codes) {
-  const void* scale = static_cast<const uint8_t*>(records.scale) + index * (records.scale_width ? 8 : 4);
-  if (codes) return {records.nope + index * kNope, scale};
-  return {records.rope + index * kRope, scale};
+enum class Part { kCodes, kRope, kScale };  // of a record
+__device__ __forceinline__ const uint8_t* part_at(const ReadRecords& records, int64_t index, Part part) {
+  if (part == Part::kCodes) return records.nope + index * kNope;
+  if (part == Part::kRope) return reinterpret_cast<const uint8_t*>(records.rope + index * kRope);
+  return static_cast<const uint8_t*>(records.scale) + index * (records.scale_width ? 8 : 4);
 }
 
 __device__ __forceinline__ int64_t entry_of(const AttendCall& call, const Token& token, int64_t t, int block, int row) {
@@ -137,28 +133,30 @@ __device__ __forceinline__ int64_t entry_of(const AttendCall& call, const Token&
   if (!call.selected) return i;
   return i < call.chosen ? __ldg(call.selected + t * call.chosen + i) : -1;
 }
-__device__ __forceinline__ Row row_of(const AttendCall& call, const Token& token, int block, int row, int64_t entry,
-                                      bool codes) {
-  if (block >= token.blocks) return {};
+// Null: not visible.
+__device__ __forceinline__ const uint8_t* find(const AttendCall& call, const Token& token, int64_t t, int block, int row,
+                                               Part part) {
+  if (block >= token.blocks) return nullptr;
   if (block >= token.window_blocks) {
-    if (entry < 0 || entry >= token.visible) return {};
+    const int64_t entry = entry_of(call, token, t, block, row);
+    if (entry < 0 || entry >= token.visible) return nullptr;
     // In 32 bits: a division of 64 takes as long as the load that follows.
     const uint32_t e = static_cast<uint32_t>(entry), per_block = static_cast<uint32_t>(call.per_block);
     const uint32_t column = e / per_block;
-    if (column >= call.columns) return {};
+    if (column >= call.columns) return nullptr;
     const int32_t place = __ldg(call.table + token.slot * call.columns + column);
-    if (place < 0 || place >= call.num_blocks) return {};
-    return row_at(call.pool, place * call.per_block + (e - column * per_block), codes);
+    if (place < 0 || place >= call.num_blocks) return nullptr;
+    return part_at(call.pool, place * call.per_block + (e - column * per_block), part);
   }
   const int64_t back = call.window - 1 - (static_cast<int64_t>(block) * kRows + row);
   const int64_t position = token.position - back;
-  if (back < 0 || position < 0) return {};
+  if (back < 0 || position < 0) return nullptr;
   if (position < token.first_fresh) {
     const uint32_t at = modulo(static_cast<uint32_t>(position), static_cast<uint32_t>(call.ring_rows));
-    return row_at(call.ring, token.slot * call.ring_rows + at, codes);
+    return part_at(call.ring, token.slot * call.ring_rows + at, part);
   }
   const int32_t index = token.fresh_rows[position - token.first_fresh];
-  return index < 0 || index >= call.tokens ? Row{} : row_at(call.fresh, index, codes);
+  return index < 0 || index >= call.tokens ? nullptr : part_at(call.fresh, index, part);
 }
 
 __device__ __forceinline__ uint32_t word_of(const uint4& four, int i) {
@@ -223,39 +221,53 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, SharedMemor
   }
 }
 
-// The thread that brings half of a row: its codes with their scale, or its RoPE half.
+// The two warpgroups at the output fetch rows too, a warp four of each half block. Of the rows of two half blocks a lane
+// keeps where one part is: lane 8 part + 4 half + row.
 struct Fetcher {
-  int parity, row;  // of the half blocks it takes part in, and which row of those
-  bool codes;
-  __device__ __forceinline__ explicit Fetcher(int own) : parity(own / 64), row(own % 32), codes(own % 64 < 32) {}
-};
+  int warp, lane;
+  __device__ __forceinline__ Fetcher() : warp(threadIdx.x / 32 - kWarpgroup / 32), lane(threadIdx.x % 32) {}
 
-// Fetches half of a row of the half block at `place`.
-template <bool kGroups>
-__device__ __forceinline__ void fetch(SharedMemory<kGroups>& shared, int place, const Row& from, const Fetcher& fetcher) {
-  const int index = place * kHalf + fetcher.row;
-  const uint32_t full = ptx::shared_address(&shared.full[place]);
-  uint8_t* to = shared.rows + index * kPitch + (fetcher.codes ? 0 : kNope);
-  const uint32_t bytes = fetcher.codes ? kNope : 2 * kRope;
-  if (from.values) {
-    ptx::fence_shared_proxy();  // the place may have been filled with zeros
-    if (fetcher.codes) {
-      shared.visible[index] = 1;
-      ptx::copy_small<kGroups ? 8 : 4>(ptx::shared_address(&shared.scale[index]), from.scale);
-      ptx::barrier_arrive_after_copies(full);
-    }
-    ptx::barrier_arrive_expect(full, bytes);
-    ptx::copy_bulk(ptx::shared_address(to), from.values, bytes, full);
-  } else {  // its probability is 0, and 0 times what lies there must be 0
-    for (uint32_t i = 0; i < bytes / 16; ++i) reinterpret_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
-    if (fetcher.codes) {
-      shared.visible[index] = 0;
-      shared.scale[index] = 0;
-      ptx::barrier_arrive(full);
-    }
-    ptx::barrier_arrive(full);
+  // Of the n-th half block and the next. Null: not visible.
+  __device__ __forceinline__ const uint8_t* find(const AttendCall& call, const Token& token, int64_t t, int n) const {
+    if (lane >= 24) return nullptr;
+    n += (lane >> 2) & 1;
+    return attend_sm90::find(call, token, t, n / 2, n % 2 * kHalf + 4 * warp + lane % 4, static_cast<Part>(lane / 8));
   }
-}
+
+  // The rows of one of the two half blocks, to `place`. What is not visible is filled with zeros: its probability is 0, and
+  // 0 times what lies there must be 0.
+  template <bool kGroups>
+  __device__ __forceinline__ void fetch(SharedMemory<kGroups>& shared, int place, int half, const uint8_t* from,
+                                        const AttendCall& call) const {
+    const int first = place * kHalf + 4 * warp;
+    const uint32_t to = ptx::shared_address(shared.rows + first * kPitch);
+    const uint64_t own = reinterpret_cast<uint64_t>(from);
+    constexpr int kPieces = kNope / 16;  // a row's codes in 16 bytes; with them come four pieces of its RoPE half
+#pragma unroll
+    for (int row = 0; row < 4; ++row) {
+      const bool codes = lane < kPieces;
+      const uint64_t at = __shfl_sync(0xFFFFFFFFu, own, (codes ? 0 : 8) + 4 * half + row);
+      ptx::copy_16(to + row * kPitch + 16 * lane, at ? at + 16 * (codes ? lane : lane - kPieces) : any(call), at != 0);
+    }
+    const uint64_t at = __shfl_sync(0xFFFFFFFFu, own, 8 + 4 * half + lane / 4 % 4);  // the other four of four rows
+    if (lane < 16) {
+      ptx::copy_16(to + (lane / 4) * kPitch + kNope + 64 + 16 * (lane % 4), at ? at + 64 + 16 * (lane % 4) : any(call), at != 0);
+    } else if (lane / 4 == 4 + half) {
+      const int index = first + lane % 4;
+      shared.visible[index] = from != nullptr;
+      ptx::copy_small<kGroups ? 8 : 4>(ptx::shared_address(&shared.scale[index]), from ? own : any(call), from != nullptr);
+    }
+    const uint32_t full = ptx::shared_address(&shared.full[place]);
+    ptx::barrier_arrive_after_copies(full);
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(full);
+  }
+
+  // An address to copy nothing from.
+  static __device__ __forceinline__ uint64_t any(const AttendCall& call) {
+    return reinterpret_cast<uint64_t>(call.ring.nope);
+  }
+};
 
 // The largest of a row's scales and, relative to it, that of every 64 values.
 __device__ __forceinline__ void unpack_scales(SharedMemory<true>& shared, int row) {
@@ -297,12 +309,6 @@ __device__ __forceinline__ void reduce_spread(float (&x)[16], int lane, Combine 
     x[i] = combine(upper ? x[i + kHalf] : x[i], other);
   }
   if constexpr (kHalf > 2) reduce_spread<kHalf / 2>(x, lane, combine);
-}
-
-// What a thread brings of the n-th half block.
-__device__ __forceinline__ Row find(const AttendCall& call, const Token& token, int64_t t, int n, const Fetcher& fetcher) {
-  const int row = n % 2 * kHalf + fetcher.row;
-  return row_of(call, token, n / 2, row, entry_of(call, token, t, n / 2, row), fetcher.codes);
 }
 
 // What sums relative to `top` are multiplied by; 0 for a head that saw nothing, whose sums are 0.
@@ -560,26 +566,23 @@ __device__ __forceinline__ void load_codes(uint32_t (&words)[4], const uint8_t* 
   }
 }
 
-// The other two: out += values by probabilities. The first of them also fetches rows, which take the place of half a block
-// as soon as both are done with it.
+// The other two: out += values by probabilities. They also fetch rows, which take the place of half a block as soon as both
+// are done with it.
 template <bool kGroups, int kPart>
 __device__ __forceinline__ void add_values(const AttendCall& call, SharedMemory<kGroups>& shared, const Token& token,
                                            int64_t t, int first, int blocks, float (&out)[4][32]) {
   constexpr int kPlaces = kHalves<kGroups>;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
-  const Fetcher fetcher(threadIdx.x % kWarpgroup);
+  const Fetcher fetcher;
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) out[tile][i] = 0.0f;
   }
   Place<kGroups> place(0);
-  // Of each block's halves it refills one.
-  const int refills = fetcher.parity ^ (kPlaces & 1);
   for (int i = 0; i < blocks; ++i) {
-    const int coming = 2 * i + refills + kPlaces;
-    Row ahead{};
-    if (kPart == 0 && coming < 2 * blocks) ahead = find(call, token, t, 2 * first + coming, fetcher);
+    const int coming = 2 * i + kPlaces;
+    const uint8_t* ahead = fetcher.find(call, token, t, 2 * first + coming);
     ptx::barrier_wait(ptx::shared_address(&shared.p_full), i & 1);
     if (shared.rescale[i & 1][0] | shared.rescale[i & 1][1]) {
 #pragma unroll
@@ -667,9 +670,9 @@ __device__ __forceinline__ void add_values(const AttendCall& call, SharedMemory<
       }
       __syncwarp();
       if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.empty[place.index]));
-      if (kPart == 0 && half == refills && coming < 2 * blocks) {
+      if (coming + half < 2 * blocks) {
         ptx::barrier_wait(ptx::shared_address(&shared.empty[place.index]), place.round & 1);
-        fetch<kGroups>(shared, place.index, ahead, fetcher);
+        fetcher.fetch(shared, place.index, half, ahead, call);
       }
       place.advance(1);
     }
@@ -784,7 +787,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
   if (threadIdx.x == 0) {
     ptx::barrier_init(ptx::shared_address(&shared.queries), 1);
     for (int i = 0; i < kHalves<kGroups>; ++i) {
-      ptx::barrier_init(ptx::shared_address(&shared.full[i]), 3 * kHalf);
+      ptx::barrier_init(ptx::shared_address(&shared.full[i]), 2 * kWarpgroup + 8);
       ptx::barrier_init(ptx::shared_address(&shared.empty[i]), 8);
     }
     ptx::barrier_init(ptx::shared_address(&shared.p_full), kWarpgroup);
@@ -793,7 +796,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
   if (threadIdx.x < kHeads) shared.reference[threadIdx.x] = 0.0f;
   __syncthreads();
   const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  const int own = threadIdx.x % kWarpgroup, heads = min(kHeads, static_cast<int>(call.heads) - first_head);
+  const int heads = min(kHeads, static_cast<int>(call.heads) - first_head);
   const int64_t query = (t * call.heads + first_head) * kWidth;
   // Queries in bfloat16 pass through the places of rows after the first block.
   const uint32_t arrived = ptx::shared_address(&shared.queries);
@@ -802,16 +805,17 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
     ptx::barrier_arrive_expect(arrived, bytes);
     ptx::copy_bulk(ptx::shared_address(shared.rows + kRows * kPitch), static_cast<const BFloat16*>(call.q) + query, bytes, arrived);
   }
-  const Fetcher fetcher(own);
-  constexpr int kEach = (kHalves<kGroups> + 1) / 2;  // of the first half blocks, every other
-  Row rows[kEach] = {};
-  if (group == 1) {
+  const int halves = 2 * (end - first);
+  constexpr int kPairs = (kHalves<kGroups> + 1) / 2;  // of half blocks that have a place
+  const uint8_t* rows[kPairs];
+  if (group > 0) {
+    const Fetcher fetcher;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int n = 2 * i + fetcher.parity;
-      if (n < min(kHalves<kGroups>, 2 * (end - first))) rows[i] = find(call, token, t, 2 * first + n, fetcher);
+    for (int i = 0; i < kPairs; ++i) rows[i] = fetcher.find(call, token, t, 2 * first + 2 * i);
+    if (first < end) {
+      fetcher.fetch(shared, 0, 0, rows[0], call);
+      fetcher.fetch(shared, 1, 1, rows[0], call);
     }
-    if (first < end) fetch<kGroups>(shared, fetcher.parity, rows[0], fetcher);
   }
   if (call.is_float) {
     take_queries(call, shared, static_cast<const float*>(call.q) + query, t, heads);
@@ -821,11 +825,11 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
   }
   ptx::fence_shared_proxy();
   __syncthreads();
-  if (group == 1) {
+  if (group > 0) {
+    const Fetcher fetcher;
 #pragma unroll
-    for (int i = 1; i < kEach; ++i) {
-      const int n = 2 * i + fetcher.parity;
-      if (n < min(kHalves<kGroups>, 2 * (end - first))) fetch<kGroups>(shared, n, rows[i], fetcher);
+    for (int n = 2; n < kHalves<kGroups>; ++n) {
+      if (n < halves) fetcher.fetch(shared, n, n & 1, rows[n / 2], call);
     }
   }
 
