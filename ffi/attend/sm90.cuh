@@ -127,37 +127,48 @@ __device__ __forceinline__ const uint8_t* part_at(const ReadRecords& records, in
   return static_cast<const uint8_t*>(records.scale) + index * (records.scale_width ? 8 : 4);
 }
 
-__device__ __forceinline__ int64_t entry_of(const AttendCall& call, const Token& token, int64_t t, int block, int row) {
-  if (block < token.window_blocks || block >= token.blocks) return -1;
-  const int64_t i = static_cast<int64_t>(block - token.window_blocks) * kRows + row;
-  if (!call.selected) return i;
-  return i < call.chosen ? __ldg(call.selected + t * call.chosen + i) : -1;
-}
-// Null: not visible.
-__device__ __forceinline__ const uint8_t* find(const AttendCall& call, const Token& token, int64_t t, int block, int row,
-                                               Part part) {
-  if (block >= token.blocks) return nullptr;
-  if (block >= token.window_blocks) {
-    const int64_t entry = entry_of(call, token, t, block, row);
-    if (entry < 0 || entry >= token.visible) return nullptr;
+// Looking up where a row is takes two loads that depend on each other. A lookup takes three steps, which a loop can take an
+// iteration apart, so that none waits for a load.
+struct Lookup {
+  int32_t entry = -1;  // after the first step; -1: none, or not one
+  int32_t place = -1;  // block of the pool, after the second
+
+  __device__ __forceinline__ Lookup() = default;
+  __device__ __forceinline__ Lookup(const AttendCall& call, const Token& token, int64_t t, int block, int row) {
+    if (block < token.window_blocks || block >= token.blocks) return;
+    const int64_t i = static_cast<int64_t>(block - token.window_blocks) * kRows + row;
+    if (!call.selected) {
+      entry = static_cast<int32_t>(i);
+    } else if (i < call.chosen) {
+      entry = __ldg(call.selected + t * call.chosen + i);
+    }
+  }
+  __device__ __forceinline__ void look_up(const AttendCall& call, const Token& token) {
+    if (entry < 0 || entry >= token.visible) return;
     // In 32 bits: a division of 64 takes as long as the load that follows.
-    const uint32_t e = static_cast<uint32_t>(entry), per_block = static_cast<uint32_t>(call.per_block);
-    const uint32_t column = e / per_block;
-    if (column >= call.columns) return nullptr;
-    const int32_t place = __ldg(call.table + token.slot * call.columns + column);
-    if (place < 0 || place >= call.num_blocks) return nullptr;
-    return part_at(call.pool, place * call.per_block + (e - column * per_block), part);
+    const uint32_t column = static_cast<uint32_t>(entry) / static_cast<uint32_t>(call.per_block);
+    if (column < call.columns) place = __ldg(call.table + token.slot * call.columns + column);
   }
-  const int64_t back = call.window - 1 - (static_cast<int64_t>(block) * kRows + row);
-  const int64_t position = token.position - back;
-  if (back < 0 || position < 0) return nullptr;
-  if (position < token.first_fresh) {
-    const uint32_t at = modulo(static_cast<uint32_t>(position), static_cast<uint32_t>(call.ring_rows));
-    return part_at(call.ring, token.slot * call.ring_rows + at, part);
+  // Null: not visible.
+  __device__ __forceinline__ const uint8_t* finish(const AttendCall& call, const Token& token, int block, int row,
+                                                   Part part) const {
+    if (block >= token.blocks) return nullptr;
+    if (block >= token.window_blocks) {
+      if (place < 0 || place >= call.num_blocks) return nullptr;
+      const uint32_t per_block = static_cast<uint32_t>(call.per_block), at = static_cast<uint32_t>(entry) % per_block;
+      return part_at(call.pool, static_cast<int64_t>(place) * per_block + at, part);
+    }
+    const int64_t back = call.window - 1 - (static_cast<int64_t>(block) * kRows + row);
+    const int64_t position = token.position - back;
+    if (back < 0 || position < 0) return nullptr;
+    if (position < token.first_fresh) {
+      const uint32_t at = modulo(static_cast<uint32_t>(position), static_cast<uint32_t>(call.ring_rows));
+      return part_at(call.ring, token.slot * call.ring_rows + at, part);
+    }
+    const int32_t index = token.fresh_rows[position - token.first_fresh];
+    return index < 0 || index >= call.tokens ? nullptr : part_at(call.fresh, index, part);
   }
-  const int32_t index = token.fresh_rows[position - token.first_fresh];
-  return index < 0 || index >= call.tokens ? nullptr : part_at(call.fresh, index, part);
-}
+};
 
 __device__ __forceinline__ uint32_t word_of(const uint4& four, int i) {
   return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
@@ -227,12 +238,17 @@ struct Fetcher {
   int warp, lane;
   __device__ __forceinline__ Fetcher() : warp(threadIdx.x / 32 - kWarpgroup / 32), lane(threadIdx.x % 32) {}
 
-  // Of the n-th half block and the next. Null: not visible.
-  __device__ __forceinline__ const uint8_t* find(const AttendCall& call, const Token& token, int64_t t, int n) const {
-    if (lane >= 24) return nullptr;
+  // Of the n-th half block and the next.
+  __device__ __forceinline__ Lookup look(const AttendCall& call, const Token& token, int64_t t, int n) const {
     n += (lane >> 2) & 1;
-    return attend_sm90::find(call, token, t, n / 2, n % 2 * kHalf + 4 * warp + lane % 4, static_cast<Part>(lane / 8));
+    return Lookup(call, token, t, n / 2, row_of(n));
   }
+  __device__ __forceinline__ const uint8_t* finish(const AttendCall& call, const Token& token, const Lookup& lookup,
+                                                   int n) const {
+    n += (lane >> 2) & 1;
+    return lookup.finish(call, token, n / 2, row_of(n), static_cast<Part>(min(lane / 8, 2)));
+  }
+  __device__ __forceinline__ int row_of(int n) const { return n % 2 * kHalf + 4 * warp + lane % 4; }  // in its block
 
   // The rows of one of the two half blocks, to `place`. What is not visible is filled with zeros: its probability is 0, and
   // 0 times what lies there must be 0.
@@ -580,9 +596,17 @@ __device__ __forceinline__ void add_values(const AttendCall& call, SharedMemory<
     for (int i = 0; i < 32; ++i) out[tile][i] = 0.0f;
   }
   Place<kGroups> place(0);
+  // After a half block its predecessor's place is refilled, with which both warpgroups are done by then.
+  int before = kPlaces - 1;
+  Lookup looked = fetcher.look(call, token, t, 2 * first + kPlaces - 1);
+  looked.look_up(call, token);
+  Lookup next = fetcher.look(call, token, t, 2 * first + kPlaces + 1);
   for (int i = 0; i < blocks; ++i) {
-    const int coming = 2 * i + kPlaces;
-    const uint8_t* ahead = fetcher.find(call, token, t, 2 * first + coming);
+    const int coming = 2 * i + kPlaces - 1;
+    const uint8_t* ahead = fetcher.finish(call, token, looked, 2 * first + coming);
+    next.look_up(call, token);
+    looked = next;
+    next = fetcher.look(call, token, t, 2 * first + coming + 4);
     ptx::barrier_wait(ptx::shared_address(&shared.p_full), i & 1);
     if (shared.rescale[i & 1][0] | shared.rescale[i & 1][1]) {
 #pragma unroll
@@ -670,13 +694,17 @@ __device__ __forceinline__ void add_values(const AttendCall& call, SharedMemory<
       }
       __syncwarp();
       if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.empty[place.index]));
+      if (half && lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.p_empty));
       if (coming + half < 2 * blocks) {
-        ptx::barrier_wait(ptx::shared_address(&shared.empty[place.index]), place.round & 1);
-        fetcher.fetch(shared, place.index, half, ahead, call);
+        // Before the first half block its place was never filled.
+        if (i + half) {
+          ptx::barrier_wait(ptx::shared_address(&shared.empty[before]), (place.round - (place.index == 0)) & 1);
+        }
+        fetcher.fetch(shared, before, half, ahead, call);
       }
+      before = place.index;
       place.advance(1);
     }
-    if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.p_empty));
   }
 }
 
@@ -806,12 +834,17 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
     ptx::copy_bulk(ptx::shared_address(shared.rows + kRows * kPitch), static_cast<const BFloat16*>(call.q) + query, bytes, arrived);
   }
   const int halves = 2 * (end - first);
-  constexpr int kPairs = (kHalves<kGroups> + 1) / 2;  // of half blocks that have a place
+  constexpr int kFirst = kHalves<kGroups> - 1, kPairs = (kFirst + 1) / 2;  // half blocks that are fetched before the loop
   const uint8_t* rows[kPairs];
   if (group > 0) {
     const Fetcher fetcher;
+    Lookup lookups[kPairs];
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) rows[i] = fetcher.find(call, token, t, 2 * first + 2 * i);
+    for (int i = 0; i < kPairs; ++i) lookups[i] = fetcher.look(call, token, t, 2 * first + 2 * i);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) lookups[i].look_up(call, token);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) rows[i] = fetcher.finish(call, token, lookups[i], 2 * first + 2 * i);
     if (first < end) {
       fetcher.fetch(shared, 0, 0, rows[0], call);
       fetcher.fetch(shared, 1, 1, rows[0], call);
@@ -828,7 +861,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
   if (group > 0) {
     const Fetcher fetcher;
 #pragma unroll
-    for (int n = 2; n < kHalves<kGroups>; ++n) {
+    for (int n = 2; n < kFirst; ++n) {
       if (n < halves) fetcher.fetch(shared, n, n & 1, rows[n / 2], call);
     }
   }
