@@ -90,6 +90,7 @@ class Attention(nnx.Module):
             )
         )
 
+    @jax.named_scope("attention")
     def __call__(self, x: Array, handle: LayerCacheHandle) -> tuple[Array, LayerCacheHandle]:
         """x (T, hidden), normed -> output (T, hidden) and the handle after this layer's writes."""
         c = self.config

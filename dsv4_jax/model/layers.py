@@ -32,6 +32,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), (out_features, in_features), dtype))
         self.dtype = jnp.dtype(dtype)
 
+    @jax.named_scope("projection")
     def __call__(self, x: Array) -> Array:
         """x (..., in) -> (..., out), in `dtype`."""
         x = x.astype(self.dtype)
@@ -40,6 +41,7 @@ class Linear(nnx.Module):
         weight = self.weight[...].astype(self.dtype)
         return jnp.einsum("...i,oi->...o", x, weight, precision=matmul_precision(self.dtype))
 
+    @jax.named_scope("projection")
     def in_groups(self, x: Array) -> Array:
         """Each of G groups with its own out / G rows of the weight: x (T, G, in) -> (T, G, out / G), in `dtype`."""
         x = x.astype(self.dtype)
@@ -57,6 +59,7 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((dim,), jnp.float32))
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: Array) -> Array:
         """x (..., dim), its dtype kept."""
         return rms_norm(x, self.weight[...], eps=self.eps)
@@ -68,6 +71,7 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, hidden), dtype))
 
+    @jax.named_scope("embedding")
     def __call__(self, token_ids: Array) -> Array:
         """token_ids (T,) int32 -> (T, hidden)."""
         return self.weight[...][token_ids]

@@ -32,6 +32,7 @@ class Router(nnx.Module):
         else:
             self.bias = nnx.Param(jnp.zeros((experts,), jnp.float32))
 
+    @jax.named_scope("router")
     def __call__(self, x: Array, token_ids: Array) -> tuple[Array, Array]:
         """x (T, hidden), token_ids (T,) -> experts (T, k) int32, weights (T, k) float32."""
         logits = jnp.einsum(
@@ -74,6 +75,7 @@ class Experts(nnx.Module):
         self.w2 = nnx.Param(narrow(rngs.params(), (e, hidden, inner), dtype))
         self.w3 = nnx.Param(wide(rngs.params(), (e, inner, hidden), dtype))
 
+    @jax.named_scope("experts")
     def __call__(self, x: Array, picks: Array, weights: Array) -> Array:
         """x (T, hidden), picks and weights (T, k) -> (T, hidden)."""
         if hasattr(self, "w1_scale"):
@@ -146,6 +148,7 @@ class SharedExpert(nnx.Module):
         self.w2 = Linear(inner, hidden, dtype=dtype, rngs=rngs)
         self.w3 = Linear(hidden, inner, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("shared_expert")
     def __call__(self, x: Array) -> Array:
         """x (T, hidden) -> (T, hidden)."""
         return self.w2(_swiglu(self.w1(x), self.w3(x), self.limit))

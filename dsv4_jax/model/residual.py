@@ -11,11 +11,13 @@ from .config import DSV4Config
 Array = jax.Array
 
 
+@jax.named_scope("streams")
 def _project(streams: Array, fn: Array, eps: float) -> Array:
     flat = rms_norm(streams.astype(jnp.float32).reshape(streams.shape[0], -1), eps=eps)
     return jnp.einsum("tf,of->to", flat, fn, precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.named_scope("streams")
 def connect(
     streams: Array, fn: Array, base: Array, scale: Array, *, iterations: int, hc_eps: float, rms_eps: float
 ) -> tuple[Array, Array, Array]:
@@ -35,6 +37,7 @@ def connect(
     return read.astype(streams.dtype), post, comb
 
 
+@jax.named_scope("streams")
 def merge(streams: Array, output: Array, post: Array, comb: Array) -> Array:
     """New stream k = post_k * output + sum over j of comb[j, k] * stream_j; shapes as in `connect`."""
     old = streams.astype(jnp.float32)
@@ -52,6 +55,7 @@ class HyperHead(nnx.Module):
         self.hc_scale = nnx.Param(jnp.ones((1,), jnp.float32))
         self.rms_eps, self.hc_eps = config.rms_norm_eps, config.hc_eps
 
+    @jax.named_scope("streams")
     def __call__(self, streams: Array) -> Array:
         """streams (T, n, d) -> (T, d)."""
         mix = _project(streams, self.hc_fn[...], self.rms_eps)

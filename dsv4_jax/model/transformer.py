@@ -75,6 +75,7 @@ class DSV4Model(nnx.Module):
             cache = handle.cache
         return self.norm(self.hc_head(streams)), cache
 
+    @jax.named_scope("head")
     def logits(self, hidden: Array) -> Array:
         """hidden (..., hidden) -> (..., vocabulary) float32."""
         if self.config.tie_word_embeddings:
