@@ -1,11 +1,13 @@
 """The small parts that everything else is made of."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ..ops.nn.projection import BlockScaledWeight, project, project_groups
+from ..ops.nn.projection import BlockScaledWeight, project, project_each, project_groups
 from ..ops.nn.rms_norm import rms_norm
 
 Array = jax.Array
@@ -50,6 +52,15 @@ class Linear(nnx.Module):
         weight = self.weight[...].astype(self.dtype).reshape(x.shape[1], -1, x.shape[2])
         # "tgo" at once would make the weight the left side, and XLA:CPU transpose all of x for it.
         return jnp.einsum("tgi,goi->gto", x, weight, precision=matmul_precision(self.dtype)).swapaxes(0, 1)
+
+
+@jax.named_scope("projection")
+def project_by_each(x: Array, linears: Sequence[Linear]) -> tuple[Array, ...]:
+    """x (..., in) through each of these, (..., out) each: one launch on a GPU where all are held as released."""
+    if not all(hasattr(linear, "scale") for linear in linears):
+        return tuple(linear(x) for linear in linears)
+    weights = [BlockScaledWeight(linear.weight[...], linear.scale[...]) for linear in linears]
+    return project_each(x.astype(linears[0].dtype), weights)
 
 
 class RMSNorm(nnx.Module):

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from ..ops.nn.experts import ExpertWeights, Fp4Weight, apply_experts
 from .config import DSV4Config
 from .layer_schedule import LayerSpec, RouterMode
-from .layers import Linear, matmul_precision
+from .layers import Linear, matmul_precision, project_by_each
 
 Array = jax.Array
 
@@ -151,7 +151,8 @@ class SharedExpert(nnx.Module):
     @jax.named_scope("shared_expert")
     def __call__(self, x: Array) -> Array:
         """x (T, hidden) -> (T, hidden)."""
-        return self.w2(_swiglu(self.w1(x), self.w3(x), self.limit))
+        gate, up = project_by_each(x, (self.w1, self.w3))
+        return self.w2(_swiglu(gate, up, self.limit))
 
 
 class MoE(nnx.Module):

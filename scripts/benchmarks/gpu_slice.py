@@ -187,7 +187,7 @@ def group_of(path: str) -> str:
 
 
 def report_kernels(folder: str, text: str, steps: int, took: float) -> None:
-    """Prints time on the device by kernel and by part of the model; gaps are what these leave of `took` microseconds."""
+    """Prints time on the device by kernel and by part of the model; gaps are the rest of `took` microseconds."""
     paths = scopes(text)
     data = jax.profiler.ProfileData.from_file(glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)[0])
     events = []
