@@ -35,12 +35,13 @@ class Router(nnx.Module):
     @jax.named_scope("router")
     def __call__(self, x: Array, token_ids: Array) -> tuple[Array, Array]:
         """x (T, hidden), token_ids (T,) -> experts (T, k) int32, weights (T, k) float32."""
-        logits = jnp.einsum(
-            "th,eh->te",
-            x.astype(jnp.float32),
-            self.weight[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        weight = self.weight[...]
+        if x.dtype == weight.dtype == jnp.bfloat16:
+            # Exact products, summed in float32: as good as float32 operands, and nothing is converted.
+            logits = jnp.einsum("th,eh->te", x, weight, preferred_element_type=jnp.float32)
+        else:
+            x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+            logits = jnp.einsum("th,eh->te", x, weight, precision=jax.lax.Precision.HIGHEST)
         scores = jnp.sqrt(jax.nn.softplus(logits))
         if self.hashed:
             picks = self.tid2eid[...][token_ids]

@@ -11,26 +11,22 @@ namespace {
 
 namespace kernels = hyper_connect;
 
-template <int kTokens, bool kHead>
+template <int kTokens>
 cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
-  const auto kernel = kernels::hyper_connect_kernel<kTokens, kHead>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  const auto kernel = kernels::hyper_connect_kernel<kTokens>;
+  const int shared = kernels::shared_bytes<kTokens>(call.dim, call.rows);
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((call.tokens + kTokens - 1) / kTokens * kernels::kCluster);
-  config.blockDim = dim3(call.dim / kernels::kCluster + kernels::kWarp), config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {kernels::kCluster, 1, 1};
-  config.attrs = &attribute, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, call);
+  const int blocks = (call.tokens + kTokens - 1) / kTokens * kernels::kCluster;
+  kernel<<<blocks, call.dim / kernels::kCluster + kernels::kWarp, shared, stream>>>(call);
+  return cudaGetLastError();
 }
 
-// A few tokens have a cluster each; of many four share what is read of `fn`.
-template <bool kHead>
+// A few tokens have a cluster each; of many some share what is read of `fn`.
 cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
-  if (call.tokens <= 8) return run<1, kHead>(call, stream);
-  return call.tokens <= 16 ? run<2, kHead>(call, stream) : run<4, kHead>(call, stream);
+  if (call.tokens <= 8) return run<1>(call, stream);
+  return call.tokens <= 32 ? run<4>(call, stream) : run<8>(call, stream);
 }
 
 template <typename T>
@@ -48,9 +44,9 @@ ffi::Error hyper_connect_on_device(cudaStream_t stream, ffi::RemainingArgs args,
                                    int64_t has_update, int64_t head, int64_t iterations, float hc_eps, float rms_eps) {
   Operands operands("hyper_connect", args);
   const Operands::Shape shape = operands.shape_of_next();
-  if (shape.size() != 3 || shape[1] != kernels::kStreams || shape[2] < 512 || shape[2] % 512 ||
-      shape[2] > kernels::kMostColumns * kernels::kCluster) {
-    operands.fail("streams " + Operands::text(shape), "(T, 4, d), d a multiple of 512 up to 7168");
+  if (shape.size() != 3 || shape[1] != kernels::kStreams || shape[2] % 512 ||
+      shape[2] < kernels::kLeastColumns * kernels::kCluster || shape[2] > kernels::kMostColumns * kernels::kCluster) {
+    operands.fail("streams " + Operands::text(shape), "(T, 4, d), d a multiple of 512 from 3584 to 7168");
     return operands.error();
   }
   constexpr int64_t n = kernels::kStreams;
@@ -77,8 +73,9 @@ ffi::Error hyper_connect_on_device(cudaStream_t stream, ffi::RemainingArgs args,
   if (!operands.ok()) return operands.error();
   if (!tokens) return ffi::Error::Success();
   call.tokens = static_cast<int>(tokens), call.dim = static_cast<int>(dim);
-  call.iterations = static_cast<int>(iterations), call.hc_eps = hc_eps, call.rms_eps = rms_eps;
-  return launched("hyper_connect", head ? run<true>(call, stream) : run<false>(call, stream));
+  call.rows = static_cast<int>(rows), call.iterations = static_cast<int>(iterations), call.hc_eps = hc_eps, call.rms_eps = rms_eps;
+  call.of_values = 1.0f / static_cast<float>(n * dim), call.of_columns = 1.0f / static_cast<float>(dim);
+  return launched("hyper_connect", run(call, stream));
 }
 
 }  // namespace

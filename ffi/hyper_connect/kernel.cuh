@@ -1,45 +1,51 @@
 // A cluster takes one or a few tokens through a hyper-connection: the streams after the last update, their mixing
 // coefficients, and what the next part of the layer reads, normed. Contract: dsv4_jax/ops/nn/hyper_connect.py.
 //
-// Every block of the cluster has a sixteenth of each stream's columns. What is summed over all columns, the products
-// with `fn` and the squares, is exchanged twice through distributed shared memory.
+// Every block of the cluster has a sixteenth of each stream's columns, and of `fn`, which is copied while the update is
+// computed. What is summed over all columns, the products with `fn` and then the squares, each block sends to all others
+// through distributed shared memory, where a barrier counts the bytes. Loops are not unrolled further than they must be:
+// a step runs this code once, and fetches it from memory as it runs.
 #ifndef DSV4_HYPER_CONNECT_KERNEL_CUH_
 #define DSV4_HYPER_CONNECT_KERNEL_CUH_
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "cuda/weight_mma.cuh"
+
 namespace dsv4 {
 namespace hyper_connect {
-
-namespace cg = cooperative_groups;
 
 constexpr int kStreams = 4;
 constexpr int kCluster = 16;
 constexpr int kWarp = 32;
-constexpr int kMostColumns = 448;                    // of a stream in a block; as many threads work on them
-constexpr int kMostThreads = kMostColumns + kWarp;   // one warp more for the mixing matrices
-constexpr int kMixes = kStreams * (2 + kStreams);    // coefficients of a token before they are activated
-constexpr int kColumnsBarrier = 1;                   // of all threads but the warp for matrices
+constexpr int kLeastColumns = 224;                  // of a stream in a block; as many threads work on them
+constexpr int kMostColumns = 448;
+constexpr int kMostThreads = kMostColumns + kWarp;  // one warp more for copies and the mixing matrices
+constexpr int kMixes = kStreams * (2 + kStreams);   // coefficients of a token before they are activated
+constexpr int kRowsOfWarp = 3, kRowWarps = kMixes / kRowsOfWarp;
+static_assert(kLeastColumns / kWarp + 1 >= kRowWarps, "a warp for three rows");
+constexpr int kSquares = kMixes;    // place of a token's squares among its sums
+constexpr int kColumnsBarrier = 1;  // of all threads but the extra warp
 
 struct Call {
   const __nv_bfloat16* streams;  // (T, n, d)
   const __nv_bfloat16* output;   // (T, d), null without an update
   const float* old_post;         // (T, n)
   const float* old_comb;         // (T, n, n)
-  const float* fn;               // (kMixes | n, n * d)
-  const float* base;             // (kMixes | n)
+  const float* fn;               // (rows, n * d)
+  const float* base;             // (rows)
   const float* scale;            // (3 | 1)
   const float* norm;             // (d)
   __nv_bfloat16* new_streams;    // (T, n, d), with an update
   __nv_bfloat16* x;              // (T, d)
   float* post;                   // (T, n), not of the head
   float* comb;                   // (T, n, n), not of the head
-  int tokens, dim, iterations;
-  float hc_eps, rms_eps;
+  int tokens, dim, rows;         // kMixes rows, of the head kStreams
+  int iterations;
+  float hc_eps, rms_eps, of_values, of_columns;  // 1 / (n d), 1 / d
 };
 
 __device__ inline float4 widen(uint2 packed) {
@@ -53,20 +59,56 @@ __device__ inline uint2 narrow(float4 v) {
   return make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
 }
 
-__device__ inline float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
+__device__ inline float dot(float4 a, float4 b, float sum) {
+  return fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, sum))));
+}
 
-__device__ inline float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
+__device__ inline float reciprocal(float v) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
 
-// Sums each of 32 values over a warp; lane i returns the sum of value i. 31 shuffles instead of 160.
-template <int kHalf = kWarp / 2>
-__device__ inline float sums_by_lane(float (&v)[kWarp], int lane) {
-  const bool upper = lane & kHalf;
+__device__ inline float reciprocal_root(float v) {
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+__device__ inline uint32_t address_in(uint32_t shared, int rank) {
+  uint32_t result;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(shared), "r"(rank));
+  return result;
+}
+
+// Stores into the shared memory of a block of the cluster; its barrier counts the four bytes.
+__device__ inline void send(const float* to, uint64_t* barrier, float value, int rank) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                   address_in(shared_address(to), rank)),
+               "r"(__float_as_uint(value)), "r"(address_in(shared_address(barrier), rank))
+               : "memory");
+}
+
+__device__ inline void copy_16(float* to, const float* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+__device__ inline float sigmoid(float v) { return reciprocal(1.0f + __expf(-v)); }
+
+// Sums each of kCount values over a warp; lane i returns the sum of value i / (32 / kCount).
+template <int kCount, int kBit = kWarp / 2>
+__device__ inline float sums_by_lane(float* v, int lane) {
+  if constexpr (kCount > 1) {
+    const bool upper = lane & kBit;
 #pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    const float mine = upper ? v[i + kHalf] : v[i], others = upper ? v[i] : v[i + kHalf];
-    v[i] = mine + __shfl_xor_sync(~0u, others, kHalf);
+    for (int i = 0; i < kCount / 2; ++i) {
+      const float mine = upper ? v[i + kCount / 2] : v[i], others = upper ? v[i] : v[i + kCount / 2];
+      v[i] = mine + __shfl_xor_sync(~0u, others, kBit);
+    }
+  } else {
+    v[0] += __shfl_xor_sync(~0u, v[0], kBit);
   }
-  if constexpr (kHalf > 1) return sums_by_lane<kHalf / 2>(v, lane);
+  if constexpr (kBit > 1) return sums_by_lane<(kCount > 1 ? kCount / 2 : 1), kBit / 2>(v, lane);
   return v[0];
 }
 
@@ -76,27 +118,28 @@ __device__ inline void mixing_matrix(const float* logits, int iterations, float 
   float m[kStreams][kStreams], row[kStreams], column[kStreams];
 #pragma unroll
   for (int j = 0; j < kStreams; ++j) {
-    const float* l = logits + j * kStreams;
-    const float most = fmaxf(fmaxf(l[0], l[1]), fmaxf(l[2], l[3]));
-    float sum = 0.0f;
+    const float4 l = reinterpret_cast<const float4*>(logits)[j];
+    const float most = fmaxf(fmaxf(l.x, l.y), fmaxf(l.z, l.w));
+    m[j][0] = __expf(l.x - most), m[j][1] = __expf(l.y - most);
+    m[j][2] = __expf(l.z - most), m[j][3] = __expf(l.w - most);
+    const float share = reciprocal(m[j][0] + m[j][1] + m[j][2] + m[j][3]);
 #pragma unroll
-    for (int k = 0; k < kStreams; ++k) sum += m[j][k] = expf(l[k] - most);
-#pragma unroll
-    for (int k = 0; k < kStreams; ++k) m[j][k] = m[j][k] / sum + eps;
+    for (int k = 0; k < kStreams; ++k) m[j][k] = fmaf(m[j][k], share, eps);
     row[j] = column[j] = 1.0f;
   }
+#pragma unroll 1
   for (int i = 0; i < iterations; ++i) {
     if (i) {
 #pragma unroll
       for (int j = 0; j < kStreams; ++j) {
         const float sum = m[j][0] * column[0] + m[j][1] * column[1] + (m[j][2] * column[2] + m[j][3] * column[3]);
-        row[j] = __fdividef(row[j], row[j] * sum + eps);
+        row[j] *= reciprocal(row[j] * sum + eps);
       }
     }
 #pragma unroll
     for (int k = 0; k < kStreams; ++k) {
       const float sum = m[0][k] * row[0] + m[1][k] * row[1] + (m[2][k] * row[2] + m[3][k] * row[3]);
-      column[k] = __fdividef(column[k], column[k] * sum + eps);
+      column[k] *= reciprocal(column[k] * sum + eps);
     }
   }
 #pragma unroll
@@ -106,143 +149,170 @@ __device__ inline void mixing_matrix(const float* logits, int iterations, float 
                     row[j] * m[j][3] * column[3]);
 }
 
-// Threads: dim / 16 for columns and a warp for matrices. kHead: there is only what is read, nothing to write back.
-template <int kTokens, bool kHead>
-__global__ void __launch_bounds__(kMostThreads, 1) hyper_connect_kernel(const Call call) {
-  constexpr int kRows = kHead ? kStreams : kMixes;  // row kRows of what is summed are the squares
-  constexpr int kInGroup = kWarp / kTokens;         // rows that a warp sums at once, for every token
-  constexpr int kValues = kWarp * kTokens;
-  __shared__ __align__(16) __nv_bfloat16 tile[kTokens][kStreams][kMostColumns];
-  __shared__ float of_warps[kMostColumns / kWarp][kValues], of_blocks[kCluster][kValues];
-  __shared__ float squares_of_warps[kMostColumns / kWarp][kTokens], squares_of_blocks[kCluster][kTokens];
-  __shared__ float pre[kTokens][kStreams], logits[kTokens][kStreams * kStreams];
-  cg::cluster_group cluster = cg::this_cluster();
-  const int rank = cluster.block_rank(), columns = call.dim / kCluster, thread = threadIdx.x;
-  const int warp = thread / kWarp, lane = thread % kWarp, warps = columns / kWarp;
-  const int first = blockIdx.x / kCluster * kTokens;
+// What a block keeps in shared memory besides `fn` and the streams.
+template <int kTokens>
+struct Sums {
+  float of_blocks[kCluster][kTokens][kWarp];  // by the rank they come from
+  float squares[kCluster][kTokens], of_warps[kMostColumns / kWarp][kTokens];
+  alignas(16) float logits[kTokens][kStreams * kStreams], pre[kTokens][kStreams];
+  uint64_t mixes_arrived, squares_arrived;
+};
+
+template <int kTokens>
+constexpr int shared_bytes(int dim, int rows) {
+  const int values = kStreams * dim / kCluster;
+  return rows * values * 4 + kTokens * values * 2 + static_cast<int>(sizeof(Sums<kTokens>));
+}
+
+// Threads: dim / 16 for columns, and a warp.
+template <int kTokens>
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads, 1)
+    hyper_connect_kernel(const __grid_constant__ Call call) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int rank = blockIdx.x % kCluster, columns = call.dim / kCluster, values = kStreams * columns;
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp, warps = columns / kWarp;
+  const int first = blockIdx.x / kCluster * kTokens, live = min(kTokens, call.tokens - first);
+  float* fn = reinterpret_cast<float*>(shared);                                             // (rows, values)
+  __nv_bfloat16* tile = reinterpret_cast<__nv_bfloat16*>(fn + call.rows * values);          // (kTokens, values)
+  Sums<kTokens>& sums = *reinterpret_cast<Sums<kTokens>*>(tile + kTokens * values);
   const bool for_columns = thread < columns;
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // that all run, before one writes to another
+  const int row_warps = min(kRowWarps, (call.rows + kRowsOfWarp - 1) / kRowsOfWarp);
+  if (thread == columns) {
+    barrier_init(&sums.mixes_arrived, 1), barrier_init(&sums.squares_arrived, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barrier_expect(&sums.mixes_arrived, kCluster * kTokens * (row_warps * kRowsOfWarp + 1) * 4);
+    barrier_expect(&sums.squares_arrived, kCluster * kTokens * 4);
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // that all are ready to be sent to
 
   if (for_columns) {
     // Four columns of one stream.
-    const int stream = thread / (columns / 4), quad = thread % (columns / 4) * 4, column = rank * columns + quad;
-    const float* fn = call.fn + static_cast<int64_t>(stream) * call.dim + column;
-    const int64_t fn_row = static_cast<int64_t>(kStreams) * call.dim;
-    constexpr int kAhead = kInGroup < kRows ? kInGroup : kRows;
-    float4 w[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) w[i] = __ldg(reinterpret_cast<const float4*>(fn + i * fn_row));
-    float4 v[kTokens];
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const int64_t token = min(first + t, call.tokens - 1);
+    const int quads = columns / 4, stream = (thread >= quads) + (thread >= 2 * quads) + (thread >= 3 * quads);
+    const int column = rank * columns + (thread - stream * quads) * 4;
+    const float* from = call.fn + stream * call.dim + column;
+#pragma unroll 4
+    for (int row = 0; row < call.rows; ++row, from += kStreams * call.dim)
+      copy_16(fn + row * values + thread * 4, from);
+    const auto load = [](const __nv_bfloat16* from) { return __ldg(reinterpret_cast<const uint2*>(from)); };
+    constexpr int kAtOnce = kTokens < 4 ? kTokens : 4;
+#pragma unroll kAtOnce
+    for (int t = 0; t < live; ++t) {
+      const int64_t token = first + t;
       const __nv_bfloat16* old = call.streams + token * kStreams * call.dim + column;
-      const auto load = [](const __nv_bfloat16* from) { return *reinterpret_cast<const uint2*>(from); };
-      uint2 packed = {};
+      uint2 packed;
       if (call.output) {
-        const float post = call.old_post[token * kStreams + stream];
-        float4 sum = {};
+        const float post = __ldg(call.old_post + token * kStreams + stream);
+        const float4 out = widen(load(call.output + token * call.dim + column));
+        float4 sum = make_float4(post * out.x, post * out.y, post * out.z, post * out.w);
 #pragma unroll
         for (int j = 0; j < kStreams; ++j) {
           const float4 other = widen(load(old + j * call.dim));
-          const float comb = call.old_comb[(token * kStreams + j) * kStreams + stream];
+          const float comb = __ldg(call.old_comb + (token * kStreams + j) * kStreams + stream);
           sum.x += comb * other.x, sum.y += comb * other.y, sum.z += comb * other.z, sum.w += comb * other.w;
         }
-        const float4 out = widen(load(call.output + token * call.dim + column));
-        packed = narrow(make_float4(post * out.x + sum.x, post * out.y + sum.y, post * out.z + sum.z,
-                                    post * out.w + sum.w));
-        if (first + t < call.tokens)
-          *reinterpret_cast<uint2*>(call.new_streams + (token * kStreams + stream) * call.dim + column) = packed;
+        packed = narrow(sum);
+        *reinterpret_cast<uint2*>(call.new_streams + (token * kStreams + stream) * call.dim + column) = packed;
       } else {
         packed = load(old + stream * call.dim);
       }
-      *reinterpret_cast<uint2*>(&tile[t][stream][quad]) = packed;
-      v[t] = widen(packed);
+      reinterpret_cast<uint2*>(tile)[t * (values / 4) + thread] = packed;
     }
-#pragma unroll
-    for (int g = 0; g * kInGroup <= kRows; ++g) {
-      float sums[kWarp];
-#pragma unroll
-      for (int i = 0; i < kInGroup; ++i) {
-        const int row = g * kInGroup + i;
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t)
-          sums[t * kInGroup + i] = row < kRows ? dot(w[i < kAhead ? i : 0], v[t]) : row == kRows ? dot(v[t], v[t]) : 0.0f;
-        const int next = row + kInGroup;
-        if (next < kRows) w[i < kAhead ? i : 0] = __ldg(reinterpret_cast<const float4*>(fn + next * fn_row));
-      }
-      of_warps[warp][lane / kInGroup * kWarp + g * kInGroup + lane % kInGroup] = sums_by_lane(sums, lane);
-    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
   }
   __syncthreads();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  for (int i = thread; i < kCluster * kValues; i += blockDim.x) {
-    const int value = i % kValues;
-    if (value % kWarp > kRows) continue;
-    float sum = 0.0f;
-    for (int w = 0; w < warps; ++w) sum += of_warps[w][value];
-    *cluster.map_shared_rank(&of_blocks[rank][value], i / kValues) = sum;
-  }
-  cluster.sync();
 
-  if (warp < kTokens && lane <= kRows) {
-    float mix = 0.0f;
+  // A warp has three rows of `fn`, and the squares besides.
+  if (warp < row_warps) {
+    float sum[(kRowsOfWarp + 1) * kTokens] = {};
+    const float4* w[kRowsOfWarp];
 #pragma unroll
-    for (int block = 0; block < kCluster; ++block) mix += of_blocks[block][warp * kWarp + lane];
-    const float squares = __shfl_sync((2u << kRows) - 1, mix, kRows);
-    mix *= rsqrtf(squares / (kStreams * call.dim) + call.rms_eps);
-    const int64_t token = first + warp;
-    if (lane < kStreams) {
-      pre[warp][lane] = sigmoid(mix * call.scale[0] + call.base[lane]) + call.hc_eps;
-    } else if (!kHead && lane < kRows) {
-      const bool of_post = lane < 2 * kStreams;
-      const float value = mix * call.scale[of_post ? 1 : 2] + call.base[lane];
-      if (!of_post) {
-        logits[warp][lane - 2 * kStreams] = value;
-      } else if (!rank && token < call.tokens) {
-        call.post[token * kStreams + lane - kStreams] = 2.0f * sigmoid(value);
+    for (int i = 0; i < kRowsOfWarp; ++i)
+      w[i] = reinterpret_cast<const float4*>(fn + min(warp * kRowsOfWarp + i, call.rows - 1) * values);
+#pragma unroll 2
+    for (int at = lane; at < values / 4; at += kWarp) {
+      float4 row[kRowsOfWarp];
+#pragma unroll
+      for (int i = 0; i < kRowsOfWarp; ++i) row[i] = w[i][at];
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        const float4 v = widen(reinterpret_cast<const uint2*>(tile)[t * (values / 4) + at]);
+#pragma unroll
+        for (int i = 0; i < kRowsOfWarp; ++i) sum[t * 4 + i] = dot(row[i], v, sum[t * 4 + i]);
+        sum[t * 4 + 3] = dot(v, v, sum[t * 4 + 3]);
+      }
+    }
+    constexpr int kCopies = kWarp / (4 * kTokens);  // lanes that have the same sum
+    const float total = sums_by_lane<4 * kTokens>(sum, lane);
+    const int t = lane / kCopies / 4, i = lane / kCopies % 4;
+    const int place = i == kRowsOfWarp ? kSquares : warp * kRowsOfWarp + i;
+    if (i < kRowsOfWarp || !warp) {
+#pragma unroll 2
+      for (int to = lane % kCopies; to < kCluster; to += kCopies)
+        send(&sums.of_blocks[rank][t][place], &sums.mixes_arrived, total, to);
+    }
+  }
+
+  if (warp < live) barrier_wait(&sums.mixes_arrived, 0);
+  if (warp < live && (lane < call.rows || lane == kSquares)) {
+    float mix = 0.0f;
+#pragma unroll 8
+    for (int block = 0; block < kCluster; ++block) mix += sums.of_blocks[block][warp][lane];
+    const float squares = __shfl_sync(__activemask(), mix, kSquares);
+    mix *= reciprocal_root(squares * call.of_values + call.rms_eps);
+    if (lane < call.rows) {
+      const int part = min(lane / kStreams, 2);
+      const float value = fmaf(mix, __ldg(call.scale + part), __ldg(call.base + lane)), sigma = sigmoid(value);
+      if (part == 0) {
+        sums.pre[warp][lane] = sigma + call.hc_eps;
+      } else if (part == 2) {
+        sums.logits[warp][lane - 2 * kStreams] = value;
+      } else if (!rank) {
+        call.post[static_cast<int64_t>(first + warp) * kStreams + lane - kStreams] = 2.0f * sigma;
       }
     }
   }
   __syncthreads();
   if (!for_columns) {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // it waits for nothing more
-    if (!kHead && !rank && lane < kTokens && first + lane < call.tokens)
-      mixing_matrix(logits[lane], call.iterations, call.hc_eps,
+    if (call.comb && !rank && lane < live)
+      mixing_matrix(sums.logits[lane], call.iterations, call.hc_eps,
                     call.comb + static_cast<int64_t>(first + lane) * kStreams * kStreams);
     return;
   }
 
-  float read[kTokens];
-  const int column = rank * columns + thread;
+  // A column: what is read is kept where the first stream was.
+#pragma unroll 1
+  for (int t = 0; t < live; ++t) {
+    __nv_bfloat16* column = tile + t * values + thread;
+    const float4 pre = *reinterpret_cast<const float4*>(sums.pre[t]);
+    const float sum = pre.x * __bfloat162float(column[0]) + pre.y * __bfloat162float(column[columns]) +
+                      (pre.z * __bfloat162float(column[2 * columns]) + pre.w * __bfloat162float(column[3 * columns]));
+    const __nv_bfloat16 read = __float2bfloat16_rn(sum);
+    column[0] = read;
+    float squares = __bfloat162float(read) * __bfloat162float(read);
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j) sum += pre[t][j] * __bfloat162float(tile[t][j][thread]);
-    read[t] = __bfloat162float(__float2bfloat16_rn(sum));
-    float squares = read[t] * read[t];
-#pragma unroll
-    for (int half = kWarp / 2; half; half /= 2) squares += __shfl_xor_sync(~0u, squares, half);
-    if (!lane) squares_of_warps[warp][t] = squares;
+    for (int bit = kWarp / 2; bit; bit /= 2) squares += __shfl_xor_sync(~0u, squares, bit);
+    if (!lane) sums.of_warps[warp][t] = squares;
   }
   asm volatile("bar.sync %0, %1;" ::"n"(kColumnsBarrier), "r"(columns) : "memory");
   if (thread < kCluster * kTokens) {
     float sum = 0.0f;
-    for (int w = 0; w < warps; ++w) sum += squares_of_warps[w][thread % kTokens];
-    *cluster.map_shared_rank(&squares_of_blocks[rank][thread % kTokens], thread / kTokens) = sum;
+#pragma unroll 1
+    for (int w = 0; w < warps; ++w) sum += sums.of_warps[w][thread % kTokens];
+    send(&sums.squares[rank][thread % kTokens], &sums.squares_arrived, sum, thread / kTokens);
   }
-  const float weight = call.norm[column];
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    if (first + t >= call.tokens) break;
+  const int column = rank * columns + thread;
+  const float weight = __ldg(call.norm + column);
+  barrier_wait(&sums.squares_arrived, 0);
+#pragma unroll 1
+  for (int t = 0; t < live; ++t) {
     float squares = 0.0f;
-#pragma unroll
-    for (int block = 0; block < kCluster; ++block) squares += squares_of_blocks[block][t];
+#pragma unroll 4
+    for (int block = 0; block < kCluster; ++block) squares += sums.squares[block][t];
+    const float read = __bfloat162float(tile[t * values + thread]);
     call.x[static_cast<int64_t>(first + t) * call.dim + column] =
-        __float2bfloat16_rn(read[t] * rsqrtf(squares / call.dim + call.rms_eps) * weight);
+        __float2bfloat16_rn(read * reciprocal_root(squares * call.of_columns + call.rms_eps) * weight);
   }
 }
 

@@ -16,8 +16,8 @@ Array = jax.Array
 CUDA_STREAMS = 4
 """Streams that the CUDA form takes."""
 
-MOST_COLUMNS = 7168
-"""Width of a stream that the CUDA form takes, a multiple of 512."""
+COLUMNS = range(3584, 7168 + 1, 512)
+"""Widths of a stream that the CUDA form takes."""
 
 
 class Update(NamedTuple):
@@ -183,8 +183,8 @@ def _native_limit(streams: Array) -> Any:
             return "it is for GPUs of compute capability 9.0"
         if streams.dtype != jnp.bfloat16:
             return f"it takes bfloat16, not {streams.dtype}"
-        if n != CUDA_STREAMS or d % 512 or not 0 < d <= MOST_COLUMNS:
-            return f"it takes 4 streams of a multiple of 512 values, up to 7168, not {n} of {d}"
+        if n != CUDA_STREAMS or d not in COLUMNS:
+            return f"it takes 4 streams of a multiple of 512 values from 3584 to 7168, not {n} of {d}"
         return None
 
     return limit
