@@ -15,7 +15,7 @@ from ..ops.write.compress import CompressorWeights
 from ..ops.write.write_layer import Projections, RawWindow
 from .config import DSV4Config
 from .layer_schedule import AttentionType, LayerSpec
-from .layers import Linear, RMSNorm
+from .layers import Linear, RMSNorm, project_by_each
 
 Array = jax.Array
 
@@ -90,13 +90,15 @@ class Attention(nnx.Module):
             )
         )
 
+    @jax.named_scope("attention")
     def __call__(self, x: Array, handle: LayerCacheHandle) -> tuple[Array, LayerCacheHandle]:
         """x (T, hidden), normed -> output (T, hidden) and the handle after this layer's writes."""
         c = self.config
         cos, sin = rope_angles(jnp.asarray(handle.plan.positions), self.inv_freq)
-        qr = self.q_norm(self.wq_a(x))
+        low, raw = project_by_each(x, (self.wq_a, self.wkv))
+        qr = self.q_norm(low)
         q = self.wq_b(qr).reshape(x.shape[0], c.num_attention_heads, c.head_dim)
-        raw, norm, eps = self.wkv(x), self.norm.weight[...], c.rms_norm_eps
+        norm, eps = self.norm.weight[...], c.rms_norm_eps
         compressor, indexer = self._projections(x)
 
         fresh = None

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from ..ops.nn.experts import ExpertWeights, Fp4Weight, apply_experts
 from .config import DSV4Config
 from .layer_schedule import LayerSpec, RouterMode
-from .layers import Linear, matmul_precision
+from .layers import Linear, matmul_precision, project_by_each
 
 Array = jax.Array
 
@@ -32,14 +32,16 @@ class Router(nnx.Module):
         else:
             self.bias = nnx.Param(jnp.zeros((experts,), jnp.float32))
 
+    @jax.named_scope("router")
     def __call__(self, x: Array, token_ids: Array) -> tuple[Array, Array]:
         """x (T, hidden), token_ids (T,) -> experts (T, k) int32, weights (T, k) float32."""
-        logits = jnp.einsum(
-            "th,eh->te",
-            x.astype(jnp.float32),
-            self.weight[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        weight = self.weight[...]
+        if x.dtype == weight.dtype == jnp.bfloat16:
+            # Exact products, summed in float32: as good as float32 operands, and nothing is converted.
+            logits = jnp.einsum("th,eh->te", x, weight, preferred_element_type=jnp.float32)
+        else:
+            x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+            logits = jnp.einsum("th,eh->te", x, weight, precision=jax.lax.Precision.HIGHEST)
         scores = jnp.sqrt(jax.nn.softplus(logits))
         if self.hashed:
             picks = self.tid2eid[...][token_ids]
@@ -74,6 +76,7 @@ class Experts(nnx.Module):
         self.w2 = nnx.Param(narrow(rngs.params(), (e, hidden, inner), dtype))
         self.w3 = nnx.Param(wide(rngs.params(), (e, inner, hidden), dtype))
 
+    @jax.named_scope("experts")
     def __call__(self, x: Array, picks: Array, weights: Array) -> Array:
         """x (T, hidden), picks and weights (T, k) -> (T, hidden)."""
         if hasattr(self, "w1_scale"):
@@ -146,9 +149,11 @@ class SharedExpert(nnx.Module):
         self.w2 = Linear(inner, hidden, dtype=dtype, rngs=rngs)
         self.w3 = Linear(hidden, inner, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("shared_expert")
     def __call__(self, x: Array) -> Array:
         """x (T, hidden) -> (T, hidden)."""
-        return self.w2(_swiglu(self.w1(x), self.w3(x), self.limit))
+        gate, up = project_by_each(x, (self.w1, self.w3))
+        return self.w2(_swiglu(gate, up, self.limit))
 
 
 class MoE(nnx.Module):

@@ -1,6 +1,7 @@
 """From a checkpoint folder to a model."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,13 +62,17 @@ def from_pretrained(
         tensors = read_tensors(path, config, _WEIGHTS[weights], progress)
     if jax.default_backend() == "cpu":
         check_memory(needed, os.fspath(path))
-    model = nnx.eval_shape(lambda: DSV4Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
     arrays: dict[str, jax.Array] = {}
     for name, array in tensors:
         same = name == "head.weight" and config.tie_word_embeddings
         arrays[name] = arrays["embed.weight"] if same else jax.device_put(array).block_until_ready()
         del array  # before the next is made
+    return model_of(config, dtype, arrays)
 
+
+def model_of(config: DSV4Config, dtype: Any, arrays: Mapping[str, jax.Array]) -> DSV4Model:
+    """The model with these arrays, by their canonical names; codes (uint8) have their scales beside them."""
+    model = nnx.eval_shape(lambda: DSV4Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
     for name, scale in arrays.items():
         owner, attribute = _owner(model, name)
         if attribute.endswith("scale") and not hasattr(owner, attribute):

@@ -8,12 +8,13 @@ from jax.typing import DTypeLike
 from ..cache.handle import LayerCacheHandle
 from ..cache.kv_cache import KVCache
 from ..cache.plan import StepPlan
+from ..ops.nn.hyper_connect import Mixing, Update, hyper_connect
 from .attention import Attention
 from .config import DSV4Config
 from .layer_schedule import LayerSpec, build_schedule
 from .layers import Embedding, Linear, RMSNorm
 from .moe import MoE
-from .residual import HyperHead, connect, merge
+from .residual import HyperHead
 from .step_inputs import check_step
 
 Array = jax.Array
@@ -35,20 +36,33 @@ class Block(nnx.Module):
             setattr(self, f"hc_{part}_base", nnx.Param(jnp.zeros(((2 + n) * n,), jnp.float32)))
             setattr(self, f"hc_{part}_scale", nnx.Param(jnp.ones((3,), jnp.float32)))
 
-    def _connect(self, part: str, streams: Array) -> tuple[Array, Array, Array]:
+    @jax.named_scope("streams")
+    def _connect(self, part: str, streams: Array, update: Update | None) -> tuple[Array, Array, Array, Array]:
         c = self.config
-        fn, base, scale = (getattr(self, f"hc_{part}_{name}")[...] for name in ("fn", "base", "scale"))
-        return connect(
-            streams, fn, base, scale, iterations=c.hc_sinkhorn_iters, hc_eps=c.hc_eps, rms_eps=c.rms_norm_eps
-        )
+        mixing = Mixing(*(getattr(self, f"hc_{part}_{name}")[...] for name in Mixing._fields))
+        return hyper_connect(
+            streams, update, mixing, getattr(self, f"{part}_norm").weight[...], iterations=c.hc_sinkhorn_iters,
+            hc_eps=c.hc_eps, rms_eps=c.rms_norm_eps,
+        )  # fmt: skip
 
-    def __call__(self, streams: Array, token_ids: Array, handle: LayerCacheHandle) -> tuple[Array, LayerCacheHandle]:
-        """streams (T, hc_mult, hidden), token_ids (T,) int32 -> new streams and the handle after the layer's writes."""
-        x, post, comb = self._connect("attn", streams)
-        out, handle = self.attn(self.attn_norm(x), handle)
-        streams = merge(streams, out, post, comb)
-        x, post, comb = self._connect("ffn", streams)
-        return merge(streams, self.ffn(self.ffn_norm(x), token_ids), post, comb), handle
+    def __call__(
+        self, streams: Array, update: Update | None, token_ids: Array, handle: LayerCacheHandle
+    ) -> tuple[Array, Update, LayerCacheHandle]:
+        """One layer.
+
+        Args:
+          streams: (T, hc_mult, hidden), without the last update.
+          update: of the layer before, None in the first.
+          token_ids: (T,) int32.
+          handle: of the cache.
+
+        Returns:
+          The streams without this layer's last update, that update, and the handle after the layer's writes.
+        """
+        streams, x, *weights = self._connect("attn", streams, update)
+        out, handle = self.attn(x, handle)
+        streams, x, *then = self._connect("ffn", streams, Update(out, *weights))
+        return streams, Update(self.ffn(x, token_ids), *then), handle
 
 
 class DSV4Model(nnx.Module):
@@ -70,11 +84,13 @@ class DSV4Model(nnx.Module):
         cache = cache.with_blocks(plan.new_blocks)
         x = self.embed(token_ids).astype(self.dtype)
         streams = jnp.broadcast_to(x[:, None], (x.shape[0], self.config.hc_mult, x.shape[1]))
+        update = None
         for layer_idx, block in enumerate(self.layers):
-            streams, handle = block(streams, token_ids, LayerCacheHandle(cache, plan, layer_idx))
+            streams, update, handle = block(streams, update, token_ids, LayerCacheHandle(cache, plan, layer_idx))
             cache = handle.cache
-        return self.norm(self.hc_head(streams)), cache
+        return self.hc_head(streams, update, self.norm.weight[...]), cache
 
+    @jax.named_scope("head")
     def logits(self, hidden: Array) -> Array:
         """hidden (..., hidden) -> (..., vocabulary) float32."""
         if self.config.tie_word_embeddings:

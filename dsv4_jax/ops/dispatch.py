@@ -40,6 +40,7 @@ _HANDLERS = {
         "dsv4_compress": "Dsv4Compress",
         "dsv4_compress_indexer": "Dsv4CompressIndexer",
         "dsv4_experts": "Dsv4Experts",
+        "dsv4_hyper_connect": "Dsv4HyperConnect",
         "dsv4_project": "Dsv4Project",
         "dsv4_read_entries": "Dsv4ReadEntries",
         "dsv4_read_keys": "Dsv4ReadKeys",
