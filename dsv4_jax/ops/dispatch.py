@@ -29,6 +29,7 @@ _HANDLERS = {
         "dsv4_read_entries": "Dsv4ReadEntries",
         "dsv4_read_keys": "Dsv4ReadKeys",
         "dsv4_read_window": "Dsv4ReadWindow",
+        "dsv4_select": "Dsv4Select",
         "dsv4_set_rows": "Dsv4SetRows",
         "dsv4_sinkhorn": "Dsv4Sinkhorn",
         "dsv4_write_layer": "Dsv4WriteLayer",
@@ -44,6 +45,7 @@ _HANDLERS = {
         "dsv4_read_entries": "Dsv4ReadEntries",
         "dsv4_read_keys": "Dsv4ReadKeys",
         "dsv4_read_window": "Dsv4ReadWindow",
+        "dsv4_select": "Dsv4Select",
         "dsv4_write_layer": "Dsv4WriteLayer",
     },
 }

@@ -11,7 +11,7 @@ namespace {
 ffi::Error select(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer,
                   int64_t ratio, int64_t k, int64_t max_entries, int64_t raw) {
   SelectCall call;
-  const ffi::Error error = bind_select(args, results, layer, ratio, k, max_entries, raw != 0, true, &call);
+  const ffi::Error error = bind_select(args, results, layer, ratio, k, max_entries, raw != 0, &call);
   if (error.failure()) return error;
   const std::string limit = select_sm90::limit_of(call);
   if (!limit.empty()) return ffi::Error::InvalidArgument("select: got " + limit + ".");

@@ -28,7 +28,7 @@ struct SelectCall {
   int64_t pairs;
 
   int32_t* selected;  // (T, k)
-  uint32_t* scratch;  // (pieces, scratch_row), or null
+  uint32_t* scratch;  // (scratch_tokens, scratch_row), or null
   int64_t scratch_tokens, scratch_row;
 
   // Entries that a token sees, holes among them: 0 for padding.
@@ -48,10 +48,10 @@ struct SelectCall {
   }
 };
 
-// Operands: q, weights, slots, positions, keys, scale, table; with raw cos and sin. Results: selected, and with
-// has_scratch what the GPU keeps between its kernels.
+// Operands: q, weights, slots, positions, keys, scale, table; with raw cos and sin. Results: selected and, where there is
+// something to choose, scratch, of which a row is a token's at a time.
 inline ffi::Error bind_select(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, int64_t ratio,
-                              int64_t k, int64_t max_entries, bool raw, bool has_scratch, SelectCall* call) {
+                              int64_t k, int64_t max_entries, bool raw, SelectCall* call) {
   Operands operands("select", args);
   const Operands::Shape q = operands.shape_of_next(), keys = operands.shape_of_next(4),
                         scale = operands.shape_of_next(5), table = operands.shape_of_next(6);
@@ -90,7 +90,7 @@ inline ffi::Error bind_select(ffi::RemainingArgs args, ffi::RemainingRets result
     call->sin = operands.take<float>("sin", {ffi::DataType::F32}, {q[0], call->pairs});
     if (2 * call->pairs > call->width) operands.fail("cos " + Operands::text(cos), "at most half of q");
   }
-  for (size_t i = 0; operands.ok() && i < (has_scratch ? 2 : 1); ++i) {
+  for (size_t i = 0; operands.ok() && i < (call->max_entries > k ? 2 : 1); ++i) {
     auto result = results.get<ffi::AnyBuffer>(i);
     if (!result.has_value()) return operands.fail("no result " + std::to_string(i), "one more"), operands.error();
     const auto dims = (*result)->dimensions();
@@ -102,6 +102,7 @@ inline ffi::Error bind_select(ffi::RemainingArgs args, ffi::RemainingRets result
     } else {
       call->scratch = static_cast<uint32_t*>((*result)->untyped_data());
       call->scratch_tokens = dims[0], call->scratch_row = dims[1];
+      if (dims[0] < 1 || dims[1] < call->max_entries) operands.fail("a small scratch", "some rows of max_entries");
     }
   }
   return operands.error();
