@@ -98,8 +98,7 @@ class Scorer {
         const float cos = call_.cos[token * pairs + i], sin = call_.sin[token * pairs + i];
         float* pair = x + width - 2 * pairs + 2 * i;
         const float even = pair[0] * cos - pair[1] * sin, odd = pair[0] * sin + pair[1] * cos;
-        pair[0] = call_.is_float ? even : to_float(to_bf16(even));
-        pair[1] = call_.is_float ? odd : to_float(to_bf16(odd));
+        pair[0] = even, pair[1] = odd;
       }
       for (int64_t stride = 1; stride < width; stride *= 2) {
         for (int64_t i = 0; i < width; i += 2 * stride) {

@@ -19,9 +19,8 @@ inline std::string limit_of(const SelectCall& call) {
   if (call.width != kWidth) return "keys of " + std::to_string(call.width) + " values; expected 128";
   if (call.heads < 1 || call.heads > kHeads) return std::to_string(call.heads) + " heads; expected 1 to 64";
   if (call.k > kMostK) return "k " + std::to_string(call.k) + "; expected at most 2048";
-  if (call.max_entries > kMostValues * kGroup) {
-    return std::to_string(call.max_entries) + " entries; expected at most " + std::to_string(kMostValues * kGroup);
-  }
+  if (call.per_block % kGroup) return "blocks of " + std::to_string(call.per_block) + " entries; expected a multiple of 16";
+  if (call.cos && call.pairs != kWidth / 4) return "angles of " + std::to_string(call.pairs) + " pairs; expected 32";
   if (call.num_blocks * call.per_block > INT32_MAX) return "a pool of 2^31 entries or more; expected fewer";
   const int64_t row = (call.max_entries + kTile - 1) / kTile * kTile / kGroup * (kGroup + 1);
   if (call.max_entries > call.k && call.tokens > 0 && (call.scratch_row < row || call.scratch_row % 68 || call.scratch_tokens < 1)) {
@@ -32,21 +31,25 @@ inline std::string limit_of(const SelectCall& call) {
 
 template <bool kPowers>
 cudaError_t launch_scores(cudaStream_t stream, const SelectCall& call, const Piece& piece) {
-  static const cudaError_t prepared =
-      cudaFuncSetAttribute(score_kernel<kPowers>, cudaFuncAttributeMaxDynamicSharedMemorySize, 4 * kTokenBytes);
+  static const cudaError_t prepared = cudaFuncSetAttribute(
+      shared_score_kernel<kPowers>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared * kTokenBytes);
   if (prepared != cudaSuccess) return prepared;
-  const int64_t groups = (piece.count + piece.per_block - 1) / piece.per_block;
+  const bool share = piece.count >= kShareTokens;
+  const int64_t groups = share ? (piece.count + kShared - 1) / kShared : piece.count;
   const int64_t tiles = (call.max_entries + kTile - 1) / kTile;
   const int64_t shares = std::max<int64_t>(1, std::min((tiles + kWarpgroups - 1) / kWarpgroups, kBlocks / groups));
   const dim3 grid(static_cast<unsigned>(shares), static_cast<unsigned>(groups));
-  score_kernel<kPowers><<<grid, kThreads, piece.per_block * kTokenBytes, stream>>>(call, piece);
+  if (share) {
+    shared_score_kernel<kPowers><<<grid, kThreads, kShared * kTokenBytes, stream>>>(call, piece);
+  } else {
+    score_kernel<kPowers><<<grid, kThreads, kTokenBytes, stream>>>(call, piece);
+  }
   return cudaGetLastError();
 }
 
 inline cudaError_t launch(cudaStream_t stream, const SelectCall& call, int what = 7) {
-  const int values = values_of(call.max_entries, call.k);
   static const cudaError_t prepared =
-      cudaFuncSetAttribute(top_k_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostValues * 4);
+      cudaFuncSetAttribute(top_k_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTopBytes);
   if (prepared != cudaSuccess) return prepared;
   Piece piece{};
   piece.shift = -1;
@@ -57,7 +60,6 @@ inline cudaError_t launch(cudaStream_t stream, const SelectCall& call, int what 
   const int64_t most = scores ? call.scratch_tokens : call.tokens;
   for (piece.first = 0; piece.first < call.tokens; piece.first += most) {
     piece.count = std::min(most, call.tokens - piece.first);
-    piece.per_block = piece.count >= kShareTokens ? 4 : 1;
     if (scores && (what & 1)) {
       const cudaError_t status =
           call.group == 32 ? launch_scores<true>(stream, call, piece) : launch_scores<false>(stream, call, piece);
@@ -67,7 +69,7 @@ inline cudaError_t launch(cudaStream_t stream, const SelectCall& call, int what 
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(piece.count));
     config.blockDim = dim3(kTopThreads);
-    config.dynamicSmemBytes = scores ? values * 4 : 0;
+    config.dynamicSmemBytes = scores ? kTopBytes : 0;
     config.stream = stream;
     cudaLaunchAttribute overlap{};  // starts while the scores' kernel runs, and waits for it
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

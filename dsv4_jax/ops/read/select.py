@@ -24,7 +24,7 @@ request may exceed it."""
 SCORE_BYTES = 64 << 20
 """Bound on the scores (tokens, entries) float32 that the native forms hold at once; a single token may exceed it."""
 
-MAX_HEADS, MAX_K, MAX_ENTRIES = 64, 2048, 16 * 49152
+MAX_HEADS, MAX_K = 64, 2048
 """What the CUDA form takes."""
 
 GROUP = 16
@@ -117,14 +117,16 @@ def select(
     return dispatch.call(
         "select",
         implementation,
-        lambda platform: _native_limit(platform, q, keys, format, k, max_entries),
+        lambda platform: _native_limit(platform, q, keys, format, k, raw),
         in_native,
         in_jnp,
         *(q, weights, slots, positions, keys, table, segments, raw),
     )
 
 
-def _native_limit(platform: str, q: Array, keys: IndexerKeys, format: str, k: int, max_entries: int) -> str | None:
+def _native_limit(
+    platform: str, q: Array, keys: IndexerKeys, format: str, k: int, raw: tuple[Array, Array] | None
+) -> str | None:
     """What keeps the native form for "cpu" or "cuda" from serving; None if nothing does."""
     if format not in GROUP_SIZE:
         return f"it reads only FP4 keys, not {format}"
@@ -134,9 +136,13 @@ def _native_limit(platform: str, q: Array, keys: IndexerKeys, format: str, k: in
         return None
     if q.shape[2] != 128:
         return f"it reads only keys of 128 values, not {q.shape[2]}"
-    for name, got, most in (("heads", q.shape[1], MAX_HEADS), ("k", k, MAX_K), ("entries", max_entries, MAX_ENTRIES)):
+    for name, got, most in (("heads", q.shape[1], MAX_HEADS), ("k", k, MAX_K)):
         if got > most:
             return f"it takes {name} up to {most}, not {got}"
+    if keys.keys.shape[2] % GROUP:
+        return f"it takes blocks of a multiple of {GROUP} entries, not {keys.keys.shape[2]}"
+    if raw is not None and raw[0].shape[-1] != 32:
+        return f"it takes 32 angles of a token, not {raw[0].shape[-1]}"
     found = compute_capability()
     if found != CUDA_CAPABILITY:
         return f"it needs a GPU of compute capability {CUDA_CAPABILITY}, not {found or 'none'}"
@@ -174,10 +180,9 @@ def _in_jnp(
         seen = per_token(given, segments) & (entry < visible[:, None])
         return jnp.pad(jnp.where(seen, entry, -1), ((0, 0), (0, k - max_entries)), constant_values=-1)
     # What is not finite is NaN: the sums of an infinity depend on their order.
-    q, weights = (jnp.where(jnp.isfinite(x), x, jnp.nan) for x in (q, weights))
+    q, weights = (jnp.where(jnp.isfinite(x), x, jnp.nan).astype(jnp.float32) for x in (q, weights))
     if raw is not None:
         q = apply_rope(q, raw[0][:, None], raw[1][:, None])
-    q = q.astype(jnp.float32)
     if format in GROUP_SIZE:
         q = hadamard(q)
     # In terms of segments, so that the tokens of a request share the reading of its keys.

@@ -108,7 +108,6 @@ class Case:
             cos, sin = (np.asarray(x[t], np.float64) for x in self.raw)
             even, odd = q[:, D // 2 :: 2].copy(), q[:, D // 2 + 1 :: 2].copy()
             q[:, D // 2 :: 2], q[:, D // 2 + 1 :: 2] = even * cos - odd * sin, even * sin + odd * cos
-            q = q.astype(self.q.dtype).astype(np.float64)
         if self.format in ("nvfp4", "mxfp4"):
             q = q @ hadamard_matrix(D).astype(np.float64)
         keys = self.values[np.maximum(self.table[self.slots[t]], 0)].reshape(-1, D).astype(np.float64)
