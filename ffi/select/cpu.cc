@@ -12,12 +12,13 @@
 #include "common/export.h"
 #include "common/parallel_for.h"
 #include "common/vector_clones.h"
-#include "formats/dequantise.h"
+#include "formats/key_rows.h"
 #include "select/op.h"
 
 namespace dsv4 {
 namespace {
 
+constexpr int64_t kLanes = 8;
 constexpr int64_t kKeys = 32;         // decoded at a time
 constexpr int64_t kTileTokens = 16;   // that share them at most
 constexpr int64_t kTaskKeys = 1024;   // of a task
@@ -27,27 +28,53 @@ struct Task {
   int64_t from, to;      // entries
 };
 
-// keys (width, kKeys), q (heads, width): scores[i] += the weighted sum over heads of relu(q . key i).
+#ifdef __GNUC__
+typedef float Lanes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+#define DSV4_INLINED inline __attribute__((always_inline))
+#else
+struct Lanes {
+  float x[kLanes];
+  float operator[](int64_t i) const { return x[i]; }
+  Lanes& operator+=(const Lanes& b) {
+    for (int64_t i = 0; i < kLanes; ++i) x[i] += b.x[i];
+    return *this;
+  }
+  friend Lanes operator*(Lanes a, const Lanes& b) {
+    for (int64_t i = 0; i < kLanes; ++i) a.x[i] *= b.x[i];
+    return a;
+  }
+};
+#define DSV4_INLINED inline
+#endif
+
+DSV4_INLINED const Lanes* lanes(const float* x) { return reinterpret_cast<const Lanes*>(x); }
+
+// scores[0 ... N - 1] += the sum over M heads of weight * relu(q . key).
+template <int M, int N>
+DSV4_INLINED void score_tile(const float* keys, const float* q, const float* weights, int64_t width, float* scores) {
+  Lanes sums[M][N] = {};
+  for (int64_t i = 0; i < width; i += kLanes) {
+    for (int m = 0; m < M; ++m) {
+      for (int n = 0; n < N; ++n) sums[m][n] += *lanes(q + m * width + i) * *lanes(keys + n * width + i);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      const Lanes& s = sums[m][n];
+      const float x = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+      scores[n] += weights[m] * (x < 0.0f ? 0.0f : x);  // a NaN is not below 0, and stays
+    }
+  }
+}
+
+// keys (kKeys, width), q (heads, width): scores (kKeys) = the weighted sum over heads, in their order.
 DSV4_VECTOR_CLONES void score_keys(const float* keys, const float* q, const float* weights, int64_t heads,
                                    int64_t width, float* scores) {
-  int64_t h = 0;
-  for (; h + 2 <= heads; h += 2) {
-    const float *first = q + h * width, *second = first + width;
-    float a[kKeys] = {}, b[kKeys] = {};
-    for (int64_t d = 0; d < width; ++d) {
-      for (int64_t i = 0; i < kKeys; ++i) a[i] += first[d] * keys[d * kKeys + i];
-      for (int64_t i = 0; i < kKeys; ++i) b[i] += second[d] * keys[d * kKeys + i];
-    }
-    // A NaN is not below 0, and stays.
-    for (int64_t i = 0; i < kKeys; ++i) scores[i] += weights[h] * (a[i] < 0.0f ? 0.0f : a[i]);
-    for (int64_t i = 0; i < kKeys; ++i) scores[i] += weights[h + 1] * (b[i] < 0.0f ? 0.0f : b[i]);
-  }
-  for (; h < heads; ++h) {
-    float a[kKeys] = {};
-    for (int64_t d = 0; d < width; ++d) {
-      for (int64_t i = 0; i < kKeys; ++i) a[i] += q[h * width + d] * keys[d * kKeys + i];
-    }
-    for (int64_t i = 0; i < kKeys; ++i) scores[i] += weights[h] * (a[i] < 0.0f ? 0.0f : a[i]);
+  for (int64_t n = 0; n < kKeys; n += 2) {
+    scores[n] = scores[n + 1] = 0.0f;
+    int64_t h = 0;
+    for (; h + 4 <= heads; h += 4) score_tile<4, 2>(keys + n * width, q + h * width, weights + h, width, scores + n);
+    for (; h < heads; ++h) score_tile<1, 2>(keys + n * width, q + h * width, weights + h, width, scores + n);
   }
 }
 
@@ -74,7 +101,7 @@ class Scorer {
       }
       for (int64_t t = 0; t < task.count; ++t) {
         if (call_.visible(task.first + t) <= std::max(block, call_.k)) continue;
-        float sums[kKeys] = {};
+        float sums[kKeys];
         score_keys(keys_.data(), q_.data() + t * call_.heads * call_.width, weights_.data() + t * call_.heads,
                    call_.heads, call_.width, sums);
         float* out = scores + (task.first + t - base) * pitch + block;
@@ -114,26 +141,19 @@ class Scorer {
     }
   }
 
-  // Key `row` of the pool into column i; zeros for -1.
+  // Key `row` of the pool into row i; zeros for -1.
   void decode(int64_t row, int64_t i) {
-    const int64_t width = call_.width, groups = width / call_.group;
-    float* out = keys_.data() + i;
+    const int64_t width = call_.width;
+    float* out = keys_.data() + i * width;
     if (row < 0) {
-      for (int64_t d = 0; d < width; ++d) out[d * kKeys] = 0.0f;
-      return;
-    }
-    const uint8_t *codes = call_.keys + row * (width / 2), *scales = call_.scale + row * groups;
-    for (int64_t g = 0; g < groups; ++g) {
-      const float scale = call_.group == 16 ? e4m3_value(scales[g]) : e8m0_value(scales[g]);
-      for (int64_t d = g * call_.group; d < (g + 1) * call_.group; d += 2) {
-        const uint32_t code = codes[d / 2];
-        out[d * kKeys] = e2m1_value(code) * scale, out[(d + 1) * kKeys] = e2m1_value(code >> 4) * scale;
-      }
+      std::fill_n(out, width, 0.0f);
+    } else {
+      decode_key(call_.keys + row * (width / 2), call_.scale + row * (width / call_.group), width, call_.group, out);
     }
   }
 
   const SelectCall& call_;
-  std::vector<float> keys_, q_, weights_;  // keys_: (width, kKeys)
+  std::vector<float> keys_, q_, weights_;  // keys_: (kKeys, width)
 };
 
 // An integer that orders as scores do: NaN is the best, -0 is 0.
@@ -173,7 +193,9 @@ ffi::Error select(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
   SelectCall call;
   const ffi::Error error = bind_select(args, results, layer, ratio, k, max_entries, raw != 0, &call);
   if (error.failure()) return error;
-  if (call.width & (call.width - 1)) return ffi::Error::InvalidArgument("select: got keys of another width than a power of two.");
+  if (call.width % kLanes || call.width & (call.width - 1)) {
+    return ffi::Error::InvalidArgument("select: got keys of another width; expected a power of two from 8 on.");
+  }
   const int64_t pitch = call.scratch_row;
   const int64_t most = call.scratch ? call.scratch_tokens : std::max<int64_t>(1, call.tokens);
   auto* const scores = reinterpret_cast<float*>(call.scratch);
