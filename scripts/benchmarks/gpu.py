@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import gpu_attend
 import gpu_reads
+import gpu_select
 import gpu_step
 import gpu_timing
 import gpu_writes
@@ -65,6 +66,7 @@ def rows() -> list[functools.partial[gpu_timing.Row]]:
     row(gpu_reads.window, "fp8", bf16)
     row(gpu_reads.all_keys, "mxfp4")
     made.extend(gpu_attend.rows())
+    made.extend(gpu_select.rows())
     for options in gpu_step.CACHES:
         for one_launch in (False, True):
             row(gpu_step.all_writes, steps=1, options=options, one_launch=one_launch, target=200.0)
@@ -75,7 +77,9 @@ def rows() -> list[functools.partial[gpu_timing.Row]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=os.environ.get("OUT", "gpu_results"), help="folder of the JSON file")
-    parser.add_argument("--only", choices=["attend", "reads", "step", "writes"], help="the rows of this part alone")
+    parser.add_argument(
+        "--only", choices=["attend", "reads", "select", "step", "writes"], help="the rows of this part alone"
+    )
     options = parser.parse_args()
     if jax.default_backend() != "gpu" or "cuda" not in dispatch.available():
         sys.exit("bench gpu: needs an NVIDIA GPU, JAX with CUDA and the native library for it (scripts/build_ffi)")
