@@ -407,8 +407,9 @@ class LayerCacheHandle:
         for name, x in zip(("cos", "sin"), raw or (), strict=False):
             check_array(self.layer_idx, name, x, (tokens, "r"), (jnp.float32,))
         return select(
-            q, weights, _given(self.cache.paged["csa"].indexer), self._table, self.plan.segments,
-            self.visible_entries(), k, format=self.schema.indexer_dtype, layer=self._index,
+            q, weights, jnp.asarray(self.plan.slots), jnp.asarray(self.plan.positions),
+            _given(self.cache.paged["csa"].indexer), self._table, self.plan.segments, k,
+            format=self.schema.indexer_dtype, layer=self._index, ratio=self.schema.compress_ratio,
             max_entries=self.max_entries, raw=raw,
         )  # fmt: skip
 

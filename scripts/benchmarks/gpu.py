@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import gpu_attend
 import gpu_reads
+import gpu_select
 import gpu_slice
 import gpu_step
 import gpu_timing
@@ -66,6 +67,7 @@ def rows() -> list[functools.partial[gpu_timing.Row]]:
     row(gpu_reads.window, "fp8", bf16)
     row(gpu_reads.all_keys, "mxfp4")
     made.extend(gpu_attend.rows())
+    made.extend(gpu_select.rows())
     for options in gpu_step.CACHES:
         for one_launch in (False, True):
             row(gpu_step.all_writes, steps=1, options=options, one_launch=one_launch, target=200.0)
@@ -77,7 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=os.environ.get("OUT", "gpu_results"), help="folder of the JSON file")
     parser.add_argument(
-        "--only", choices=["attend", "reads", "slice", "step", "writes"], help="the rows of this part alone"
+        "--only",
+        choices=["attend", "reads", "select", "slice", "step", "writes"],
+        help="the rows of this part alone",
     )
     gpu_slice.add_options(parser)
     options = parser.parse_args()
