@@ -106,14 +106,14 @@ def _grouped(x: Array, weight: BlockScaledWeight, implementation: str | None) ->
         result = jax.ShapeDtypeStruct((*x.shape[:2], rows // groups), x.dtype)
 
         def on_cpu(x: Array, codes: Array, scale: Array) -> Array:
-            return jax.ffi.ffi_call("dsv4_project", result)(x, codes, scale)
+            return dispatch.ffi_call("dsv4_project", result)(x, codes, scale)
 
         def on_cuda(x: Array, codes: Array, scale: Array) -> Array:
             columns_at_once, scratch = _plan(x.shape[0], groups, rows, columns)
-            call = jax.ffi.ffi_call("dsv4_project", (result, jax.ShapeDtypeStruct((scratch,), jnp.uint8)))
+            call = dispatch.ffi_call("dsv4_project", (result, jax.ShapeDtypeStruct((scratch,), jnp.uint8)))
             return call(x, codes, scale, slice=np.int64(columns_at_once))[0]
 
-        return jax.lax.platform_dependent(x, *weight, cpu=on_cpu, cuda=on_cuda)
+        return dispatch.on_platform(x, *weight, default=on_cpu, cuda=on_cuda)
 
     def limit(platform: str) -> str | None:
         if platform == "cpu":

@@ -27,8 +27,8 @@ def sinkhorn(matrices: Array, *, iterations: int, eps: float) -> Array:
 
     def in_native(x: Array) -> Array:
         result = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return jax.ffi.ffi_call("dsv4_sinkhorn", result)(x, iterations=np.int64(iterations), eps=np.float32(eps))
+        return dispatch.ffi_call("dsv4_sinkhorn", result)(x, iterations=np.int64(iterations), eps=np.float32(eps))
 
     if "cpu" not in dispatch.available():
         return in_jnp(matrices)
-    return jax.lax.platform_dependent(matrices, cpu=in_native, default=in_jnp)
+    return dispatch.on_platform(matrices, cpu=in_native, default=in_jnp)

@@ -26,7 +26,7 @@ def select(
     k: int,
     *,
     format: str,
-    layer: int,
+    layer: int | Array,
     max_entries: int,
     raw: tuple[Array, Array] | None = None,
     piece_bytes: int = PIECE_BYTES,
