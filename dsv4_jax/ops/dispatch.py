@@ -109,6 +109,19 @@ def on_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[.
     return jax.lax.platform_dependent(*operands, **chosen)
 
 
+def native_calls() -> tuple[str, ...]:
+    """Names of the native calls that a step may contain, which `jax.export` has to be told.
+
+    `export.export(step, disabled_checks=[export.DisabledSafetyCheck.custom_call(n) for n in native_calls()])`; the
+    pytrees of cache and plan are registered. Whoever reads the file needs this package, in the same version, and its
+    native libraries where the writer had them.
+
+    Returns:
+      Names of custom calls, sorted.
+    """
+    return tuple(sorted({name for handlers in _HANDLERS.values() for name in handlers}))
+
+
 @functools.cache
 def platforms() -> frozenset[str]:
     """The platforms this process has devices of, by XLA's names of them: "cpu", and "cuda" beside it where it is."""

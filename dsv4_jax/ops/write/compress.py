@@ -199,8 +199,9 @@ def compress(
     the segments made of them. table (R, blocks of a request) int32. A padding token changes nothing; an entry whose
     block is not in the table is dropped.
     layer: an int, or an array () int32 that is one of L.
-    `implementation`: "jnp", "cpu" or "cuda"; None takes the native one where there is one. The native ones agree bit for
-    bit with each other; before it is quantised, an entry is that of the jax.numpy form, with either tail, within 1e-6.
+    `implementation`: "jnp", "cpu" or "cuda"; None takes the native one where there is one. The native ones agree bit
+    for bit with each other; before it is quantised, an entry is that of the jax.numpy form, with either tail, within
+    1e-6.
     Returns the new entries and tail; ValueError for an implementation that cannot be used.
     """
 
