@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .model.config import DSV4Config as DSV4Config
     from .model.layer_schedule import build_schedule as build_schedule
     from .model.pretrained import from_pretrained as from_pretrained
+    from .ops.dispatch import native_calls as native_calls
     from .ops.formats.fp4 import hadamard as hadamard
     from .ops.read.attend import RawQuery as RawQuery
     from .ops.write.compress import CompressorWeights as CompressorWeights
@@ -70,6 +71,8 @@ _MODULES = {
     "ClassicalView": ".cache.views",
     "IndexerView": ".cache.views",
     "hadamard": ".ops.formats.fp4",
+    # A step in a file.
+    "native_calls": ".ops.dispatch",
     # A request outside the cache.
     "Snapshot": ".cache.transfer.snapshot",
     "save_snapshot": ".cache.transfer.snapshot_file",

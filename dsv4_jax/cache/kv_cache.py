@@ -10,6 +10,7 @@ import numpy as np
 
 from .paged_cache import PagedKVPool
 from .schema import CacheSchema
+from .serialisation import schema_from_json, schema_to_json, serialisable
 from .state_cache import StateCachePool
 
 Array = jax.Array
@@ -76,6 +77,15 @@ class KVCache:
             slot = jnp.where((slot >= 0) & (column >= 0), slot, table[kind].shape[0])
             table[kind] = table[kind].at[slot, column].set(block, mode="drop")
         return self.replace_tables(table)
+
+
+serialisable(StateCachePool, schema_to_json, schema_from_json)
+serialisable(PagedKVPool, schema_to_json, schema_from_json)
+serialisable(
+    KVCache,
+    lambda static: [[schema_to_json(schema) for schema in static[0]], static[1]],
+    lambda stored: (tuple(schema_from_json(fields) for fields in stored[0]), tuple(stored[1])),
+)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.backend import backends
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,6 +52,9 @@ _HANDLERS = {
         "dsv4_write_layer": "Dsv4WriteLayer",
     },
 }
+#: Under `jax.vmap` a native call runs once for each element of the batch.
+ffi_call = functools.partial(jax.ffi.ffi_call, vmap_method="sequential")
+
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
 
@@ -93,7 +97,39 @@ def call(
             raise ValueError(f"{name}: implementation {implementation!r} cannot be used: {reason}; leave it to None.")
         return in_native(*operands)
     choices = {} if implementation else {p: in_native for p in available() if limit(p) is None}
-    return jax.lax.platform_dependent(*operands, **choices, default=in_jnp) if choices else in_jnp(*operands)
+    return on_platform(*operands, default=in_jnp, **choices)
+
+
+def on_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:
+    """`jax.lax.platform_dependent` that traces the forms of this process's platforms only, as no other can run.
+
+    Where all platforms have the same form, which is the rule, there is nothing to choose. A step that is exported for
+    other platforms than the process has contains these forms all the same.
+    """
+    chosen = {platform: forms.get(platform, default) for platform in platforms()}
+    first = next(iter(chosen.values()))
+    if all(form is first for form in chosen.values()):
+        return first(*operands)
+    return jax.lax.platform_dependent(*operands, **chosen)
+
+
+def native_calls() -> tuple[str, ...]:
+    """Names of the native calls that a step may contain, which `jax.export` has to be told.
+
+    `export.export(step, disabled_checks=[export.DisabledSafetyCheck.custom_call(n) for n in native_calls()])`; the
+    pytrees of cache and plan are registered. Whoever reads the file needs this package, in the same version, and its
+    native libraries where the writer had them.
+
+    Returns:
+      Names of custom calls, sorted.
+    """
+    return tuple(sorted({name for handlers in _HANDLERS.values() for name in handlers}))
+
+
+@functools.cache
+def platforms() -> frozenset[str]:
+    """The platforms this process has devices of, by XLA's names of them: "cpu", and "cuda" beside it where it is."""
+    return frozenset(backends())
 
 
 @functools.cache

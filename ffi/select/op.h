@@ -58,7 +58,7 @@ inline ffi::Error bind_select(ffi::RemainingArgs args, ffi::RemainingRets result
   if (q.size() != 3 || keys.size() != 4 || scale.size() != 4 || table.size() != 2) {
     operands.fail("operands of other ranks", "q of 3 axes, keys and scale of 4, table of 2");
   }
-  if (operands.ok() && (layer < 0 || layer >= keys[0])) {
+  if (operands.ok() && !LayerOf::exists(layer, keys[0])) {
     operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(keys[0] - 1));
   }
   if (operands.ok() && (scale[3] < 1 || (scale[3] * 8 != keys[3] && scale[3] * 16 != keys[3]))) {
@@ -70,7 +70,7 @@ inline ffi::Error bind_select(ffi::RemainingArgs args, ffi::RemainingRets result
   if (!operands.ok()) return operands.error();
   *call = SelectCall{};
   call->tokens = q[0], call->heads = q[1], call->width = q[2], call->k = k, call->ratio = ratio;
-  call->num_blocks = keys[1], call->per_block = keys[2], call->num_slots = table[0], call->columns = table[1];
+  call->num_blocks = LayerOf(layer, keys[0], keys[1]).length, call->per_block = keys[2], call->num_slots = table[0], call->columns = table[1];
   call->max_entries = std::min(max_entries, call->columns * call->per_block);
   call->q = operands.take("q", {ffi::DataType::F32, ffi::DataType::BF16}, {q[0], q[1], 2 * keys[3]});
   call->is_float = operands.dtype() == ffi::DataType::F32;
@@ -81,7 +81,8 @@ inline ffi::Error bind_select(ffi::RemainingArgs args, ffi::RemainingRets result
   const uint8_t* scales = operands.take<uint8_t>("scale", {ffi::DataType::U8}, {keys[0], keys[1], keys[2], scale[3]});
   call->table = operands.take<int32_t>("table", {ffi::DataType::S32}, table);
   call->group = 2 * keys[3] / scale[3];
-  const int64_t first = layer * keys[1] * keys[2];
+  const LayerOf part(layer, keys[0], keys[1]);
+  const int64_t first = part.index * keys[1] * keys[2];
   if (operands.ok()) call->keys = codes + first * keys[3], call->scale = scales + first * scale[3];
   if (operands.ok() && raw) {
     const Operands::Shape cos = operands.shape_of_next();

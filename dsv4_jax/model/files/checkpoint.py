@@ -7,6 +7,7 @@ type, or held in memory as they are stored.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -18,11 +19,12 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_jax.files.safetensors_file import Checkpoint, open_checkpoint
-from dsv4_jax.files.untrusted_json import read_json_object, shorten
-from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
+from dsv4_jax.files.untrusted_json import shorten
+from dsv4_jax.model.config import DSV4Config
+from dsv4_jax.model.files.quantisation import check_quantisation
 from dsv4_jax.model.files.tensor_match import MatchedTensors, match_tensors
-from dsv4_jax.model.files.tensor_names import expected_tensors, keeps_float32, scale_name
-from dsv4_jax.model.files.weight_formats import BLOCK, dequantise, scale_bytes, scale_shape
+from dsv4_jax.model.files.tensor_names import expected_tensors, is_skipped, keeps_float32, scale_name
+from dsv4_jax.model.files.weight_formats import dequantise, scale_bytes, scale_shape
 
 _log = logging.getLogger(__name__)
 
@@ -139,12 +141,12 @@ def _open(
         raise ValueError(f"dtype is {dtype}: expected float32 or bfloat16")
     if config is None:
         config = DSV4Config.from_hf(path)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, functools.partial(is_skipped, config=config))
+    check_quantisation(checkpoint, config)
     matched = match_tensors(checkpoint, config)
-    if matched.forms:
-        check_quantisation(checkpoint.path)
-    if matched.skipped:
-        _log.info("skipped %d tensors of draft layers", len(matched.skipped))
+    for what, names in (("draft layers", matched.skipped), ("vision parts", matched.vision)):
+        if names:
+            _log.info("skipped %d tensors of %s", len(names), what)
     if as_stored:
         held = held_as_stored(checkpoint, matched, config, dtype)
     else:
@@ -180,8 +182,8 @@ def load_tensors(
     Raises:
       FileNotFoundError: no checkpoint, no config.json, or a shard missing.
       ValueError: files that `open_checkpoint` refuses, tensors that `match_tensors` refuses, a
-        tid2eid that names experts the model does not have, scales that are not finite, blocks of a
-        size other than 128x128, more bytes than the machine has, or an unknown dtype.
+        tid2eid that names experts the model does not have, scales that are not finite, weights
+        quantised in another way, more bytes than the machine has, or an unknown dtype.
     """
     if config is None:
         config = DSV4Config.from_hf(path)
@@ -287,20 +289,6 @@ def _read_all(
                 "same, as tie_word_embeddings is true"
             )
         yield "head.weight", embedding
-
-
-def check_quantisation(folder: str) -> None:
-    """ValueError where the folder's config.json, if there is one, says that weights are quantised in another way."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        return
-    quantised = read_json_object(path, max_bytes=MAX_CONFIG_BYTES).get("quantization_config")
-    if not isinstance(quantised, Mapping):
-        return
-    for key, expected in (("quant_method", "fp8"), ("fmt", "e4m3"), ("weight_block_size", [BLOCK, BLOCK])):
-        got = quantised.get(key)
-        if got is not None and got != expected:
-            raise ValueError(f"{path}: quantization_config.{key} is {shorten(got)}: expected {expected!r}")
 
 
 def _same(checkpoint: Checkpoint, left: str, right: str) -> bool:

@@ -28,6 +28,7 @@ from dsv4_jax.files.untrusted_json import read_json_object, shorten
 from dsv4_jax.files.written_whole import CannotWriteError
 from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
 from dsv4_jax.model.files.checkpoint import Progress
+from dsv4_jax.model.files.quantisation import check_quantisation
 from dsv4_jax.model.files.tensor_match import match_tensors
 from dsv4_jax.model.files.tensor_names import canonical_name, expected_tensors, keeps_float32, released_name, scale_name
 from dsv4_jax.model.files.weight_formats import BLOCK, quantise, scale_shape
@@ -185,6 +186,7 @@ def quantise_checkpoint(
 
 
 def _plan(checkpoint: Checkpoint, config: DSV4Config) -> list[_Job]:
+    check_quantisation(checkpoint, config)
     matched = match_tensors(checkpoint, config)
     if matched.forms:
         name = matched.stored[next(iter(matched.forms))]
@@ -193,7 +195,7 @@ def _plan(checkpoint: Checkpoint, config: DSV4Config) -> list[_Job]:
             f"tensors in {', '.join(_FLOATS)}"
         )
     jobs = []
-    for name in (*matched.stored.values(), *matched.skipped):
+    for name in (*matched.stored.values(), *matched.skipped, *matched.vision):
         canonical, info = canonical_name(name), checkpoint.info(name)
         form = released_type(canonical)
         if info.dtype not in (_INTEGERS if form == "I64" else _FLOATS):

@@ -166,7 +166,7 @@ def _read(streams: Array, pre: Array) -> Array:
 def _call(results: list[Any], streams: Array, update: Update | None, mixing: Mixing, norm: Array, *,
           head: int, iterations: int, hc_eps: float, rms_eps: float) -> Sequence[Array]:  # fmt: skip
     shapes = tuple(jax.ShapeDtypeStruct(*result) for result in results)
-    return jax.ffi.ffi_call("dsv4_hyper_connect", shapes)(
+    return dispatch.ffi_call("dsv4_hyper_connect", shapes)(
         streams, *(update or ()), *mixing, norm, has_update=np.int64(update is not None), head=np.int64(head),
         iterations=np.int64(iterations), hc_eps=np.float32(hc_eps), rms_eps=np.float32(rms_eps),
     )  # fmt: skip

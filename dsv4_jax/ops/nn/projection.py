@@ -136,15 +136,15 @@ def _grouped(x: Array, weights: Sequence[BlockScaledWeight], implementation: str
         results = [jax.ShapeDtypeStruct((*x.shape[:2], n), x.dtype) for n in rows]
 
         def on_cpu(x: Array, *weights: BlockScaledWeight) -> tuple[Array, ...]:
-            calls = [jax.ffi.ffi_call("dsv4_project", result) for result in results]
+            calls = [dispatch.ffi_call("dsv4_project", result) for result in results]
             return tuple(call(x, *weight) for call, weight in zip(calls, weights, strict=True))
 
         def on_cuda(x: Array, *weights: BlockScaledWeight) -> tuple[Array, ...]:
             columns_at_once, scratch = _plan(x.shape[0], groups, groups * sum(rows), columns)
-            call = jax.ffi.ffi_call("dsv4_project", (*results, jax.ShapeDtypeStruct((scratch,), jnp.uint8)))
+            call = dispatch.ffi_call("dsv4_project", (*results, jax.ShapeDtypeStruct((scratch,), jnp.uint8)))
             return tuple(call(x, *jax.tree.leaves(weights), slice=np.int64(columns_at_once))[:-1])
 
-        return jax.lax.platform_dependent(x, *weights, cpu=on_cpu, cuda=on_cuda)
+        return dispatch.on_platform(x, *weights, default=on_cpu, cuda=on_cuda)
 
     def limit(platform: str) -> str | None:
         if platform == "cpu":

@@ -54,7 +54,7 @@ def attend_in_jnp(
     fresh: tuple[Record, Segments] | None,
     angles: tuple[Array, Array] | None,
     *,
-    layer: int,
+    layer: int | Array,
     window: int,
     ratio: int,
     max_entries: int,
@@ -152,7 +152,7 @@ def _split(x: Array, tiles: int) -> Array:
 
 
 def _line(
-    ring: Record, fresh: tuple[Record, Segments], size: int, *, layer: int, window: int, readers: str | None
+    ring: Record, fresh: tuple[Record, Segments], size: int, *, layer: int | Array, window: int, readers: str | None
 ) -> Array:
     """The window - 1 positions before each segment, from the ring, then its own: (S, window - 1 + size, d) float32."""
     record, segments = fresh
@@ -176,7 +176,7 @@ def _entry_pieces(
     selected: Array | None,
     *,
     heads: int,
-    layer: int,
+    layer: int | Array,
     ratio: int,
     max_entries: int,
     of_a_token: bool,

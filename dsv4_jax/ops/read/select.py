@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import dispatch
+from ..every_layer import attribute, is_static, slots_of, table_of
 from ..formats.fp4 import GROUP_SIZE, hadamard
 from ..nn.rope import apply_rope
 from ..segments import Segments, per_token, to_segments, to_tokens
@@ -42,7 +43,7 @@ def select(
     k: int,
     *,
     format: str,
-    layer: int,
+    layer: int | Array,
     ratio: int,
     max_entries: int | None = None,
     raw: tuple[Array, Array] | None = None,
@@ -75,7 +76,7 @@ def select(
       segments: how the tokens are grouped.
       k: how many.
       format: of the keys, "nvfp4" | "mxfp4" | "bf16" | "fp32"; against FP4 keys the query is rotated by Hadamard here.
-      layer: index into L.
+      layer: index into L; an array () int32 must be one.
       ratio: tokens per entry.
       max_entries: entries of a request that are looked at, a static bound, a multiple of E; by default all.
       raw: cos and sin (T, r) float32 of the tokens' positions, where RoPE is still to be applied to q.
@@ -89,7 +90,8 @@ def select(
       ValueError: for a layer, ratio or k out of range, and for an implementation that cannot be used.
     """
     layers, _, per_block = keys.keys.shape[:3]
-    if not 0 <= layer < layers:
+    num_slots = table.shape[0]
+    if is_static(layer) and not 0 <= layer < layers:
         raise ValueError(f"select: got layer {layer}; keys has layers 0 to {layers - 1}")
     if ratio < 1 or k < 1:
         raise ValueError(f"select: got ratio {ratio} and k {k}; expected at least 1")
@@ -104,14 +106,16 @@ def select(
         )  # fmt: skip
 
     def in_native(*operands: Any) -> Array:
-        *given, _, angles = operands
+        q, weights, slots, positions, keys, table, _, angles = operands
+        table = table_of(table, layer, *keys.keys.shape[:2])
+        given = q, weights, slots_of(slots, layer, num_slots), positions, keys, table
         results = [jax.ShapeDtypeStruct((q.shape[0], k), jnp.int32)]
         if max_entries > k:  # room for scores, and for the best of every few
             row = -(-max_entries // 64) * (64 + 64 // GROUP)
             fits = max(1, min(q.shape[0], SCORE_BYTES // (4 * row)))
             results.append(jax.ShapeDtypeStruct((fits, row), jnp.uint32))
-        attributes = {"layer": layer, "ratio": ratio, "k": k, "max_entries": max_entries, "raw": raw is not None}
-        call = jax.ffi.ffi_call("dsv4_select", results)
+        attributes = {"layer": attribute(layer), "ratio": ratio, "k": k, "max_entries": max_entries, "raw": raw is not None}
+        call = dispatch.ffi_call("dsv4_select", results)
         return call(*jax.tree.leaves((given, angles)), **{name: np.int64(x) for name, x in attributes.items()})[0]
 
     return dispatch.call(
