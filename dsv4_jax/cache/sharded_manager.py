@@ -20,6 +20,18 @@ from .transfer.snapshot import Snapshot
 T = TypeVar("T")
 
 
+class ShardError(RuntimeError):
+    """Slots or blocks of a shard do not suffice.
+
+    Attributes:
+      shard: its number.
+    """
+
+    def __init__(self, shard: int, message: str):
+        super().__init__(message)
+        self.shard = shard
+
+
 class ShardedKVCacheManager:
     """Spreads requests over the devices of a mesh; for each it is what a KVCacheManager is.
 
@@ -193,7 +205,8 @@ class ShardedKVCacheManager:
         except (ValueError, RuntimeError) as error:
             if self.num_shards == 1 or type(error) not in (ValueError, RuntimeError):
                 raise
-            raise type(error)(f"shard {shard}: {error}") from None
+            message = f"shard {shard}: {error}"
+            raise ValueError(message) if isinstance(error, ValueError) else ShardError(shard, message) from None
 
     def by_load(self) -> list[int]:
         """Shards in the order in which a request is placed: fewest requests first, then most free blocks."""

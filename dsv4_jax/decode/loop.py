@@ -16,17 +16,19 @@ from ..cache.counts import count
 from ..cache.host.prefix import check_salt
 from ..cache.manager import KVCacheManager
 from ..cache.plan import StepPlan
+from ..cache.sharded_manager import ShardedKVCacheManager, ShardError
 from ..model.step_inputs import check_cache
 from ..model.transformer import DSV4Model
 from .context import blocks_to_read
 from .draft import PromptLookup
 from .layout import Part, draw_arrays, row_states, slot_arrays, token_arrays
+from .programs import OneDevice, OverMesh
 from .recovery import Call, Savepoint, identity, is_lost
 from .request import Event, Request, Sample, Stats, check_prompt, check_sampling
 from .sampling import Draws, LogitsHook, LogProbs
 from .scheduler import Scheduler
 from .snapshot import RequestSnapshot, SampleSnapshot
-from .steps import Chosen, LoopState, Wanted, decode_steps, prefill_step, split_model
+from .steps import Chosen, LoopState, Wanted
 
 T = TypeVar("T")
 
@@ -50,12 +52,16 @@ class DecodeLoop:
     A call that raises, Ctrl-C included, has happened or has not: calling again goes on, with the same tokens. Where a
     step that failed took the donated cache with it, the loop makes a new one, logs a warning, and the requests read
     their tokens again (`stats.restarts`); what other users of the manager had in the cache is gone.
+
+    With a model and a manager over a mesh (`shard_model`, `ShardedKVCacheManager`) every call runs on all its devices:
+    a request goes to the shard with the longest prefix hit, then to the one that has least to do; a shard without work
+    runs padding; a request that was preempted goes on wherever there is room first. Sizes are those of a shard.
     """
 
     def __init__(
         self,
         model: DSV4Model,
-        manager: KVCacheManager,
+        manager: KVCacheManager | ShardedKVCacheManager,
         *,
         prefill_chunk: int = PREFILL_CHUNK,
         step_tokens: int | None = None,
@@ -80,20 +86,27 @@ class DecodeLoop:
         if log_probs is not None:
             log_probs = count("log_probs", log_probs, most=model.config.vocab_size)
         check_cache(model.config, manager.cache)
-        slots, verified = manager.max_concurrent_requests, draft_tokens + 1
+        mesh = manager.mesh if isinstance(manager, ShardedKVCacheManager) else None
+        if model.mesh != mesh:
+            raise ValueError(
+                f"the model lies on {_place(model.mesh)} and the cache on {_place(mesh)}: expected shard_model(model, "
+                "mesh) and ShardedKVCacheManager(..., mesh=mesh) with one mesh, or neither"
+            )
+        self.stats = Stats()
+        self._schedule = Scheduler(manager, draft_tokens + 1 if draft_tokens else decode_chunk, self.stats)
+        slots, verified = self._schedule.slots_per_shard, draft_tokens + 1
         if step_tokens is None:
             step_tokens = prefill_chunk + (slots - 1) * verified
         if count("step_tokens", step_tokens) < slots:
             raise ValueError(f"step_tokens is {step_tokens}: expected one for each of {slots} slots or more")
-        self.model, self.manager, self.stats = model, manager, Stats()
+        self.model, self.manager = model, manager
         self.prefill_chunk, self.decode_chunk, self.draft_tokens = prefill_chunk, decode_chunk, draft_tokens
         self.return_logits = return_logits
+        self._programs = OneDevice(model) if mesh is None else OverMesh(model, mesh)
         self._wanted = Wanted(bool(return_logits), log_probs, logits_hook)
-        # Tokens of a step, tokens of one slot in it.
+        # Tokens of a step, tokens of one slot in it; of every shard.
         self._prefill_shape = max(step_tokens, slots * verified), max(prefill_chunk, verified)
         self._verify_shape = slots * verified, verified
-        self._structure, self._weights = split_model(model)
-        self._schedule = Scheduler(manager, verified if draft_tokens else decode_chunk, self.stats)
         self._submitted = 0
         self._events: deque[Event] = deque()  # that were not handed out yet
         self._call: Call | None = None  # under way, or interrupted
@@ -269,10 +282,11 @@ class DecodeLoop:
         read = max(blocks_to_read(part.end, part.sample.request.limit, self.manager.block_size) for part in parts)
         try:
             plan = self.manager.plan_step(slots, positions, max_blocks=read, **shape)
-        except RuntimeError:
-            if len(self._schedule.running) == 1:
+        except RuntimeError as error:
+            shard = error.shard if isinstance(error, ShardError) else 0
+            if len(self._schedule.on(shard)) <= 1:
                 raise
-            self._schedule.preempt_youngest()
+            self._schedule.preempt_youngest(shard)
             self._on_device = None
             # What the youngest had is in the host's memory: from here on it has left.
             self._call.savepoint = Savepoint(self._schedule, self.stats, self._events)
@@ -298,9 +312,9 @@ class DecodeLoop:
         short = any(len(part.tokens) < min(self.decode_chunk, part.sample.remaining) for part in parts)
         to_come = [(p.sample, len(p.tokens) if short else p.sample.remaining) for p in parts]
         on_device = None if short else self._on_device
-        loop, draws = on_device or jax.device_put(slot_arrays(to_come, num_slots, self._wanted.hook))
-        step = partial(decode_steps, steps=self.decode_chunk, max_blocks=plan.max_blocks, wanted=self._wanted)
-        self._dispatch(step, loop, plan.new_blocks, draws)
+        loop, draws = on_device or self._programs.put(slot_arrays(to_come, num_slots, self._wanted.hook))
+        step = partial(self._programs.decode, steps=self.decode_chunk, max_blocks=plan.max_blocks, wanted=self._wanted)
+        self._dispatch(step, loop, self._programs.operands(dict(plan.new_blocks)), draws)
         state = jax.tree.unflatten(jax.tree.structure(loop), self._call.results[0][1])
         self._on_device = None if short else (state, draws)
         self._book(self._call)
@@ -315,19 +329,20 @@ class DecodeLoop:
         num_slots, size = self.manager.max_concurrent_requests, self.manager.block_size
         ends = [(len(s.ids) + min(self.decode_chunk, s.remaining - 1), s.request.limit) for s in samples]
         max_blocks = max(blocks_to_read(end, limit, size) for end, limit in ends)
-        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.manager.cache)
-        known = self._structure, self._wanted, self.decode_chunk, max_blocks, str(jax.tree.leaves(cache))
+        programs, cache = self._programs, self._programs.shapes(self.manager.cache)
+        key = programs.key, str(jax.tree.leaves(cache))
+        known = programs.structure, self._wanted, self.decode_chunk, max_blocks, key
         if known in _compiled:
             return None
         _compiled.add(known)
-        loop, draws = slot_arrays([], num_slots, self._wanted.hook)
+        loop, draws = programs.put(slot_arrays([], num_slots, self._wanted.hook))
         rows = num_slots * (-(-self.decode_chunk // size) + 1)  # as in a plan
-        new_blocks = {kind: np.zeros((rows, 3), np.int32) for kind in cache.block_table}
-        lower = partial(decode_steps.lower, steps=self.decode_chunk, max_blocks=max_blocks, wanted=self._wanted)
+        new_blocks = programs.operands({kind: np.zeros((rows, 3), np.int32) for kind in cache.block_table})
+        step = partial(programs.decode, steps=self.decode_chunk, max_blocks=max_blocks, wanted=self._wanted)
 
         def compile_it() -> None:
             with contextlib.suppress(Exception):  # what is wrong, the call itself will say
-                lower(self._structure, self._weights, cache, loop, new_blocks, draws).compile()
+                programs.compile(step, programs.structure, programs.weights, cache, loop, new_blocks, draws)
 
         thread = threading.Thread(target=compile_it, name="dsv4-jax-compile")
         thread.start()
@@ -342,19 +357,21 @@ class DecodeLoop:
     def _mixed_call(self) -> None:
         """Chunks of prompts beside the decode tokens of the others, and drafts to verify."""
         assert self._call is not None
-        num_slots = self.manager.max_concurrent_requests
+        num_slots = self._schedule.slots_per_shard
         while True:
             reading = any(s.reading for s in self._schedule.running)
             total, width = self._prefill_shape if reading else self._verify_shape
             parts = self._parts(total)
-            ids, slots, positions = token_arrays(parts, total)
+            by_shard = self._schedule.by_shard(parts)
+            ids, slots, positions = _side_by_side([token_arrays(own, total) for own in by_shard])
             if (plan := self._plan(parts, slots, positions, num_segments=num_slots, width=width)) is not None:
                 break
         most = num_slots * (self.draft_tokens + 1)
-        rows, draws = draw_arrays(parts, most)
+        rows, draws = _side_by_side([draw_arrays(own, most) for own in by_shard])
         self._on_device = None
-        states = row_states(parts, most, self._wanted.hook)
-        self._dispatch(partial(prefill_step, wanted=self._wanted), plan, ids, rows, draws, states)
+        states = _side_by_side([row_states(own, most, self._wanted.hook) for own in by_shard])
+        step = partial(self._programs.prefill, wanted=self._wanted)
+        self._dispatch(step, *self._programs.operands((plan, ids, rows, draws, states)))
         self._book(self._call)
 
     def _dispatch(self, step: Callable, *operands: Any) -> None:
@@ -362,7 +379,7 @@ class DecodeLoop:
         assert self._call is not None
         self._call.savepoint = Savepoint(self._schedule, self.stats, self._events)  # who runs is settled
         self._call.given = self.manager.cache
-        given = ([x] for x in (self._structure, self._weights, self._call.given, *operands))
+        given = ([x] for x in (self._programs.structure, self._programs.weights, self._call.given, *operands))
         self._call.results.extend(map(step, *given))
 
     def _book(self, call: Call) -> None:
@@ -372,33 +389,37 @@ class DecodeLoop:
             self.manager.cache = jax.tree.unflatten(jax.tree.structure(call.given), cache_leaves)
         call.plan = None
         self.stats.calls += 1
-        chosen = self._wanted.chosen([np.asarray(x) for x in drawn_leaves])
+        chosen = self._wanted.chosen([self._programs.fetch(x) for x in drawn_leaves])
         if len(call.results[0]) == 3:
             for part in call.parts:
                 here = np.s_[: len(part.tokens), part.sample.slot]
                 self._book_decoded(part, _part(chosen, here))
         else:
-            drawn = 0
-            for part in call.parts:
-                self._book_part(part, _part(chosen, np.s_[drawn : drawn + part.draws]))
-                drawn += part.draws
+            by_shard = self._schedule.by_shard(call.parts)
+            most = len(chosen.tokens) // len(by_shard)
+            for shard, parts in enumerate(by_shard):
+                drawn = shard * most
+                for part in parts:
+                    self._book_part(part, _part(chosen, np.s_[drawn : drawn + part.draws]))
+                    drawn += part.draws
         # One assignment, after which the call is not done again: only slots are to be given back.
         vars(call).update(savepoint=Savepoint(self._schedule, self.stats, self._events), results=[])
 
     def _parts(self, total: int) -> list[Part]:
-        """What each running sample brings to a step of `total` tokens: decode tokens first, then chunks of prompts."""
+        """What each running sample brings to a step of `total` tokens a shard: decode tokens, then prompt chunks."""
         parts, running = [], self._schedule.running
+        left = [total] * len(self._schedule.shards)
         for s in running:
             if not s.reading:
                 most = min(self.draft_tokens, s.remaining - 1)
                 drafts = s.lookup.propose(most) if s.lookup else []
                 parts.append(Part(s, [s.ids[-1], *drafts], len(drafts), len(drafts) + 1))
-        left = total - sum(len(part.tokens) for part in parts)
+                left[self._schedule.shard_of(s)] -= len(parts[-1].tokens)
         for s in running:
-            if s.reading and left:
-                tokens = s.ids[s.computed : self._chunk_end(s, min(self.prefill_chunk, left))]
+            if s.reading and (room := left[self._schedule.shard_of(s)]):
+                tokens = s.ids[s.computed : self._chunk_end(s, min(self.prefill_chunk, room))]
                 parts.append(Part(s, tokens, 0, 1 + s.to_fork if len(tokens) == s.pending else 0))
-                left -= len(tokens)
+                left[self._schedule.shard_of(s)] -= len(tokens)
         return parts
 
     def _chunk_end(self, s: Sample, most: int) -> int:
@@ -526,3 +547,12 @@ class DecodeLoop:
 
 def _part(chosen: Chosen, here: Any) -> Chosen:
     return jax.tree.map(lambda x: x[here], chosen)
+
+
+def _side_by_side(parts: Sequence[T]) -> T:
+    """Trees of numpy arrays, one a shard, with their arrays one after the other."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def _place(mesh: Any) -> str:
+    return "one device" if mesh is None else f"a mesh of {mesh.devices.size} devices"
