@@ -4,11 +4,13 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..cache.sharding import check_mesh
 from .config import DSV4Config
+from .files.checkpoint import check_memory
 from .transformer import DSV4Model
 
 _EXPERTS = re.compile(r".*\.ffn\.experts\.w[123](_scale)?")
@@ -68,3 +70,36 @@ def with_mesh(model: DSV4Model, mesh: Mesh) -> DSV4Model:
     for block in model.layers:
         block.ffn.experts.axes = tuple(mesh.axis_names)
     return model
+
+
+def place_weight(name: str, array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """A weight from the host where it belongs: on the mesh as `weight_spec` says, or on the default device."""
+    if mesh is None:
+        return jax.device_put(array)
+    sharding = NamedSharding(mesh, weight_spec(name, mesh))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def local_experts(config: DSV4Config, mesh: Mesh) -> frozenset[int]:
+    """The routed experts that devices of this process hold."""
+    sharding = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
+    places = sharding.addressable_devices_indices_map((config.n_routed_experts,))
+    every = range(config.n_routed_experts)
+    return frozenset(expert for index in places.values() for expert in every[(index or (slice(None),))[0]])
+
+
+def check_fit(needed: int, what: str, mesh: Mesh) -> None:
+    """ValueError, which says by how much, where devices of this process have less memory than `needed` bytes each."""
+    devices = mesh.local_devices
+    gib = f"{needed / 2**30:,.1f} GiB"
+    if devices[0].platform == "cpu":  # they share the machine's
+        check_memory(needed * len(devices), f"{what} on {len(devices)} CPU devices, {gib} each")
+        return
+    for device in devices:
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+        if memory is not None and needed > memory:
+            raise ValueError(
+                f"{what}: its tensors take {gib} on each of {mesh.devices.size} devices, "
+                f"{(needed - memory) / 2**30:,.1f} GiB more than {device} has: expected more devices, or weights=None, "
+                "which holds them as they are stored"
+            )
