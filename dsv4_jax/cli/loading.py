@@ -13,7 +13,7 @@ from .terminal import in_background, make_bytes_progress
 
 
 def load_model(folder: pathlib.Path, console: Console, dtype: str = "float32", devices: int = 1) -> Any:
-    """The model of the checkpoint in `folder`, over so many devices; InputError where that is a file, or for too many."""
+    """The model of the checkpoint in `folder`, over that many devices; InputError for a file or too many."""
     if folder.is_file():
         raise InputError(f"{folder} is a file: expected the folder of a checkpoint, with its config.json")
 

@@ -69,10 +69,10 @@ def plan(
     """Says what the KV cache takes and whether it fits: per request, per token, per kind of layer, per record format.
 
     The numbers are those of the arrays that would be allocated, to the byte. With --weights they are the model's too,
-    held as they are stored; without, they are the cache alone. With --devices, bytes are those of each device, which
-    has 1 / N of the routed experts and a copy of all other weights, and so are the requests but for the last line. --reserve keeps room for the temporaries
-    of a step. Nothing is allocated and no device is touched. The exit status is 0 where all of it fits and 1 where it
-    does not.
+    held as they are stored; without, they are the cache alone. With --devices they are those of each device, which has
+    its share of the requests and of the routed experts, and a copy of all other weights. --reserve keeps room for the
+    temporaries of a step. Nothing is allocated and no device is touched. The exit status is 0 where all of it fits and
+    1 where it does not.
 
     Example: dsv4-jax plan --config flash --weights flash --memory 192GB --context 131072 --concurrency 16
     """
