@@ -171,6 +171,10 @@ class ShardedKVCacheManager:
         """Of the model."""
         return self.shards[0].fingerprint
 
+    def num_free_blocks(self, kind: str) -> int:
+        """Blocks that can be given out now, of this process's shards together; a request takes those of its shard."""
+        return sum(shard.num_free_blocks(kind) for shard in self.shards)
+
     # Where requests are.
 
     @property
