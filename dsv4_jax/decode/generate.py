@@ -118,6 +118,8 @@ def stream(
         model = shard_model(model, mesh)
     elif mesh is not None and check_shards(model.config, mesh) != model.mesh:
         raise ValueError("the model lies on another mesh: expected the one it was spread over, or none")
+    if model.mesh is not None and model.mesh.is_multi_process:
+        raise ValueError("the mesh has devices of several processes: expected one process, or a DecodeLoop in each")
     shards = 1 if model.mesh is None else model.mesh.shape[DATA]
     prompts_a_shard = -(-len(ids) // shards)  # a prompt's samples stay together
     slots, rows = prompts_a_shard * num_samples, len(ids) * num_samples

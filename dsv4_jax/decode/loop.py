@@ -38,6 +38,9 @@ PREFILL_CHUNK = 128
 DECODE_STEPS = 16
 """Decode steps in one jitted call."""
 
+_NOTHING, _DECODE, _VERIFY, _READ = range(4)
+"""Kinds of calls: where processes wish for different ones, the last of them serves all."""
+
 _compiled: set[Any] = set()
 """What `compile_decode` was asked for: programs stay compiled."""
 
@@ -56,6 +59,11 @@ class DecodeLoop:
     With a model and a manager over a mesh (`shard_model`, `ShardedKVCacheManager`) every call runs on all its devices:
     a request goes to the shard with the longest prefix hit, then to the one that has least to do; a shard without work
     runs padding; a request that was preempted goes on wherever there is room first. Sizes are those of a shard.
+
+    Where the mesh has devices of several processes, each has a loop of its own, of the same sizes, with its own
+    requests, and all take their calls together: whoever iterates over one, or calls `step`, does so in every process.
+    Before a call they agree on its shape, the largest that one of them needs; who has nothing to do runs padding. An
+    exception in one process is the end of all of them.
     """
 
     def __init__(
@@ -111,6 +119,12 @@ class DecodeLoop:
         self._events: deque[Event] = deque()  # that were not handed out yet
         self._call: Call | None = None  # under way, or interrupted
         self._on_device: tuple[LoopState, Draws] | None = None  # of the slots, as long as the host changes nothing
+        self._together = mesh is not None and mesh.is_multi_process
+        self._others_busy = False  # whether a process had something to do when the last call was agreed upon
+        if self._together:
+            sizes = [*self._prefill_shape, *self._verify_shape, slots, decode_chunk, bool(return_logits)]
+            if self._programs.agree([*sizes, *(-n for n in sizes)]) != [*sizes, *(-n for n in sizes)]:
+                raise ValueError(f"the processes' loops differ: this one's sizes are {sizes}, expected the same in all")
 
     # Requests.
 
@@ -253,7 +267,8 @@ class DecodeLoop:
 
         Whoever leaves the iterator and comes back, or calls `step` in between, goes on with the next event.
         """
-        while self._events or self.unfinished:
+        self._others_busy = self._together
+        while self._events or self.unfinished or self._others_busy:
             if self._events:
                 yield self._events.popleft()
             else:
@@ -269,17 +284,31 @@ class DecodeLoop:
     def _advance(self) -> None:
         if self._schedule.admit():
             self._on_device = None
-        if not self._schedule.running:
-            return
-        if self.draft_tokens or any(s.reading for s in self._schedule.running):
-            self._mixed_call()
-        else:
-            self._decode_call()
+        running = self._schedule.running
+        call = _NOTHING
+        if running:
+            call = _READ if any(s.reading for s in running) else _VERIFY if self.draft_tokens else _DECODE
+        least = 0
+        if self._together:
+            # What is read depends on the call: enough for whichever it will be.
+            most = max(self.decode_chunk, self.prefill_chunk, self.draft_tokens + 1)
+            read = [self._blocks_to_read(min(s.computed + most, s.request.limit), s) for s in running]
+            call, least = self._programs.agree([call, max(read, default=1)])
+            self._others_busy = call != _NOTHING
+        if call == _DECODE:
+            self._decode_call(least)
+        elif call != _NOTHING:
+            self._mixed_call(call, least)
 
-    def _plan(self, parts: list[Part], slots: np.ndarray, positions: np.ndarray, **shape: Any) -> StepPlan | None:
+    def _blocks_to_read(self, end: int, s: Sample) -> int:
+        return blocks_to_read(end, s.request.limit, self.manager.block_size)
+
+    def _plan(
+        self, parts: list[Part], slots: np.ndarray, positions: np.ndarray, least: int, **shape: Any
+    ) -> StepPlan | None:
         """The step's plan, or None where blocks ran out and the youngest gave its own back: the step is another."""
         assert self._call is not None
-        read = max(blocks_to_read(part.end, part.sample.request.limit, self.manager.block_size) for part in parts)
+        read = max([least, *(self._blocks_to_read(part.end, part.sample) for part in parts)])
         try:
             plan = self.manager.plan_step(slots, positions, max_blocks=read, **shape)
         except RuntimeError as error:
@@ -295,8 +324,8 @@ class DecodeLoop:
         self._call.plan, self._call.parts = plan, parts
         return plan
 
-    def _decode_call(self) -> None:
-        """Many steps for everybody in one call, for which the host waits once."""
+    def _decode_call(self, least: int) -> None:
+        """Many steps for everybody in one call, for which the host waits once; at least so many blocks are read."""
         assert self._call is not None
         num_slots, running = self.manager.max_concurrent_requests, self._schedule.running
         while True:
@@ -305,7 +334,7 @@ class DecodeLoop:
             for part in parts:
                 s = part.sample
                 slots[s.slot], starts[s.slot], ends[s.slot] = s.slot, s.computed, part.end
-            plan = self._plan(parts, slots, starts, lookahead=self.decode_chunk - 1, limits=ends)
+            plan = self._plan(parts, slots, starts, least, lookahead=self.decode_chunk - 1, limits=ends)
             if plan is not None:
                 break
         # Who stops at the edge of a block has fewer tokens to come than the device believes.
@@ -324,7 +353,7 @@ class DecodeLoop:
         where none is needed: nothing waits or runs, every step is one of drafts, or the program was asked for before.
         """
         samples = [*self._schedule.waiting, *self._schedule.running]
-        if not samples or self.draft_tokens or all(s.remaining < 2 for s in samples):
+        if self._together or not samples or self.draft_tokens or all(s.remaining < 2 for s in samples):
             return None
         num_slots, size = self.manager.max_concurrent_requests, self.manager.block_size
         ends = [(len(s.ids) + min(self.decode_chunk, s.remaining - 1), s.request.limit) for s in samples]
@@ -354,18 +383,20 @@ class DecodeLoop:
         edge = (s.computed // size + 1) * size
         return min(most, edge - s.computed) if policy is not None and policy.keeps_state(edge) else most
 
-    def _mixed_call(self) -> None:
-        """Chunks of prompts beside the decode tokens of the others, and drafts to verify."""
+    def _mixed_call(self, call: int, least: int) -> None:
+        """Chunks of prompts beside the decode tokens of the others, and drafts to verify; `least` as above."""
         assert self._call is not None
         num_slots = self._schedule.slots_per_shard
         while True:
-            reading = any(s.reading for s in self._schedule.running)
-            total, width = self._prefill_shape if reading else self._verify_shape
+            total, width = self._prefill_shape if call == _READ else self._verify_shape
             parts = self._parts(total)
             by_shard = self._schedule.by_shard(parts)
             ids, slots, positions = _side_by_side([token_arrays(own, total) for own in by_shard])
-            if (plan := self._plan(parts, slots, positions, num_segments=num_slots, width=width)) is not None:
+            plan = self._plan(parts, slots, positions, least, num_segments=num_slots, width=width)
+            if plan is not None:
                 break
+            if not self._together and not any(s.reading for s in self._schedule.running):
+                call = _VERIFY
         most = num_slots * (self.draft_tokens + 1)
         rows, draws = _side_by_side([draw_arrays(own, most) for own in by_shard])
         self._on_device = None

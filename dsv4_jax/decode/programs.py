@@ -1,10 +1,11 @@
 """Where a loop's steps run: on one device, or on all devices of a mesh at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -42,6 +43,10 @@ class OneDevice:
     def fetch(self, array: Array) -> np.ndarray:
         """A result on the host."""
         return np.asarray(array)
+
+    def agree(self, wishes: Sequence[int]) -> list[int]:
+        """The largest of what each process wishes, number by number."""
+        return list(wishes)
 
     def shapes(self, cache: KVCache) -> KVCache:
         """What `compile` takes for a cache."""
@@ -81,6 +86,13 @@ class OverMesh(OneDevice):
         """What `compile` takes for a cache."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), cache)
 
+    def agree(self, wishes: Sequence[int]) -> list[int]:
+        """The largest of what each process wishes, number by number; every process asks at the same time."""
+        if self._own.is_fully_addressable:
+            return list(wishes)
+        own = np.tile(np.array(wishes, np.int32), (len(self._own.addressable_devices), 1))
+        return np.asarray(_largest(self.put(own), mesh=self.key)).tolist()
+
     def fetch(self, array: Array) -> np.ndarray:
         """What this process's shards have of a result, on the host."""
         if array.is_fully_addressable:
@@ -88,6 +100,18 @@ class OverMesh(OneDevice):
         axis = array.sharding.spec.index(DATA)  # type: ignore[attr-defined]
         parts = {piece.index[axis].start or 0: piece.data for piece in array.addressable_shards}
         return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=axis)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _largest(wishes: Array, *, mesh: Mesh) -> Array:
+    """wishes (shards, n) int32, of every shard -> the largest (n,)."""
+    return jax.shard_map(
+        lambda own: jax.lax.pmax(jnp.max(own, axis=0), mesh.axis_names),
+        mesh=mesh,
+        in_specs=OWN,
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(wishes)
 
 
 @partial(jax.jit, static_argnames=("structure", "mesh", "specs", "wanted"), donate_argnames="cache")

@@ -58,8 +58,10 @@ def shard_model(model: DSV4Model, mesh: Any) -> DSV4Model:
     graphdef, state = nnx.split(model)
 
     def place(path: tuple, variable: Any) -> Any:
-        spec = weight_spec(".".join(map(str, path)), mesh)
-        return variable.replace(jax.device_put(variable[...], NamedSharding(mesh, spec)))
+        name = ".".join(map(str, path))
+        if mesh.is_multi_process:
+            return variable.replace(place_weight(name, np.asarray(variable[...]), mesh))
+        return variable.replace(jax.device_put(variable[...], NamedSharding(mesh, weight_spec(name, mesh))))
 
     return with_mesh(nnx.merge(graphdef, nnx.map_state(place, state)), mesh)
 
