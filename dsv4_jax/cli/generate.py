@@ -78,6 +78,9 @@ def generate(
         HcaTail, typer.Option(help="Of an HCA layer's open window keep its tokens (full) or running sums (smaller).")
     ] = HcaTail.full,
     dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.float32,
+    devices: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Spread prompts and experts over the first N devices.")
+    ] = 1,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt before its continuation.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object and nothing else to stdout.")] = False,
@@ -100,7 +103,7 @@ def generate(
     progress = make_progress(console, "tokens")
     start = time.perf_counter()
     folder = pathlib.Path(checkpoint) if checkpoint is not None else packaged_checkpoint()
-    model = load_model(folder, console, dtype.value)
+    model = load_model(folder, console, dtype.value, devices)
     codec = make_codec(folder, model.config.vocab_size)
     sampling = sampling_options(folder, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ids = check_prompts([*(codec.encode(text) for text in texts), *ids], model.config, max_new_tokens)
@@ -146,7 +149,7 @@ def generate(
 
     indexer_name = indexer.value if indexer else default_indexer(cache.value)
     if as_json:
-        print(json.dumps(_report(outcome, rows, new_texts, folder, dtype, cache, indexer_name, stops, probs)))
+        print(json.dumps(_report(outcome, rows, new_texts, folder, dtype, devices, cache, indexer_name, stops, probs)))
         sys.stdout.flush()
     elif not streams:
         for b, text in enumerate(new_texts):
@@ -207,6 +210,7 @@ def _report(
     texts: Sequence[str],
     folder: pathlib.Path,
     dtype: str,
+    devices: int,
     cache: str,
     indexer: str,
     stops: Sequence[int],
@@ -217,6 +221,7 @@ def _report(
     return {
         "checkpoint": str(folder),
         "dtype": str(dtype),
+        "devices": devices,
         "cache": {"records": str(cache), "indexer": indexer, "bytes": outcome.cache_bytes},
         "prompt_tokens": outcome.prompt_tokens,
         "new_tokens": outcome.new_tokens,

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from ..ops.nn.experts import ExpertWeights, Fp4Weight, apply_experts
 from .config import DSV4Config
+from .expert_parallel import exchange
 from .layer_schedule import LayerSpec, RouterMode
 from .layers import Linear, matmul_precision, project_by_each
 
@@ -60,6 +61,7 @@ class Experts(nnx.Module):
         uint8 with half the last size.
       w1_scale, w2_scale, w3_scale: with codes, their scales, a last size of a 32nd, E8M0 as uint8; otherwise not there.
       dtype: what is computed in.
+      axes: mesh axes over which the experts are spread; empty where one device has all of them (`shard_model`).
     """
 
     w1_scale: nnx.Param
@@ -69,6 +71,7 @@ class Experts(nnx.Module):
     def __init__(self, config: DSV4Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.limit, self.dtype = config.swiglu_limit, jnp.dtype(dtype)
+        self.axes: tuple[str, ...] = ()
         # Computing a few experts for every token beats sorting tokens by expert; many experts do not.
         self.dense = e <= 8 * config.num_experts_per_tok
         wide, narrow = nnx.initializers.normal(hidden**-0.5), nnx.initializers.normal(inner**-0.5)
@@ -78,7 +81,16 @@ class Experts(nnx.Module):
 
     @jax.named_scope("experts")
     def __call__(self, x: Array, picks: Array, weights: Array) -> Array:
-        """x (T, hidden), picks and weights (T, k) -> (T, hidden)."""
+        """x (T, hidden), picks and weights (T, k) -> (T, hidden). A pick of an expert that is not here adds nothing.
+
+        Where experts are spread over a mesh, T are a device's own tokens, and picks count all experts.
+        """
+        if self.axes:
+            return exchange(self._here, x, picks, weights, axes=self.axes, num_here=self.w1.shape[0])
+        return self._here(x, picks, weights)
+
+    def _here(self, x: Array, picks: Array, weights: Array) -> Array:
+        """What the experts that are here add."""
         if hasattr(self, "w1_scale"):
             experts = ExpertWeights(
                 Fp4Weight(self.w1[...], self.w1_scale[...]),
@@ -88,6 +100,8 @@ class Experts(nnx.Module):
             return apply_experts(x.astype(self.dtype), picks, weights, experts, limit=self.limit)
         if not self.dense:
             return self._grouped(x, picks, weights)
+        if self.axes:  # a single token's picks may all be elsewhere
+            return self._dense(x, picks, weights)
         return self._single(x, picks, weights) if x.shape[0] == 1 else self._dense(x, picks, weights)
 
     def _single(self, x: Array, picks: Array, weights: Array) -> Array:
@@ -125,7 +139,8 @@ class Experts(nnx.Module):
     def _grouped(self, x: Array, picks: Array, weights: Array) -> Array:
         w1, w2, w3 = (w[...].astype(self.dtype).swapaxes(1, 2) for w in (self.w1, self.w2, self.w3))
         precision = matmul_precision(w1.dtype)
-        flat = picks.reshape(-1)
+        here = (picks >= 0) & (picks < w1.shape[0])
+        flat = jnp.where(here, picks, w1.shape[0]).reshape(-1)  # what is not here comes last, in no group
         order = jnp.argsort(flat, stable=True)
         token = order // picks.shape[1]
         sizes = jnp.bincount(flat, length=w1.shape[0]).astype(jnp.int32)
@@ -133,7 +148,8 @@ class Experts(nnx.Module):
         gate = jax.lax.ragged_dot(rows, w1, sizes, precision=precision)
         up = jax.lax.ragged_dot(rows, w3, sizes, precision=precision)
         out = jax.lax.ragged_dot(_swiglu(gate, up, self.limit), w2, sizes, precision=precision)
-        out = out.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
+        out = jnp.where(here.reshape(-1)[order][:, None], out.astype(jnp.float32), 0.0)
+        out = out * weights.reshape(-1)[order][:, None]
         # Back to (token, pick) order before summing, so that the sum does not depend on the other tokens.
         by_pick = jnp.zeros_like(out).at[order].set(out).reshape(*picks.shape, -1)
         return jnp.sum(by_pick, axis=1).astype(x.dtype)

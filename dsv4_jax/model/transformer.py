@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ..cache.handle import LayerCacheHandle
@@ -71,6 +72,7 @@ class DSV4Model(nnx.Module):
     def __init__(self, config: DSV4Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         """Random weights of `dtype` (norms, sinks, ape, router bias and stream weights stay float32)."""
         self.config, self.dtype = config, jnp.dtype(dtype)
+        self.mesh: Mesh | None = None  # where the weights are spread over one (`shard_model`)
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Block(config, spec, dtype=dtype, rngs=rngs) for spec in build_schedule(config)])
         self.hc_head = HyperHead(config, rngs=rngs)

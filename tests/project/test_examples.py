@@ -84,3 +84,15 @@ def test_the_planning_example_prints_what_the_caches_take(capsys):
     assert "8 concurrent requests, one of them with 4,096 tokens" in out
     taken = int(out.split("took ")[1].split(":")[0].replace(",", ""))
     assert taken <= 9 << 20
+
+
+def test_the_two_processes_example_gives_what_one_process_gives(one_layer, capsys):
+    example = _load("two_processes")
+    example.main(str(one_layer), new_tokens=8)
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[Gloo]")]
+    model = dsv4_jax.from_pretrained(one_layer)
+    assert len(lines) == 4
+    for process, prompts in enumerate(example.PROMPTS):
+        expected = dsv4_jax.generate(model, [list(p.encode()) for p in prompts], 8, cache_dtype="fp32")
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            assert f"{process}: {prompt!r} {bytes(tokens)!r}" in lines

@@ -1,6 +1,7 @@
 """Turning slots and positions into a step plan, with every check that can be made before the step."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,53 @@ def plan_step(
     max_blocks: int | None = None,
 ) -> StepPlan:
     """See `KVCacheManager.plan_step`."""
+    return prepare_step(
+        requests,
+        request_slots,
+        positions,
+        lookahead=lookahead,
+        limits=limits,
+        num_segments=num_segments,
+        width=width,
+        max_blocks=max_blocks,
+    ).commit()
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """A step that passed every check but that for free blocks; nothing has changed yet."""
+
+    requests: RequestTable
+    slots: np.ndarray
+    positions: np.ndarray
+    grouped: Any  # Segments, or None
+    ends: dict[int, int]  # length of each request after the step
+    need: dict[str, dict[int, int]]  # by kind, the blocks that each slot lacks
+    new_rows: int  # rows of `new_blocks`, the same for every step of one shape
+    max_blocks: int | None
+
+    def commit(self) -> StepPlan:
+        """Gives out the blocks, all or none, and makes the plan; RuntimeError (OOM) when they do not suffice."""
+        new = self.requests.ledger.extend(self.need)
+        rows = {kind: rows_array(new[kind], self.new_rows, 3) for kind in new}
+        kept = self.requests.kept_blocks()
+        plan = StepPlan(self.slots, self.positions, self.grouped, rows, self.max_blocks, kept)
+        self.requests.planned(plan, self.ends)
+        return plan
+
+
+def prepare_step(
+    requests: RequestTable,
+    request_slots: Any,
+    positions: Any,
+    *,
+    lookahead: int = 0,
+    limits: Any = None,
+    num_segments: int | None = None,
+    width: int | None = None,
+    max_blocks: int | None = None,
+) -> PreparedStep:
+    """The checks of `plan_step`, and what it will take; raises its ValueErrors."""
     lookahead = min(count("lookahead", lookahead), requests.max_context_len)
     for name, size, least in (("num_segments", num_segments, 0), ("width", width, 1), ("max_blocks", max_blocks, 0)):
         if size is not None:
@@ -38,16 +86,11 @@ def plan_step(
         if max_blocks is not None and needed > max_blocks:
             raise ValueError(f"max_blocks is {max_blocks}: slot {slot} needs {needed} blocks that readers look at")
     ledger = requests.ledger
-    new = ledger.extend(
-        {kind: {slot: requests.missing(kind, slot, end) for slot, end in reach.items()} for kind in ledger.kinds}
-    )
+    need = {kind: {slot: requests.missing(kind, slot, end) for slot, end in reach.items()} for kind in ledger.kinds}
     # A fixed number of rows for a step's shape, so that steps of one shape compile once.
     segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
     size = segments * (-(-(lookahead + most) // requests.block_size) + 1)
-    rows = {kind: rows_array(new[kind], size, 3) for kind in new}
-    plan = StepPlan(slots, positions, grouped, rows, max_blocks, requests.kept_blocks())
-    requests.planned(plan, ends)
-    return plan
+    return PreparedStep(requests, slots, positions, grouped, ends, need, size, max_blocks)
 
 
 def _reach(slots: np.ndarray, ends: dict[int, int], lookahead: int, limits: Any) -> dict[int, int]:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -85,9 +85,11 @@ def held_as_stored(
     return held
 
 
-def held_bytes(config: DSV4Config, held: Mapping[str, Held]) -> int:
-    """Bytes of tensors that are held like this, scales included."""
-    return sum(_nbytes(shape, held[name]) for name, shape in expected_tensors(config).items())
+def held_bytes(config: DSV4Config, held: Mapping[str, Held], devices: int = 1) -> int:
+    """Bytes of tensors that are held like this, scales included; on each of so many devices that share the experts."""
+    sizes = {name: _nbytes(shape, held[name]) for name, shape in expected_tensors(config).items()}
+    experts = sum(size for name, size in sizes.items() if _EXPERT.fullmatch(name))
+    return sum(sizes.values()) - experts + -(-experts // devices)
 
 
 def _nbytes(shape: tuple[int, ...], held: Held) -> int:
@@ -106,13 +108,16 @@ def read_tensors(
     config: DSV4Config | None = None,
     dtype: Any = np.float32,
     progress: Progress | None = None,
+    *,
+    experts: Container[int] | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of `load_tensors` one after the other, each as soon as it is read.
 
     Everything is checked, and refused, before the first is read. Files are mapped and let go of tensor by tensor: what
-    is held here is one tensor (one layer's stack of w1, w2 or w3 where experts are concerned).
+    is held here is one tensor (one layer's stack of w1, w2 or w3 where experts are concerned). experts: those that are
+    read, where others are not needed here; what the stacks have in place of these is not defined.
     """
-    return _open(path, config, dtype, progress, as_stored=False)[1]
+    return _open(path, config, dtype, progress, experts, as_stored=False)[1]
 
 
 def read_stored_tensors(
@@ -120,19 +125,30 @@ def read_stored_tensors(
     config: DSV4Config | None = None,
     dtype: Any = np.float32,
     progress: Progress | None = None,
+    *,
+    experts: Container[int] | None = None,
+    devices: int = 1,
 ) -> tuple[int, Iterator[tuple[str, np.ndarray]]]:
     """Like `read_tensors`, with weights held as they are stored (`held_as_stored`): bytes of all, and the tensors.
 
     Codes are uint8 under the name of the weight, scales follow them as E8M0 bytes: `layers.0.attn.wkv.weight` (out, in)
     and `layers.0.attn.wkv.scale`, `layers.0.ffn.experts.w1` (experts, out, in / 2) and `….experts.w1_scale` (experts,
-    out, in / 32).
+    out, in / 32). devices: the bytes are those of each of so many devices that share the experts.
     """
-    return _open(path, config, dtype, progress, as_stored=True)
+    held, tensors = _open(path, config, dtype, progress, experts, as_stored=True)
+    return held_bytes(*held, devices), tensors
 
 
 def _open(
-    path: str | os.PathLike[str], config: DSV4Config | None, dtype: Any, progress: Progress | None, *, as_stored: bool
-) -> tuple[int, Iterator[tuple[str, np.ndarray]]]:
+    path: str | os.PathLike[str],
+    config: DSV4Config | None,
+    dtype: Any,
+    progress: Progress | None,
+    experts: Container[int] | None,
+    *,
+    as_stored: bool,
+) -> tuple[tuple[DSV4Config, dict[str, Held]], Iterator[tuple[str, np.ndarray]]]:
+    """How tensors are held, as `held_bytes` takes it, and the tensors."""
     try:
         dtype = np.dtype(dtype)
     except TypeError:
@@ -151,8 +167,8 @@ def _open(
         held = held_as_stored(checkpoint, matched, config, dtype)
     else:
         held = {name: Held(None, _result_dtype(name, dtype)) for name in expected_tensors(config)}
-    total = held_bytes(config, held)
-    return total, _read_all(checkpoint, matched, config, held, total, progress or (lambda done, total: None))
+    report = progress or (lambda done, total: None)
+    return (config, held), _read_all(checkpoint, matched, config, held, experts, report)
 
 
 def load_tensors(
@@ -192,12 +208,10 @@ def load_tensors(
     return dict(tensors)
 
 
-def result_bytes(config: DSV4Config, dtype: Any) -> int:
-    """Bytes of what `load_tensors` returns."""
-    sizes = (
-        math.prod(shape) * _result_dtype(n, np.dtype(dtype)).itemsize for n, shape in expected_tensors(config).items()
-    )
-    return sum(sizes)
+def result_bytes(config: DSV4Config, dtype: Any, devices: int = 1) -> int:
+    """Bytes of what `load_tensors` returns; on each of so many devices that share the experts."""
+    held = {name: Held(None, _result_dtype(name, np.dtype(dtype))) for name in expected_tensors(config)}
+    return held_bytes(config, held, devices)
 
 
 def check_memory(needed: int, what: str) -> None:
@@ -224,10 +238,10 @@ def _read_all(
     matched: MatchedTensors,
     config: DSV4Config,
     held: Mapping[str, Held],
-    total: int,
+    experts: Container[int] | None,
     progress: Progress,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    done = 0
+    done, total = 0, held_bytes(config, held)
     stacks: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     embedding: np.ndarray | None = None
 
@@ -250,7 +264,9 @@ def _read_all(
             stack, index = "", 0
             out, out_scale = empty((), shape, how)
         assert out is not None
-        if name in matched.forms:
+        if expert and experts is not None and index not in experts:
+            pass  # others read it
+        elif name in matched.forms:
             scales = matched.stored[scale_name(name)]
             try:
                 if out_scale is None:

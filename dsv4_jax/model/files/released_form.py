@@ -77,20 +77,24 @@ class WeightBytes:
     held: int
 
 
-def released_bytes(config: DSV4Config) -> WeightBytes:
-    """What the weights of this configuration take in the released form; no file is needed."""
-    stored, held = 0, 0
+def released_bytes(config: DSV4Config, devices: int = 1) -> WeightBytes:
+    """What the weights of this configuration take in the released form; no file is needed.
+
+    devices: what is held is that of each of so many devices that share the routed experts.
+    """
+    stored, held, experts = 0, 0, 0
     for name, shape in expected_tensors(config).items():
         form = released_type(name)
         if form in ("fp8", "fp4"):
             rows, columns = shape
             nbytes = rows * columns // (2 if form == "fp4" else 1) + math.prod(scale_shape(form, (rows, columns)))
             stored, held = stored + nbytes, held + nbytes
+            experts += nbytes if form == "fp4" else 0
         else:
             size = math.prod(shape)
             stored += size * DTYPES[form].itemsize
             held += size * (4 if name.endswith(".tid2eid") or keeps_float32(name) else DTYPES[form].itemsize)
-    return WeightBytes(stored, held)
+    return WeightBytes(stored, held - experts + -(-experts // devices))
 
 
 @dataclasses.dataclass(frozen=True)

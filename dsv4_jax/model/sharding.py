@@ -1,0 +1,107 @@
+"""A model over a mesh of devices: its experts spread, everything else a copy on each."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..cache.sharding import check_mesh
+from .config import DSV4Config
+from .files.checkpoint import check_memory
+from .transformer import DSV4Model
+
+_EXPERTS = re.compile(r".*\.ffn\.experts\.w[123](_scale)?")
+
+
+def check_shards(config: DSV4Config, mesh: Any) -> Mesh:
+    """The mesh as `check_mesh` gives it; ValueError where the model cannot be spread over it."""
+    mesh = check_mesh(mesh)
+    devices = mesh.devices.size
+    if config.n_routed_experts % devices:
+        raise ValueError(
+            f"the mesh has {devices} devices and the model {config.n_routed_experts} routed experts: expected a number "
+            "of devices that divides them"
+        )
+    return mesh
+
+
+def weight_spec(name: str, mesh: Mesh) -> PartitionSpec:
+    """How a weight lies on the mesh: routed experts are spread over all devices.
+
+    Args:
+      name: canonical, such as "layers.0.ffn.experts.w1".
+      mesh: from `check_shards`.
+    """
+    return PartitionSpec(tuple(mesh.axis_names)) if _EXPERTS.fullmatch(name) else PartitionSpec()
+
+
+def shard_model(model: DSV4Model, mesh: Any) -> DSV4Model:
+    """The model with its weights on a mesh: each of N devices has 1 / N of the routed experts, and all the rest.
+
+    It runs inside `jax.shard_map` over the mesh, each device with its own tokens, cache and plan, as `DecodeLoop` does
+    it with a `ShardedKVCacheManager`. Results differ from those of one device by what `exchange` says.
+
+    Args:
+      model: on one device, or on a mesh already.
+      mesh: with an axis "data".
+
+    Returns:
+      Another model; the one given is as it was.
+
+    Raises:
+      ValueError: a mesh that `check_mesh` refuses, or whose devices do not divide the experts.
+    """
+    mesh = check_shards(model.config, mesh)
+    graphdef, state = nnx.split(model)
+
+    def place(path: tuple, variable: Any) -> Any:
+        name = ".".join(map(str, path))
+        if mesh.is_multi_process:
+            return variable.replace(place_weight(name, np.asarray(variable[...]), mesh))
+        return variable.replace(jax.device_put(variable[...], NamedSharding(mesh, weight_spec(name, mesh))))
+
+    return with_mesh(nnx.merge(graphdef, nnx.map_state(place, state)), mesh)
+
+
+def with_mesh(model: DSV4Model, mesh: Mesh) -> DSV4Model:
+    """The model, told that its weights lie on this mesh as `weight_spec` says."""
+    model.mesh = mesh
+    for block in model.layers:
+        block.ffn.experts.axes = tuple(mesh.axis_names)
+    return model
+
+
+def place_weight(name: str, array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """A weight from the host where it belongs: on the mesh as `weight_spec` says, or on the default device."""
+    if mesh is None:
+        return jax.device_put(array)
+    sharding = NamedSharding(mesh, weight_spec(name, mesh))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def local_experts(config: DSV4Config, mesh: Mesh) -> frozenset[int]:
+    """The routed experts that devices of this process hold."""
+    sharding = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
+    places = sharding.addressable_devices_indices_map((config.n_routed_experts,))
+    every = range(config.n_routed_experts)
+    return frozenset(expert for index in places.values() for expert in every[(index or (slice(None),))[0]])
+
+
+def check_fit(needed: int, what: str, mesh: Mesh) -> None:
+    """ValueError, which says by how much, where devices of this process have less memory than `needed` bytes each."""
+    devices = mesh.local_devices
+    gib = f"{needed / 2**30:,.1f} GiB"
+    if devices[0].platform == "cpu":  # they share the machine's
+        check_memory(needed * len(devices), f"{what} on {len(devices)} CPU devices, {gib} each")
+        return
+    for device in devices:
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+        if memory is not None and needed > memory:
+            raise ValueError(
+                f"{what}: its tensors take {gib} on each of {mesh.devices.size} devices, "
+                f"{(needed - memory) / 2**30:,.1f} GiB more than {device} has: expected more devices, or weights=None, "
+                "which holds them as they are stored"
+            )
