@@ -117,6 +117,14 @@ class Attention(nnx.Module):
             handle = handle.write_swa(fresh, after=out)
         return self._project(out), handle
 
+    @property
+    def read_first(self) -> list[Array]:
+        """The weights that a step multiplies with first."""
+        compressors = [] if self.kind is AttentionType.SWA else [self.compressor]
+        compressors += [self.indexer.compressor] if self.kind is AttentionType.CSA else []
+        linears = [self.wq_a, self.wkv, *(linear for of in compressors for linear in (of.wkv, of.wgate))]
+        return [linear.weight[...] for linear in linears]
+
     def _projections(self, x: Array) -> tuple[Projections | None, Projections | None]:
         """Of the compressor and of the indexer's, where the layer has them."""
         if self.kind is AttentionType.SWA:

@@ -6,6 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ..ops.nn.experts import ExpertWeights, Fp4Weight, apply_experts
+from ..ops.nn.router import ByScore, ByToken, choose_experts
 from .config import DSV4Config
 from .expert_parallel import exchange
 from .layer_schedule import LayerSpec, RouterMode
@@ -43,14 +44,8 @@ class Router(nnx.Module):
         else:
             x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
             logits = jnp.einsum("th,eh->te", x, weight, precision=jax.lax.Precision.HIGHEST)
-        scores = jnp.sqrt(jax.nn.softplus(logits))
-        if self.hashed:
-            picks = self.tid2eid[...][token_ids]
-        else:
-            _, picks = jax.lax.top_k(scores + self.bias[...][None], self.k)
-        weights = jnp.take_along_axis(scores, picks, axis=-1)
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20) * self.scaling
-        return picks.astype(jnp.int32), weights
+        rule = ByToken(self.tid2eid[...], token_ids) if self.hashed else ByScore(self.bias[...])
+        return choose_experts(logits, rule, k=self.k, scaling=self.scaling)
 
 
 class Experts(nnx.Module):
@@ -182,4 +177,15 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Array, token_ids: Array) -> Array:
         """x (T, hidden), token_ids (T,) int32 -> (T, hidden)."""
-        return self.experts(x, *self.gate(x, token_ids)) + self.shared_experts(x)
+        routed, shared = self.parts(x, token_ids)
+        return routed + shared
+
+    def parts(self, x: Array, token_ids: Array) -> tuple[Array, Array]:
+        """What routed experts and the shared one give, (T, hidden) each, to be added."""
+        return self.experts(x, *self.gate(x, token_ids)), self.shared_experts(x)
+
+    @property
+    def read_first(self) -> list[Array]:
+        """The weights that a step multiplies with first."""
+        shared = self.shared_experts
+        return [self.gate.weight[...], shared.w1.weight[...], shared.w3.weight[...]]

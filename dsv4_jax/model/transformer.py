@@ -39,11 +39,11 @@ class Block(nnx.Module):
 
     @jax.named_scope("streams")
     def _connect(self, part: str, streams: Array, update: Update | None) -> tuple[Array, Array, Array, Array]:
-        c = self.config
+        c, reader = self.config, getattr(self, part)
         mixing = Mixing(*(getattr(self, f"hc_{part}_{name}")[...] for name in Mixing._fields))
         return hyper_connect(
             streams, update, mixing, getattr(self, f"{part}_norm").weight[...], iterations=c.hc_sinkhorn_iters,
-            hc_eps=c.hc_eps, rms_eps=c.rms_norm_eps,
+            hc_eps=c.hc_eps, rms_eps=c.rms_norm_eps, ahead=reader.read_first,
         )  # fmt: skip
 
     def __call__(
@@ -60,10 +60,11 @@ class Block(nnx.Module):
         Returns:
           The streams without this layer's last update, that update, and the handle after the layer's writes.
         """
-        streams, x, *weights = self._connect("attn", streams, update)
+        streams, x, post, comb = self._connect("attn", streams, update)
         out, handle = self.attn(x, handle)
-        streams, x, *then = self._connect("ffn", streams, Update(out, *weights))
-        return streams, Update(self.ffn(x, token_ids), *then), handle
+        streams, x, post, comb = self._connect("ffn", streams, Update(out, post, comb))
+        routed, shared = self.ffn.parts(x, token_ids)
+        return streams, Update(routed, post, comb, shared), handle
 
 
 class DSV4Model(nnx.Module):

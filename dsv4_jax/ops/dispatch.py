@@ -47,6 +47,7 @@ _HANDLERS = {
         "dsv4_read_entries": "Dsv4ReadEntries",
         "dsv4_read_keys": "Dsv4ReadKeys",
         "dsv4_read_window": "Dsv4ReadWindow",
+        "dsv4_route": "Dsv4Route",
         "dsv4_select": "Dsv4Select",
         "dsv4_sinkhorn": "Dsv4Sinkhorn",
         "dsv4_write_layer": "Dsv4WriteLayer",

@@ -30,9 +30,18 @@ static_assert(kLeastColumns / kWarp + 1 >= kRowWarps, "a warp for three rows");
 constexpr int kSquares = kMixes;    // place of a token's squares among its sums
 constexpr int kColumnsBarrier = 1;  // of all threads but the extra warp
 
+constexpr int kMostAhead = 8;
+
+// Memory that is to be in the L2 for what comes next.
+struct Ahead {
+  const uint8_t* data;
+  int64_t bytes;
+};
+
 struct Call {
   const __nv_bfloat16* streams;  // (T, n, d)
   const __nv_bfloat16* output;   // (T, d), null without an update
+  const __nv_bfloat16* extra;    // (T, d), added to the output, or null
   const float* old_post;         // (T, n)
   const float* old_comb;         // (T, n, n)
   const float* fn;               // (rows, n * d)
@@ -46,6 +55,8 @@ struct Call {
   int tokens, dim, rows;         // kMixes rows, of the head kStreams
   int iterations;
   float hc_eps, rms_eps, of_values, of_columns;  // 1 / (n d), 1 / d
+  Ahead ahead[kMostAhead];
+  int number_ahead;
 };
 
 __device__ inline float4 widen(uint2 packed) {
@@ -87,6 +98,22 @@ __device__ inline void send(const float* to, uint64_t* barrier, float value, int
                    address_in(shared_address(to), rank)),
                "r"(__float_as_uint(value)), "r"(address_in(shared_address(barrier), rank))
                : "memory");
+}
+
+__device__ inline void add(float4& to, float4 v) {
+  to = widen(narrow(make_float4(to.x + v.x, to.y + v.y, to.z + v.z, to.w + v.w)));
+}
+
+// Every block asks for its share of what comes next.
+__device__ inline void ask_ahead(const Call& call) {
+#pragma unroll 1
+  for (int i = 0; i < call.number_ahead; ++i) {
+    const int64_t piece = (call.ahead[i].bytes / gridDim.x) & ~int64_t{127};
+    if (piece)
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(call.ahead[i].data + blockIdx.x * piece),
+                   "r"(static_cast<uint32_t>(piece))
+                   : "memory");
+  }
 }
 
 __device__ inline void copy_16(float* to, const float* from) {
@@ -164,7 +191,7 @@ constexpr int shared_bytes(int dim, int rows) {
   return rows * values * 4 + kTokens * values * 2 + static_cast<int>(sizeof(Sums<kTokens>));
 }
 
-// Threads: dim / 16 for columns, and a warp.
+// Threads: dim / 16 for columns, and a warp. Clusters beyond the tokens only ask ahead.
 template <int kTokens>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads, 1)
     hyper_connect_kernel(const __grid_constant__ Call call) {
@@ -176,6 +203,10 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
   __nv_bfloat16* tile = reinterpret_cast<__nv_bfloat16*>(fn + call.rows * values);          // (kTokens, values)
   Sums<kTokens>& sums = *reinterpret_cast<Sums<kTokens>*>(tile + kTokens * values);
   const bool for_columns = thread < columns;
+  if (live <= 0) {
+    if (thread == 0) ask_ahead(call);
+    return;
+  }
   const int row_warps = min(kRowWarps, (call.rows + kRowsOfWarp - 1) / kRowsOfWarp);
   if (thread == columns) {
     barrier_init(&sums.mixes_arrived, 1), barrier_init(&sums.squares_arrived, 1);
@@ -203,7 +234,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
       uint2 packed;
       if (call.output) {
         const float post = __ldg(call.old_post + token * kStreams + stream);
-        const float4 out = widen(load(call.output + token * call.dim + column));
+        float4 out = widen(load(call.output + token * call.dim + column));
+        if (call.extra) add(out, widen(load(call.extra + token * call.dim + column)));
         float4 sum = make_float4(post * out.x, post * out.y, post * out.z, post * out.w);
 #pragma unroll
         for (int j = 0; j < kStreams; ++j) {
@@ -219,6 +251,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
       reinterpret_cast<uint2*>(tile)[t * (values / 4) + thread] = packed;
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
+  } else if (lane == 0) {
+    ask_ahead(call);
   }
   __syncthreads();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -27,11 +27,13 @@ class Update(NamedTuple):
       output: (T, d), in the dtype of the streams.
       post: (T, n) float32, how much of it each stream takes.
       comb: (T, n, n) float32, [j, k]: how much of stream j goes to stream k.
+      extra: added to the output first, in its dtype; or None.
     """
 
     output: Array
     post: Array
     comb: Array
+    extra: Array | None = None
 
 
 class Mixing(NamedTuple):
@@ -53,8 +55,9 @@ def merge(streams: Array, update: Update | None) -> Array:
     if update is None:
         return streams
     old = streams.astype(jnp.float32)
+    output = update.output if update.extra is None else update.output + update.extra
     mixed = jnp.sum(update.comb[..., None] * old[:, :, None], axis=1)
-    return (update.post[..., None] * update.output.astype(jnp.float32)[:, None] + mixed).astype(streams.dtype)
+    return (update.post[..., None] * output.astype(jnp.float32)[:, None] + mixed).astype(streams.dtype)
 
 
 def hyper_connect(
@@ -66,6 +69,7 @@ def hyper_connect(
     iterations: int,
     hc_eps: float,
     rms_eps: float,
+    ahead: Sequence[Array] = (),
     implementation: str | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """Writes an update to the streams and reads from them what the next part of the layer takes.
@@ -82,6 +86,8 @@ def hyper_connect(
       iterations: of Sinkhorn.
       hc_eps: added to what is read, to comb and in Sinkhorn's divisions.
       rms_eps: of both RMS norms.
+      ahead: up to 8 weights that the next operations read. The CUDA form, which moves little itself, asks for them to
+        be in the GPU's L2 when these begin; they change no result.
       implementation: "jnp" or "cuda"; None takes the native one where it serves.
 
     Returns:
@@ -92,7 +98,7 @@ def hyper_connect(
       ValueError: an implementation that cannot be used.
     """
 
-    def in_jnp(streams: Array, update: Update | None, mixing: Mixing, norm: Array) -> tuple[Array, ...]:
+    def in_jnp(streams: Array, update: Update | None, mixing: Mixing, norm: Array, *_: Array) -> tuple[Array, ...]:
         streams, n = merge(streams, update), streams.shape[1]
         mix, scale, base = _project(streams, mixing.fn, rms_eps), mixing.scale, mixing.base[None]
         pre = jax.nn.sigmoid(mix[:, :n] * scale[0] + base[:, :n]) + hc_eps
@@ -101,19 +107,32 @@ def hyper_connect(
         comb = sinkhorn(jax.nn.softmax(comb, axis=-1) + hc_eps, iterations=iterations, eps=hc_eps)
         return streams, rms_norm(_read(streams, pre), norm, eps=rms_eps), post, comb
 
-    def in_native(streams: Array, update: Update | None, mixing: Mixing, norm: Array) -> tuple[Array, ...]:
+    def in_native(
+        streams: Array, update: Update | None, mixing: Mixing, norm: Array, *ahead: Array
+    ) -> tuple[Array, ...]:
         (tokens, n, d), f32 = streams.shape, jnp.float32
         results: list[Any] = [((tokens, d), streams.dtype), ((tokens, n), f32), ((tokens, n, n), f32)]
         results = results if update is None else [(streams.shape, streams.dtype), *results]
         got = _call(
-            results, streams, update, mixing, norm, head=0, iterations=iterations, hc_eps=hc_eps, rms_eps=rms_eps
+            results,
+            streams,
+            update,
+            mixing,
+            norm,
+            *ahead,
+            head=0,
+            iterations=iterations,
+            hc_eps=hc_eps,
+            rms_eps=rms_eps,
         )
         return tuple(got) if update is not None else (streams, *got)
 
     limit = _native_limit(streams)
+    if limit("cuda") is not None:
+        ahead = ()
     return dispatch.call(
-        "hyper_connect", implementation, limit, in_native, in_jnp, streams, update, mixing, norm
-    )  # fmt: skip
+        "hyper_connect", implementation, limit, in_native, in_jnp, streams, update, mixing, norm, *ahead
+    )
 
 
 def hyper_read(
@@ -163,12 +182,23 @@ def _read(streams: Array, pre: Array) -> Array:
     return jnp.sum(pre[..., None] * streams.astype(jnp.float32), axis=1).astype(streams.dtype)
 
 
-def _call(results: list[Any], streams: Array, update: Update | None, mixing: Mixing, norm: Array, *,
-          head: int, iterations: int, hc_eps: float, rms_eps: float) -> Sequence[Array]:  # fmt: skip
-    shapes = tuple(jax.ShapeDtypeStruct(*result) for result in results)
-    return dispatch.ffi_call("dsv4_hyper_connect", shapes)(
-        streams, *(update or ()), *mixing, norm, has_update=np.int64(update is not None), head=np.int64(head),
-        iterations=np.int64(iterations), hc_eps=np.float32(hc_eps), rms_eps=np.float32(rms_eps),
+def _call(
+    results: list[Any],
+    streams: Array,
+    update: Update | None,
+    mixing: Mixing,
+    norm: Array,
+    *ahead: Array,
+    head: int,
+    iterations: int,
+    hc_eps: float,
+    rms_eps: float,
+) -> Sequence[Array]:
+    call = dispatch.ffi_call("dsv4_hyper_connect", tuple(jax.ShapeDtypeStruct(*result) for result in results))
+    return call(
+        *jax.tree.leaves((streams, update, mixing, norm)), *ahead,
+        update_parts=np.int64(len(jax.tree.leaves(update))), head=np.int64(head), iterations=np.int64(iterations),
+        hc_eps=np.float32(hc_eps), rms_eps=np.float32(rms_eps),
     )  # fmt: skip
 
 

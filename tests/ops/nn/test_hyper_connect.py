@@ -18,13 +18,13 @@ def inputs(rng, tokens, dim, streams=4, *, head=False, dtype="float32"):
     )  # fmt: skip
     update = Update(
         rng.normal(size=(tokens, dim)), rng.uniform(0, 2, (tokens, streams)),
-        rng.uniform(0, 0.5, (tokens, streams, streams)),
+        rng.uniform(0, 0.5, (tokens, streams, streams)), rng.normal(size=(tokens, dim)),
     )  # fmt: skip
     mixing, update = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (mixing, update))
     old = jnp.asarray(rng.normal(size=(tokens, streams, dim)), dtype)
     return (
         old,
-        update._replace(output=update.output.astype(dtype)),
+        update._replace(output=update.output.astype(dtype), extra=update.extra.astype(dtype)),
         mixing,
         jnp.asarray(rng.normal(size=dim), "float32"),
     )
@@ -42,7 +42,9 @@ def expected(old, update, mixing, norm, *, iterations=20, head=False):
 
     new = wide(old)
     if update is not None:
-        output, post, comb = map(wide, update)
+        output, post, comb = map(wide, update[:3])
+        if update.extra is not None:
+            output = wide((update.output + update.extra).astype(dtype))
         new = wide((post[..., None] * output[:, None] + np.einsum("tjk,tjd->tkd", comb, new)).astype(dtype))
     fn, base, scale = map(wide, mixing)
     mix = rms(new.reshape(len(new), -1)) @ fn.T
@@ -77,6 +79,19 @@ def test_rule(first, rng):
 def test_what_the_head_reads(rng):
     old, update, mixing, norm = inputs(rng, 3, 16, head=True)
     close(hyper_read(old, update, mixing, norm, **EPS), expected(old, update, mixing, norm, head=True)[0], 1e-5)
+
+
+@pytest.mark.gpu
+def test_what_is_asked_ahead_changes_nothing_on_a_gpu(rng):
+    old, update, mixing, norm = inputs(rng, 2, 4096, dtype="bfloat16")
+    weights = [jnp.zeros(n, jnp.uint8) for n in (5, 1000, 1 << 20)]
+    run = jax.jit(lambda *a, ahead=(): hyper_connect(*a, iterations=20, **EPS, ahead=ahead, implementation="cuda"))
+    update = update._replace(extra=None)
+    args = (old, update, mixing, norm)
+    for part, wanted in zip(run(*args, ahead=weights), expected(*args), strict=True):
+        close(part, wanted, 3e-3 if part.dtype == jnp.bfloat16 else 1e-5)
+    for part, other in zip(run(*args, ahead=weights), run(*args), strict=True):
+        np.testing.assert_array_equal(np.asarray(part, np.float32), np.asarray(other, np.float32))
 
 
 @pytest.mark.gpu
