@@ -91,10 +91,15 @@ class Attention(nnx.Module):
         )
 
     @jax.named_scope("attention")
-    def __call__(self, x: Array, handle: LayerCacheHandle) -> tuple[Array, LayerCacheHandle]:
-        """x (T, hidden), normed -> output (T, hidden) and the handle after this layer's writes."""
+    def __call__(
+        self, x: Array, handle: LayerCacheHandle, angles: tuple[Array, Array] | None = None
+    ) -> tuple[Array, LayerCacheHandle]:
+        """x (T, hidden), normed -> output (T, hidden) and the handle after this layer's writes.
+
+        angles: cos and sin of the tokens' positions, where they are known from another layer of the same `inv_freq`.
+        """
         c = self.config
-        cos, sin = rope_angles(jnp.asarray(handle.plan.positions), self.inv_freq)
+        cos, sin = angles or rope_angles(jnp.asarray(handle.plan.positions), self.inv_freq)
         low, raw = project_by_each(x, (self.wq_a, self.wkv))
         qr = self.q_norm(low)
         q = self.wq_b(qr).reshape(x.shape[0], c.num_attention_heads, c.head_dim)

@@ -10,9 +10,10 @@ from ..cache.handle import LayerCacheHandle
 from ..cache.kv_cache import KVCache
 from ..cache.plan import StepPlan
 from ..ops.nn.hyper_connect import Mixing, Update, hyper_connect
+from ..ops.nn.rope import rope_angles
 from .attention import Attention
 from .config import DSV4Config
-from .layer_schedule import LayerSpec, build_schedule
+from .layer_schedule import AttentionType, LayerSpec, build_schedule
 from .layers import Embedding, Linear, RMSNorm
 from .moe import MoE
 from .residual import HyperHead
@@ -47,7 +48,12 @@ class Block(nnx.Module):
         )  # fmt: skip
 
     def __call__(
-        self, streams: Array, update: Update | None, token_ids: Array, handle: LayerCacheHandle
+        self,
+        streams: Array,
+        update: Update | None,
+        token_ids: Array,
+        handle: LayerCacheHandle,
+        angles: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Update, LayerCacheHandle]:
         """One layer.
 
@@ -56,12 +62,13 @@ class Block(nnx.Module):
           update: of the layer before, None in the first.
           token_ids: (T,) int32.
           handle: of the cache.
+          angles: as in `Attention`.
 
         Returns:
           The streams without this layer's last update, that update, and the handle after the layer's writes.
         """
         streams, x, post, comb = self._connect("attn", streams, update)
-        out, handle = self.attn(x, handle)
+        out, handle = self.attn(x, handle, angles)
         streams, x, post, comb = self._connect("ffn", streams, Update(out, post, comb))
         routed, shared = self.ffn.parts(x, token_ids)
         return streams, Update(routed, post, comb, shared), handle
@@ -87,9 +94,13 @@ class DSV4Model(nnx.Module):
         cache = cache.with_blocks(plan.new_blocks)
         x = self.embed(token_ids).astype(self.dtype)
         streams = jnp.broadcast_to(x[:, None], (x.shape[0], self.config.hc_mult, x.shape[1]))
-        update = None
+        update, angles = None, {}
         for layer_idx, block in enumerate(self.layers):
-            streams, update, handle = block(streams, update, token_ids, LayerCacheHandle(cache, plan, layer_idx))
+            theta = block.attn.kind is AttentionType.SWA  # there are two
+            if theta not in angles:
+                angles[theta] = rope_angles(jnp.asarray(plan.positions), block.attn.inv_freq)
+            handle = LayerCacheHandle(cache, plan, layer_idx)
+            streams, update, handle = block(streams, update, token_ids, handle, angles[theta])
             cache = handle.cache
         return self.hc_head(streams, update, self.norm.weight[...]), cache
 
