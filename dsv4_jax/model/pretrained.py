@@ -79,11 +79,14 @@ def from_pretrained(
         same = name == "head.weight" and config.tie_word_embeddings
         arrays[name] = arrays["embed.weight"] if same else place_weight(name, array, mesh).block_until_ready()
         del array  # before the next is made
-    return model_of(config, dtype, arrays)
+    return model_of(config, dtype, arrays, mesh)
 
 
-def model_of(config: DSV4Config, dtype: Any, arrays: Mapping[str, jax.Array]) -> DSV4Model:
-    """The model with these arrays, by their canonical names; codes (uint8) have their scales beside them."""
+def model_of(config: DSV4Config, dtype: Any, arrays: Mapping[str, jax.Array], mesh: Any = None) -> DSV4Model:
+    """The model with these arrays, by their canonical names; codes (uint8) have their scales beside them.
+
+    mesh: that they are spread over, where they are.
+    """
     model = nnx.eval_shape(lambda: DSV4Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
     for name, scale in arrays.items():
         owner, attribute = _owner(model, name)

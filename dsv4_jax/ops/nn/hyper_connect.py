@@ -194,7 +194,7 @@ def _call(
     hc_eps: float,
     rms_eps: float,
 ) -> Sequence[Array]:
-    call = dispatch.ffi_call("dsv4_hyper_connect", tuple(jax.ShapeDtypeStruct(*result) for result in results))
+    call: Any = dispatch.ffi_call("dsv4_hyper_connect", tuple(jax.ShapeDtypeStruct(*result) for result in results))
     return call(
         *jax.tree.leaves((streams, update, mixing, norm)), *ahead,
         update_parts=np.int64(len(jax.tree.leaves(update))), head=np.int64(head), iterations=np.int64(iterations),
