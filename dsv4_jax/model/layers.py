@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ..ops.nn.dense import multiply_each
 from ..ops.nn.projection import BlockScaledWeight, project, project_each, project_groups
 from ..ops.nn.rms_norm import rms_norm
 
@@ -56,11 +57,15 @@ class Linear(nnx.Module):
 
 @jax.named_scope("projection")
 def project_by_each(x: Array, linears: Sequence[Linear]) -> tuple[Array, ...]:
-    """x (..., in) through each of these, (..., out) each: one launch on a GPU where all are held as released."""
+    """x (..., in) through each of these, (..., out) each: on a GPU one launch for FP8 and one for bfloat16 weights."""
+    x = x.astype(linears[0].dtype)
+    if all(linear.weight.dtype == jnp.bfloat16 == x.dtype for linear in linears):
+        results = multiply_each(x.reshape(-1, x.shape[-1]), [linear.weight[...] for linear in linears])
+        return tuple(y.reshape(*x.shape[:-1], -1) for y in results)
     if not all(hasattr(linear, "scale") for linear in linears):
         return tuple(linear(x) for linear in linears)
     weights = [BlockScaledWeight(linear.weight[...], linear.scale[...]) for linear in linears]
-    return project_each(x.astype(linears[0].dtype), weights)
+    return project_each(x, weights)
 
 
 class RMSNorm(nnx.Module):

@@ -41,6 +41,7 @@ _HANDLERS = {
         "dsv4_attend": "Dsv4Attend",
         "dsv4_compress": "Dsv4Compress",
         "dsv4_compress_indexer": "Dsv4CompressIndexer",
+        "dsv4_dense": "Dsv4Dense",
         "dsv4_experts": "Dsv4Experts",
         "dsv4_hyper_connect": "Dsv4HyperConnect",
         "dsv4_project": "Dsv4Project",
