@@ -79,7 +79,8 @@ def from_pretrained(
         same = name == "head.weight" and config.tie_word_embeddings
         arrays[name] = arrays["embed.weight"] if same else place_weight(name, array, mesh).block_until_ready()
         del array  # before the next is made
-    return model_of(config, dtype, arrays)
+    model = model_of(config, dtype, arrays)
+    return model if mesh is None else with_mesh(model, mesh)
 
 
 def model_of(config: DSV4Config, dtype: Any, arrays: Mapping[str, jax.Array]) -> DSV4Model:
@@ -101,8 +102,7 @@ def model_of(config: DSV4Config, dtype: Any, arrays: Mapping[str, jax.Array]) ->
             )
         return variable.replace(array)
 
-    model = nnx.merge(graphdef, nnx.map_state(fill, state))
-    return model if mesh is None else with_mesh(model, mesh)
+    return nnx.merge(graphdef, nnx.map_state(fill, state))
 
 
 def _owner(model: Any, name: str) -> tuple[Any, str]:
