@@ -169,7 +169,7 @@ def _in_jnp(
     *,
     k: int,
     format: str,
-    layer: int,
+    layer: int | Array,
     ratio: int,
     max_entries: int,
     piece_bytes: int,
