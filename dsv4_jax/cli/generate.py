@@ -67,7 +67,10 @@ def generate(
     draft: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, help="Guess up to N tokens from the text so far, verify them in one step: same tokens."
+            metavar="N",
+            min=0,
+            help="Guess up to N tokens from the text so far, verify them in one step. The same text with exact caches; "
+            "with quantised ones a near tie may go the other way.",
         ),
     ] = 0,
     cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records.")] = CacheDtype.fp8,

@@ -182,10 +182,11 @@ def generate(
         is greedy; otherwise a draw follows from (seed, index of the prompt, position), from the tokens that top_k,
         top_p and min_p leave (see `DecodeLoop.submit`). num_samples: continuations of each prompt, which is prefilled
         once; sample j draws with seed + j. draft_tokens: drafts looked up in the text so far, verified that many at
-        once, in fewer calls where a text repeats itself: the same tokens with exact caches; with quantised ones see
-        `DecodeLoop`. log_probs, logits_hook: see `DecodeLoop`; `stream` yields log-probabilities. prefill_chunk,
-        decode_chunk: tokens of a prompt in one step, decode steps in one call. mesh: a `jax.sharding.Mesh` with an axis
-        "data", over whose devices the prompts and the experts are spread; not needed for a model that lies on one.
+        once, in fewer calls where a text repeats itself: the same tokens with exact caches; with quantised ones a
+        near tie may go the other way, because the step has another shape. log_probs, logits_hook: see `DecodeLoop`;
+        `stream` yields log-probabilities. prefill_chunk, decode_chunk: tokens of a prompt in one step, decode steps in
+        one call. mesh: a `jax.sharding.Mesh` with an axis "data", over whose devices the prompts and the experts are
+        spread; not needed for a model that lies on one.
 
     Returns:
       A list of new tokens per prompt (num_samples > 1: per sample, those of a prompt side by side); with return_logits

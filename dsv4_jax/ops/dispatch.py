@@ -55,7 +55,7 @@ _HANDLERS = {
     },
 }
 #: Under `jax.vmap` a native call runs once for each element of the batch.
-ffi_call = functools.partial(jax.ffi.ffi_call, vmap_method="sequential")
+ffi_call: Callable[..., Any] = functools.partial(jax.ffi.ffi_call, vmap_method="sequential")
 
 _XLA_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 

@@ -90,7 +90,11 @@ def attend_in_jnp(
             kv, rows = read_window(
                 ring, segments.slots, at[:, 0], layer=layer, window=window, implementation=readers
             )  # what a padding token reads is zero
-            rows = rows[:, None]
+            # By position: sums do not depend on where the ring begins, nor on how many rows it has.
+            back = jnp.arange(1 - window, 1, dtype=jnp.int32)[None]
+            order = (at[:, :1] + back) % ring.nope.shape[2]
+            kv = jnp.take_along_axis(kv, order[..., None], axis=1)
+            rows = jnp.take_along_axis(rows, order, axis=1)[:, None]
         else:
             kv = jax.lax.dynamic_slice_in_dim(line, first, at.shape[1] + window - 1, axis=1)
             rows = (segments.starts - (window - 1) + first)[:, None] + jnp.arange(kv.shape[1], dtype=jnp.int32)[None]

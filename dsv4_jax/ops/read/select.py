@@ -114,9 +114,13 @@ def select(
             row = -(-max_entries // 64) * (64 + 64 // GROUP)
             fits = max(1, min(q.shape[0], SCORE_BYTES // (4 * row)))
             results.append(jax.ShapeDtypeStruct((fits, row), jnp.uint32))
-        attributes = {"layer": attribute(layer), "ratio": ratio, "k": k, "max_entries": max_entries, "raw": raw is not None}
+        numbers = {"ratio": ratio, "k": k, "max_entries": max_entries, "raw": raw is not None}
         call = dispatch.ffi_call("dsv4_select", results)
-        return call(*jax.tree.leaves((given, angles)), **{name: np.int64(x) for name, x in attributes.items()})[0]
+        return call(
+            *jax.tree.leaves((given, angles)),
+            layer=attribute(layer),
+            **{name: np.int64(x) for name, x in numbers.items()},
+        )[0]
 
     return dispatch.call(
         "select",
@@ -165,7 +169,7 @@ def _in_jnp(
     *,
     k: int,
     format: str,
-    layer: int,
+    layer: int | Array,
     ratio: int,
     max_entries: int,
     piece_bytes: int,
