@@ -56,7 +56,7 @@ def weight_spec(name: str, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec()
 
 
-def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def weight_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """`weight_spec` for an array; ValueError where the devices along an axis do not divide it."""
     spec = weight_spec(name, mesh)
     for size, axis in zip(shape, spec, strict=False):
@@ -93,7 +93,7 @@ def shard_model(model: DSV4Model, mesh: Any) -> DSV4Model:
         name = ".".join(map(str, path))
         if mesh.is_multi_process:
             return variable.replace(place_weight(name, np.asarray(variable[...]), mesh))
-        return variable.replace(jax.device_put(variable[...], _sharding(name, variable.shape, mesh)))
+        return variable.replace(jax.device_put(variable[...], weight_sharding(name, variable.shape, mesh)))
 
     return with_mesh(nnx.merge(graphdef, nnx.map_state(place, state)), mesh)
 
@@ -111,7 +111,7 @@ def place_weight(name: str, array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     """A weight from the host where it belongs: on the mesh as `weight_spec` says, or on the default device."""
     if mesh is None:
         return jax.device_put(array)
-    sharding = _sharding(name, array.shape, mesh)
+    sharding = weight_sharding(name, array.shape, mesh)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
