@@ -357,21 +357,21 @@ class ShardedKVCacheManager:
             sizes = [np.unique(part[part >= 0], return_counts=True)[1] for part in parts[0]]
             width = max([1, *(int(n.max()) for n in sizes if n.size)]) if width is None else width
             num_segments = max(map(len, sizes)) if num_segments is None else num_segments
-        prepared = []
-        for i, shard in enumerate(self.shards):
-            shard._settle()
-            step = self._on(
-                i,
-                lambda i=i, shard=shard: planning.prepare_step(  # type: ignore[misc]
-                    shard._requests, parts[0][i], parts[1][i], lookahead=lookahead, limits=ends[i],
-                    num_segments=num_segments, width=width, max_blocks=max_blocks,
-                ),
-            )  # fmt: skip
-            prepared.append(step)
-        for i, (shard, step) in enumerate(zip(self.shards, prepared, strict=True)):
-            if any(sum(need.values()) > shard.num_free_blocks(kind) for kind, need in step.need.items()):
-                self._on(i, step.commit)  # says what is missing
-        plans = [self._on(i, step.commit) for i, step in enumerate(prepared)]
+        options = [
+            {
+                "lookahead": lookahead, "limits": limit, "num_segments": num_segments, "width": width,
+                "max_blocks": max_blocks,
+            }
+            for limit in ends
+        ]  # fmt: skip
+        calls = list(zip(self.shards, *parts, options, strict=True))
+        # A shard that refuses is found before any has changed.
+        for i, call in enumerate(calls if self.num_shards > 1 else ()):
+            self._on(i, lambda call=call: _require_room(*call))  # type: ignore[misc]
+        plans = [
+            self._on(i, lambda shard=shard, own=own, at=at, more=more: shard.plan_step(own, at, **more))  # type: ignore[misc]
+            for i, (shard, own, at, more) in enumerate(calls)
+        ]
         plan = jax.tree.map(lambda *arrays: np.concatenate(arrays), *plans)
         object.__setattr__(plan, "parts", plans)  # outstanding as long as the whole is
         return plan
@@ -389,6 +389,19 @@ class ShardedKVCacheManager:
                 f"{expected[at] * self.slots_per_shard} to {(expected[at] + 1) * self.slots_per_shard - 1}"
             )
         return np.where(slots == -1, -1, slots % self.slots_per_shard)
+
+
+def _require_room(shard: KVCacheManager, slots: np.ndarray, positions: np.ndarray, options: dict[str, Any]) -> None:
+    """Raises what `plan_step` of the shard would raise; nothing changes."""
+    shard._settle()
+    step = planning.prepare_step(shard._requests, slots, positions, **options)
+    for kind, need in step.need.items():
+        asked, free = sum(need.values()), shard.num_free_blocks(kind)
+        if asked > free:
+            raise RuntimeError(
+                f"OOM: {asked} more {kind.upper()} blocks are needed, {free} are free: release requests or make "
+                f"num_blocks_per_{kind}_layer larger"
+            )
 
 
 def _shapes(cache: KVCache) -> tuple[Any, ...]:

@@ -62,13 +62,14 @@ def shard_sharding(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:
 def cache_specs(cache: KVCache) -> KVCache:
     """The cache with a `PartitionSpec` for each array: slots and blocks are split over "data".
 
-    State and pools have them on axis 1, after the layers; tables on axis 0.
+    State and pools have them on axis 1, after the layers; all others are laid side by side on axis 0.
     """
-    stacked, table = PartitionSpec(None, DATA), PartitionSpec(DATA)
-    return cache.replace_state(
+    stacked = PartitionSpec(None, DATA)
+    specs = jax.tree.map(lambda _: PartitionSpec(DATA), cache)
+    return specs.replace_state(
         jax.tree.map(lambda _: stacked, cache.state),
         jax.tree.map(lambda _: stacked, cache.paged),
-        jax.tree.map(lambda _: table, cache.block_table),
+        specs.block_table,
     )
 
 

@@ -343,7 +343,7 @@ class DecodeLoop:
         on_device = None if short else self._on_device
         loop, draws = on_device or self._programs.put(slot_arrays(to_come, num_slots, self._wanted.hook))
         step = partial(self._programs.decode, steps=self.decode_chunk, max_blocks=plan.max_blocks, wanted=self._wanted)
-        self._dispatch(step, loop, self._programs.operands(dict(plan.new_blocks)), draws)
+        self._dispatch(step, loop, self._programs.operands(plan.new_blocks), draws)
         state = jax.tree.unflatten(jax.tree.structure(loop), self._call.results[0][1])
         self._on_device = None if short else (state, draws)
         self._book(self._call)

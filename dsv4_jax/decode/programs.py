@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..cache.kv_cache import KVCache
 from ..cache.plan import StepPlan
-from ..cache.sharding import DATA, cache_specs
+from ..cache.sharding import DATA, cache_specs, shard_devices
 from ..model.transformer import DSV4Model
 from .sampling import Draws
 from .steps import TOKENS, WITH_LOGITS, LoopState, Structure, Wanted, decode_steps, prefill_step, split_model
@@ -90,7 +90,7 @@ class OverMesh(OneDevice):
         """The largest of what each process wishes, number by number; every process asks at the same time."""
         if self._own.is_fully_addressable:
             return list(wishes)
-        own = np.tile(np.array(wishes, np.int32), (len(self._own.addressable_devices), 1))
+        own = np.tile(np.array(wishes, np.int32), (len(shard_devices(self.key)), 1))
         return np.asarray(_largest(self.put(own), mesh=self.key)).tolist()
 
     def fetch(self, array: Array) -> np.ndarray:

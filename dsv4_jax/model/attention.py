@@ -60,6 +60,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config, self.kind = config, spec.attn
+        self.axis: str | None = None  # the mesh axis along which each device has some of the heads (`shard_model`)
         heads, dim = config.num_attention_heads, config.head_dim
         make: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.wq_a = Linear(config.hidden_size, config.q_lora_rank, **make)
@@ -104,7 +105,7 @@ class Attention(nnx.Module):
         cos, sin = angles or rope_angles(jnp.asarray(handle.plan.positions), self.inv_freq)
         low, raw = project_by_each(x, (self.wq_a, self.wkv))
         qr = self.q_norm(low)
-        q = self.wq_b(qr).reshape(x.shape[0], c.num_attention_heads, c.head_dim)
+        q = self.wq_b(qr).reshape(x.shape[0], -1, c.head_dim)
         norm, eps = self.norm.weight[...], c.rms_norm_eps
         compressor, indexer, weights = self._projections(x, handle)
 
@@ -153,6 +154,10 @@ class Attention(nnx.Module):
         return compressor, self.indexer.compressor(kv, gate, self.inv_freq), weights[0] if weights else None
 
     def _project(self, out: Array) -> Array:
-        """Grouped output projection: (T, heads, head_dim) -> (T, hidden)."""
-        low = self.wo_a.in_groups(out.reshape(out.shape[0], self.config.o_groups, -1))
-        return self.wo_b(low.reshape(out.shape[0], -1))
+        """Grouped output projection: (T, heads, head_dim) -> (T, hidden), of heads that are whole groups."""
+        groups = out.shape[1] * self.config.o_groups // self.config.num_attention_heads
+        low = self.wo_a.in_groups(out.reshape(out.shape[0], groups, -1))
+        projected = self.wo_b(low.reshape(out.shape[0], -1))
+        if self.axis is None:
+            return projected
+        return jax.lax.psum(projected.astype(jnp.float32), self.axis).astype(projected.dtype)

@@ -39,9 +39,9 @@ def exchange(
       num_here: experts on this device.
 
     Returns:
-      (T, hidden), of x's dtype.
+      (T, hidden) float32: what the experts of the devices along the first axis add, to be summed along the others.
     """
-    data, *others = axes
+    data = axes[0]
     tokens, hidden = x.shape
     k = picks.shape[1]
     word = _WORDS[x.dtype.itemsize]
@@ -63,10 +63,8 @@ def exchange(
         values(every[:, hidden : hidden + width], jnp.dtype(jnp.int32)) - first.astype(jnp.int32),
         values(every[:, hidden + width :], jnp.dtype(jnp.float32)),
     )
-    if others:
-        added = jax.lax.psum(added.astype(jnp.float32), tuple(others)).astype(x.dtype)
     parts = jax.lax.all_to_all(added, data, 0, 0, tiled=True).reshape(-1, tokens, hidden)
     total = parts[0].astype(jnp.float32)
     for part in parts[1:]:
         total = total + part.astype(jnp.float32)
-    return total.astype(x.dtype)
+    return total

@@ -78,7 +78,8 @@ class Experts(nnx.Module):
     def __call__(self, x: Array, picks: Array, weights: Array) -> Array:
         """x (T, hidden), picks and weights (T, k) -> (T, hidden). A pick of an expert that is not here adds nothing.
 
-        Where experts are spread over a mesh, T are a device's own tokens, and picks count all experts.
+        Where experts are spread over a mesh, T are a device's own tokens, picks count all experts, and the result is
+        `exchange`'s.
         """
         if self.axes:
             return exchange(self._here, x, picks, weights, axes=self.axes, num_here=self.w1.shape[0])
@@ -178,11 +179,14 @@ class MoE(nnx.Module):
     def __call__(self, x: Array, token_ids: Array) -> Array:
         """x (T, hidden), token_ids (T,) int32 -> (T, hidden)."""
         routed, shared = self.parts(x, token_ids)
-        return routed + shared
+        return routed if shared is None else routed + shared
 
-    def parts(self, x: Array, token_ids: Array) -> tuple[Array, Array]:
-        """What routed experts and the shared one give, (T, hidden) each, to be added."""
-        return self.experts(x, *self.gate(x, token_ids)), self.shared_experts(x)
+    def parts(self, x: Array, token_ids: Array) -> tuple[Array, Array | None]:
+        """What routed experts and the shared one give, (T, hidden) each, to be added; or their sum, and None."""
+        routed, shared = self.experts(x, *self.gate(x, token_ids)), self.shared_experts(x)
+        if self.experts.axes[1:]:  # each device along them has a part of both
+            return jax.lax.psum(routed + shared.astype(routed.dtype), self.experts.axes[1:]).astype(x.dtype), None
+        return routed.astype(x.dtype), shared
 
     @property
     def read_first(self) -> list[Array]:

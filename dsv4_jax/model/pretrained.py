@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from .config import DSV4Config
 from .files.checkpoint import Progress, check_memory, read_stored_tensors, read_tensors, result_bytes
@@ -82,10 +83,10 @@ def from_pretrained(
     return model_of(config, dtype, arrays, mesh)
 
 
-def model_of(config: DSV4Config, dtype: Any, arrays: Mapping[str, jax.Array], mesh: Any = None) -> DSV4Model:
+def model_of(config: DSV4Config, dtype: Any, arrays: Mapping[str, jax.Array], mesh: Mesh | None = None) -> DSV4Model:
     """The model with these arrays, by their canonical names; codes (uint8) have their scales beside them.
 
-    mesh: that they are spread over, where they are.
+    mesh: the one that the arrays lie on.
     """
     model = nnx.eval_shape(lambda: DSV4Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
     for name, scale in arrays.items():

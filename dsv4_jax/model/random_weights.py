@@ -4,11 +4,13 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from .config import DSV4Config
@@ -16,6 +18,7 @@ from .files.released_form import released_type
 from .files.tensor_names import expected_tensors, keeps_float32, scale_name
 from .files.weight_formats import scale_shape
 from .pretrained import model_of
+from .sharding import check_shards, weight_sharding
 from .transformer import DSV4Model
 
 Array = jax.Array
@@ -28,7 +31,7 @@ _FP4_RMS = 2.93
 """Root mean square of E2M1's values, each as likely as the others."""
 
 
-def random_model(config: DSV4Config, *, seed: int = 0, dtype: DTypeLike = jnp.bfloat16) -> DSV4Model:
+def random_model(config: DSV4Config, *, seed: int = 0, dtype: DTypeLike = jnp.bfloat16, mesh: Any = None) -> DSV4Model:
     """A model with random weights, held as `from_pretrained` holds a released checkpoint.
 
     Projections are FP8 codes and routed experts FP4 codes with their scales, norms and the like float32, everything
@@ -39,18 +42,27 @@ def random_model(config: DSV4Config, *, seed: int = 0, dtype: DTypeLike = jnp.bf
       config: of the model; what is FP4 needs rows of a multiple of 32.
       seed: of the random numbers.
       dtype: what the model computes in, float32 or bfloat16.
+      mesh: a `jax.sharding.Mesh` with an axis "data": every device makes its part of the weights, as `shard_model`
+        spreads them; the weights are the same.
 
     Returns:
-      The model, its weights on the default device.
+      The model, its weights on the default device, or on the mesh.
 
     Raises:
-      ValueError: sizes that the released form cannot hold.
+      ValueError: sizes that the released form cannot hold, or a mesh over which the model cannot be spread.
     """
-    return model_of(config, dtype, dict(_tensors(config, seed)))
+    mesh = None if mesh is None else check_shards(config, mesh)
+    return model_of(config, dtype, dict(_tensors(config, seed, mesh)), mesh)
 
 
-def _tensors(config: DSV4Config, seed: int) -> Iterator[tuple[str, Array]]:
+def _tensors(config: DSV4Config, seed: int, mesh: Mesh | None) -> Iterator[tuple[str, Array]]:
     """Every array of the model and its canonical name; experts stacked, codes before their scales."""
+
+    def make(function: Callable[..., Array], name: str, *arguments: Any, **static: Any) -> Array:
+        if mesh is None:
+            return function(*arguments, **static)
+        return _on(function, weight_sharding(name, static["shape"], mesh))(*arguments, **static)
+
     for name, shape in expected_tensors(config).items():
         form = released_type(name)
         lead: tuple[int, ...] = ()
@@ -65,13 +77,21 @@ def _tensors(config: DSV4Config, seed: int) -> Iterator[tuple[str, Array]]:
             scales = (*lead, *scale_shape(form, (rows, columns)))
             codes = (*lead, rows, columns // 2 if form == "fp4" else columns)
             exponent = round(math.log2(columns**-0.5 / (_FP4_RMS if form == "fp4" else _FP8_SPREAD)))
-            yield name, _codes(own, form, codes)
-            yield (f"{name}_scale" if lead else scale_name(name)), _scales(own, np.int32(exponent), scales)
+            yield name, make(_codes, name, own, form=form, shape=codes)
+            scale = f"{name}_scale" if lead else scale_name(name)
+            yield scale, make(_scales, scale, own, np.int32(exponent), shape=scales)
         elif name.endswith(".tid2eid"):
-            yield name, _table(own, shape, config.n_routed_experts)
+            yield name, make(_table, name, own, shape=shape, experts=config.n_routed_experts)
         else:
             mean, spread = map(np.float32, _distribution(name, shape))
-            yield name, _floats(own, mean, spread, shape, bfloat16=not keeps_float32(name))
+            yield name, make(_floats, name, own, mean, spread, shape=shape, bfloat16=not keeps_float32(name))
+
+
+@functools.cache
+def _on(function: Any, sharding: NamedSharding) -> Callable[..., Array]:
+    """The jitted function, its result on a mesh, each part made where it lies."""
+    names = ("form", "shape", "experts", "bfloat16")
+    return jax.jit(function.__wrapped__, static_argnames=names, out_shardings=sharding)
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

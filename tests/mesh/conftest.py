@@ -36,22 +36,29 @@ def config():
     return CONFIG
 
 
+def make_mesh(shape):
+    """A number of devices along "data", or a pair of numbers along "data" and "model"."""
+    if isinstance(shape, int):
+        return Mesh(np.array(jax.devices()[:shape]), ("data",))
+    return Mesh(np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape), ("data", "model"))
+
+
 @pytest.fixture
 def mesh():
-    """mesh(n): the first n devices."""
-    return lambda n: Mesh(np.array(jax.devices()[:n]), ("data",))
+    """`make_mesh`."""
+    return make_mesh
 
 
 @pytest.fixture(scope="session")
 def model():
-    """model(n): spread over n devices; 0: on one, without a mesh."""
+    """model(shape): spread over a mesh as `make_mesh` makes it; 0: on one device, without a mesh."""
 
     @cache
     def model(n):
         if n:
-            return shard_model(model(0), Mesh(np.array(jax.devices()[:n]), ("data",)))
+            return shard_model(model(0), make_mesh(n))
         plain = DSV4Model(CONFIG, rngs=nnx.Rngs(2))
-        plain.head.weight[...] = plain.head.weight[...] * 4
+        plain.head.weight[...] = plain.head.weight[...] * 2
         return plain
 
     return model
@@ -59,21 +66,20 @@ def model():
 
 @pytest.fixture(scope="session")
 def make_manager():
-    """make_manager(n, ...): a manager over n devices; 0: of one, without a mesh."""
+    """make_manager(shape, ...): a manager over a mesh; 0: of one device."""
 
     def make_manager(n, **options):
         options = {**SIZES, **options}
         if not n:
             return KVCacheManager(CONFIG, build_schedule(CONFIG), **options)
-        mesh = Mesh(np.array(jax.devices()[:n]), ("data",))
-        return ShardedKVCacheManager(CONFIG, build_schedule(CONFIG), mesh=mesh, **options)
+        return ShardedKVCacheManager(CONFIG, build_schedule(CONFIG), mesh=make_mesh(n), **options)
 
     return make_manager
 
 
 @pytest.fixture(scope="session")
 def make_loop(model, make_manager):
-    """make_loop(n, ...): a loop over n devices; options of its manager as `cache`."""
+    """make_loop(shape, ...): a loop over a mesh; options of its manager as `cache`."""
 
     def make_loop(n, cache=None, **options):
         manager = make_manager(n, **(cache or {}))

@@ -32,7 +32,7 @@ def over(mesh, experts, weights, x, picks, shares):
     @partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
     def spread(weights, *tokens):
         here = jax.tree.leaves(weights)[0].shape[0]
-        return exchange(partial(experts, weights), *tokens, axes=("data",), num_here=here)
+        return exchange(partial(experts, weights), *tokens, axes=("data",), num_here=here).astype(tokens[0].dtype)
 
     return np.asarray(jax.jit(spread)(weights, x, picks, shares))
 

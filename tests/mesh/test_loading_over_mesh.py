@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 import dsv4_jax
 from dsv4_jax.cache.sharding import check_mesh
+from dsv4_jax.model.random_weights import random_model
 from dsv4_jax.model.sharding import check_fit, local_experts
 
 
@@ -33,6 +34,24 @@ def test_a_checkpoint_goes_onto_a_mesh(one_layer, mesh):
         np.testing.assert_array_equal(x, y)
     w1 = spread.layers[0].ffn.experts.w1[...]
     assert [piece.data.shape[0] for piece in w1.addressable_shards] == [w1.shape[0] // 2] * 2
+
+
+def test_random_weights_are_made_where_they_lie(mesh, config):
+    """The same on a mesh, experts and heads split."""
+    config = config.replace(
+        num_hidden_layers=1, compress_ratios=(0,), hidden_size=128, head_dim=256, q_lora_rank=128, o_lora_rank=128,
+        moe_intermediate_size=256,
+    )  # fmt: skip
+    plain, spread = random_model(config), random_model(config, mesh=mesh((2, 2)))
+    for x, y in zip(_arrays(plain), _arrays(spread), strict=True):
+        np.testing.assert_array_equal(x, y)
+    layer = spread.layers[0]
+    assert layer.attn.wq_b.scale[...].sharding.spec == ("model",)
+    assert layer.attn.wo_b.weight[...].sharding.spec == (None, "model")
+    assert layer.ffn.experts.w1_scale[...].addressable_shards[3].index[0] == slice(6, 8)
+    # Scales are of 128 rows and columns: what devices have must be whole blocks.
+    with pytest.raises(ValueError, match=r"has shape \(1, 1\): the mesh has 2 devices along \"model\", expected a"):
+        random_model(config.replace(head_dim=64), mesh=mesh((2, 2)))
 
 
 def _arrays(model):

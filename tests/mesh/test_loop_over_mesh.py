@@ -50,13 +50,17 @@ def home(loop):
     return seen, look
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_alone_on_any_shard(make_loop, alone, devices):
-    loop = make_loop(devices)
-    for shard in range(devices):
+# Two shards of two devices each, which divide heads and the shared expert; programs are compiled for these alone.
+TWO, FOUR = (2, 2), 4
+
+
+@pytest.mark.parametrize(("shape", "shards"), [(TWO, 2), (FOUR, 4)])
+def test_alone_on_any_shard(make_loop, alone, shape, shards):
+    loop = make_loop(shape)
+    for shard in range(shards):
         # Somebody else has all other slots.
         others = [
-            loop.manager.admit_request(shard=other) for other in range(devices) if other != shard for _ in range(2)
+            loop.manager.admit_request(shard=other) for other in range(shards) if other != shard for _ in range(2)
         ]
         number = ASKS[1].submit(loop)
         seen, look = home(loop)
@@ -72,9 +76,9 @@ def test_alone_on_any_shard(make_loop, alone, devices):
             loop.manager.release_request(slot)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_company_joins_aborts_and_preemption(make_loop, alone, devices):
-    loop = make_loop(devices)
+@pytest.mark.parametrize("shape", [TWO, FOUR])
+def test_company_joins_aborts_and_preemption(make_loop, alone, shape):
+    loop = make_loop(shape)
     seen, look = home(loop)
     late, aborted, steps = list(ASKS[6:]), [], 0
 
@@ -94,7 +98,7 @@ def test_company_joins_aborts_and_preemption(make_loop, alone, devices):
     for (number, _), result in got.items():
         if number != 4:
             assert_same(result, alone(ASKS[number]))
-    if devices == 2:
+    if shape == TWO:
         assert loop.stats.preemptions > 0
         assert any(len(shards) > 1 for shards in seen.values()), "nobody moved to another shard"
 
@@ -126,7 +130,7 @@ def test_snapshots_go_between_shards_and_loops(make_loop, alone):
 
 
 def test_prefix_hits_decide_the_shard(make_loop, alone):
-    loop = make_loop(2, {"prefix": PrefixPolicy("full")})
+    loop = make_loop(TWO, {"prefix": PrefixPolicy("full")})
     first, busy, like = ask(40, 52), ask(30, 60, 3), ask(47, 60)
     assert like.prompt[:40] == first.prompt
     seen, look = home(loop)
@@ -146,7 +150,7 @@ def test_prefix_hits_decide_the_shard(make_loop, alone):
 
 
 def test_samples_stay_on_a_shard(make_loop):
-    one, two = make_loop(0), make_loop(2)
+    one, two = make_loop(0), make_loop(TWO)
     several = [ask(17, 50, 1, num_samples=2, temperature=1.0, seed=3), ask(25, 55, 2, num_samples=2, temperature=1.0)]
     seen, look = home(two)
     expected, got = run(one, several)[1], run(two, several, look)[1]
@@ -156,9 +160,10 @@ def test_samples_stay_on_a_shard(make_loop):
     assert seen[0, 0] == seen[0, 1] != seen[1, 0] == seen[1, 1]
 
 
-def test_the_compiled_step_updates_every_device_in_place(make_loop, say):
+@pytest.mark.parametrize("shape", [TWO, FOUR])
+def test_the_compiled_step_updates_every_device_in_place(make_loop, say, shape):
     """Per device the whole cache is aliased, and nothing of a cache's shape goes to other devices."""
-    loop = make_loop(4)
+    loop = make_loop(shape)
     manager, programs = loop.manager, loop._programs
     compiled = {}
 
@@ -178,7 +183,7 @@ def test_the_compiled_step_updates_every_device_in_place(make_loop, say):
             loop.step()
         loop.abort(number)
     assert len(compiled) == 2
-    part = sum(x.nbytes for x in jax.tree.leaves(manager.cache)) // 4
+    part = sum(x.nbytes for x in jax.tree.leaves(manager.cache)) // manager.num_shards
     assert part == manager.shards[0].memory_bytes()
     shapes = {x.shape for x in jax.tree.leaves(manager.cache)} | {
         x.shape for x in jax.tree.leaves(manager.shards[0].cache)
@@ -194,10 +199,11 @@ def test_the_compiled_step_updates_every_device_in_place(make_loop, say):
         }
         assert exchanged, name
         assert not exchanged & shapes, name
-        say(f"{name}: {memory.alias_size_in_bytes:,} of {part:,} bytes of a device aliased, exchanged {exchanged}")
+        aliased = f"{memory.alias_size_in_bytes:,} of {part:,} bytes of a device aliased"
+        say(f"{shape}, {name}: {aliased}, exchanged {exchanged}")
 
 
 def test_a_loop_takes_a_model_and_a_cache_of_one_mesh(model, make_manager):
-    for n, m in ((0, 2), (2, 0), (2, 4)):
+    for n, m in ((0, 2), (TWO, 0), (TWO, 2)):
         with pytest.raises(ValueError, match=r"^the model lies on .* and the cache on .*: expected shard_model"):
             DecodeLoop(model(n), make_manager(m))
