@@ -15,10 +15,10 @@ namespace kernels = hyper_connect;
 
 constexpr int kBlocks = 132;  // a Hopper's multiprocessors
 
-template <int kTokens>
+template <int kTokens, bool kStaged>
 cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
-  const auto kernel = kernels::hyper_connect_kernel<kTokens>;
-  const int shared = kernels::shared_bytes<kTokens>(call.dim, call.rows);
+  const auto kernel = kernels::hyper_connect_kernel<kTokens, kStaged>;
+  const int shared = kernels::shared_bytes<kTokens, kStaged>(call.dim, call.rows);
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
@@ -32,8 +32,7 @@ cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
 
 // A few tokens have a cluster each; of many some share what is read of `fn`.
 cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
-  if (call.tokens <= 8) return run<1>(call, stream);
-  return call.tokens <= 32 ? run<4>(call, stream) : run<8>(call, stream);
+  return call.tokens <= 8 ? run<1, true>(call, stream) : run<4, false>(call, stream);
 }
 
 template <typename T>

@@ -185,22 +185,23 @@ struct Sums {
   uint64_t mixes_arrived, squares_arrived;
 };
 
-template <int kTokens>
+template <int kTokens, bool kStaged>
 constexpr int shared_bytes(int dim, int rows) {
   const int values = kStreams * dim / kCluster;
-  return rows * values * 4 + kTokens * values * 2 + static_cast<int>(sizeof(Sums<kTokens>));
+  return (kStaged ? rows * values * 4 : 0) + kTokens * values * 2 + static_cast<int>(sizeof(Sums<kTokens>));
 }
 
-// Threads: dim / 16 for columns, and a warp. Clusters beyond the tokens only ask ahead.
-template <int kTokens>
+// Threads: dim / 16 for columns, and a warp. Clusters beyond the tokens only ask ahead. kStaged: `fn` is copied to shared
+// memory; otherwise it is read from the L2, where other clusters have brought it, and two blocks fit a multiprocessor.
+template <int kTokens, bool kStaged>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads, 1)
     hyper_connect_kernel(const __grid_constant__ Call call) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int rank = blockIdx.x % kCluster, columns = call.dim / kCluster, values = kStreams * columns;
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp, warps = columns / kWarp;
   const int first = blockIdx.x / kCluster * kTokens, live = min(kTokens, call.tokens - first);
-  float* fn = reinterpret_cast<float*>(shared);                                             // (rows, values)
-  __nv_bfloat16* tile = reinterpret_cast<__nv_bfloat16*>(fn + call.rows * values);          // (kTokens, values)
+  float* fn = reinterpret_cast<float*>(shared);  // (rows, values) if staged
+  __nv_bfloat16* tile = reinterpret_cast<__nv_bfloat16*>(fn + (kStaged ? call.rows * values : 0));  // (kTokens, values)
   Sums<kTokens>& sums = *reinterpret_cast<Sums<kTokens>*>(tile + kTokens * values);
   const bool for_columns = thread < columns;
   if (live <= 0) {
@@ -221,10 +222,12 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
     // Four columns of one stream.
     const int quads = columns / 4, stream = (thread >= quads) + (thread >= 2 * quads) + (thread >= 3 * quads);
     const int column = rank * columns + (thread - stream * quads) * 4;
-    const float* from = call.fn + stream * call.dim + column;
+    if constexpr (kStaged) {
+      const float* from = call.fn + stream * call.dim + column;
 #pragma unroll 4
-    for (int row = 0; row < call.rows; ++row, from += kStreams * call.dim)
-      copy_16(fn + row * values + thread * 4, from);
+      for (int row = 0; row < call.rows; ++row, from += kStreams * call.dim)
+        copy_16(fn + row * values + thread * 4, from);
+    }
     const auto load = [](const __nv_bfloat16* from) { return __ldg(reinterpret_cast<const uint2*>(from)); };
     constexpr int kAtOnce = kTokens < 4 ? kTokens : 4;
 #pragma unroll kAtOnce
@@ -250,7 +253,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
       }
       reinterpret_cast<uint2*>(tile)[t * (values / 4) + thread] = packed;
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    if constexpr (kStaged) asm volatile("cp.async.wait_all;" ::: "memory");
   } else if (lane == 0) {
     ask_ahead(call);
   }
@@ -262,13 +265,20 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
     float sum[(kRowsOfWarp + 1) * kTokens] = {};
     const float4* w[kRowsOfWarp];
 #pragma unroll
-    for (int i = 0; i < kRowsOfWarp; ++i)
-      w[i] = reinterpret_cast<const float4*>(fn + min(warp * kRowsOfWarp + i, call.rows - 1) * values);
+    for (int i = 0; i < kRowsOfWarp; ++i) {
+      const int row = min(warp * kRowsOfWarp + i, call.rows - 1);
+      w[i] = reinterpret_cast<const float4*>(kStaged ? fn + row * values
+                                                     : call.fn + row * kStreams * call.dim + rank * columns);
+    }
+    const int skipped = kStaged ? 0 : (call.dim - columns) / 4;  // from a stream to the next
+    int stream = 0, in_stream = lane;
 #pragma unroll 2
-    for (int at = lane; at < values / 4; at += kWarp) {
+    for (int at = lane; at < values / 4; at += kWarp, in_stream += kWarp) {
+      if (in_stream >= columns / 4) in_stream -= columns / 4, ++stream;
       float4 row[kRowsOfWarp];
 #pragma unroll
-      for (int i = 0; i < kRowsOfWarp; ++i) row[i] = w[i][at];
+      for (int i = 0; i < kRowsOfWarp; ++i)
+        row[i] = kStaged ? w[i][at] : __ldg(w[i] + at + stream * skipped);
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         const float4 v = widen(reinterpret_cast<const uint2*>(tile)[t * (values / 4) + at]);
