@@ -36,8 +36,8 @@ GROUPS = {
 }  # fmt: skip
 # By the kernel's name, for those whose operation is not known: a CUDA graph does not say it.
 KERNELS = {
-    "dsv4::projection|gemm": "projections", "dsv4::experts": "experts", "hyper_connect|sinkhorn": "residual streams",
-    "dsv4::.*(attend|select|write|append|compress|tail|read)": "cache", "route": "router",
+    "dsv4::projection|dense_kernel|gemm|nvjet": "projections", "dsv4::experts": "experts", "hyper_connect|sinkhorn": "residual streams",
+    "dsv4::.*(attend|select|score|top_k|_layer|write|append|compress|tail|read)": "cache", "route": "router",
 }  # fmt: skip
 
 
