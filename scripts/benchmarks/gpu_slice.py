@@ -36,9 +36,12 @@ GROUPS = {
 }  # fmt: skip
 # By the kernel's name, for those whose operation is not known: a CUDA graph does not say it.
 KERNELS = {
-    "dsv4::projection|dense_kernel|gemm|nvjet": "projections", "dsv4::experts": "experts", "hyper_connect|sinkhorn": "residual streams",
-    "dsv4::.*(attend|select|score|top_k|_layer|write|append|compress|tail|read)": "cache", "route": "router",
-}  # fmt: skip
+    "dsv4::projection|dense_kernel|gemm|nvjet": "projections",
+    "dsv4::experts": "experts",
+    "hyper_connect|sinkhorn": "residual streams",
+    "dsv4::.*(attend|select|score|top_k|_layer|write|append|compress|tail|read)": "cache",
+    "route": "router",
+}
 
 
 def flash_slice() -> DSV4Config:
