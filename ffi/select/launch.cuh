@@ -19,7 +19,9 @@ inline std::string limit_of(const SelectCall& call) {
   if (call.width != kWidth) return "keys of " + std::to_string(call.width) + " values; expected 128";
   if (call.heads < 1 || call.heads > kHeads) return std::to_string(call.heads) + " heads; expected 1 to 64";
   if (call.k > kMostK) return "k " + std::to_string(call.k) + "; expected at most 2048";
-  if (call.per_block % kGroup) return "blocks of " + std::to_string(call.per_block) + " entries; expected a multiple of 16";
+  if (call.per_block < kGroup || (call.per_block & (call.per_block - 1))) {
+    return "blocks of " + std::to_string(call.per_block) + " entries; expected a power of two from 16 on";
+  }
   if (call.cos && call.pairs != kWidth / 4) return "angles of " + std::to_string(call.pairs) + " pairs; expected 32";
   if (call.num_blocks * call.per_block > INT32_MAX) return "a pool of 2^31 entries or more; expected fewer";
   const int64_t row = (call.max_entries + kTile - 1) / kTile * kTile / kGroup * (kGroup + 1);
@@ -52,10 +54,7 @@ inline cudaError_t launch(cudaStream_t stream, const SelectCall& call, int what 
       cudaFuncSetAttribute(top_k_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTopBytes);
   if (prepared != cudaSuccess) return prepared;
   Piece piece{};
-  piece.shift = -1;
-  for (int i = 0; i < 31; ++i) {
-    if (call.per_block == int64_t{1} << i) piece.shift = i;
-  }
+  while (int64_t{1} << piece.shift < call.per_block) ++piece.shift;
   const bool scores = call.max_entries > call.k;
   const int64_t most = scores ? call.scratch_tokens : call.tokens;
   for (piece.first = 0; piece.first < call.tokens; piece.first += most) {

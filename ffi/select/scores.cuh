@@ -69,11 +69,17 @@ __device__ __forceinline__ uint32_t positive_halves(float low, float high) {
   return pair;
 }
 
-// An integer that orders as scores do, above 0: NaN is the best, -0 is 0.
+// An integer that orders as scores do, above 0: NaN, of which arithmetic makes but one, is the best. No score is -0.
 __device__ __forceinline__ uint32_t order_of(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.0f);
-  const uint32_t order = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
-  return score != score ? 0xFFFFFFFFu : order;
+  const uint32_t bits = __float_as_uint(score);
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+}
+
+// Keeps the compiler from computing an address anew wherever it is used.
+template <typename T>
+__device__ __forceinline__ T* fixed(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
 }
 
 // E2M1 codes of a word, times 2^-14, as the high bytes of halves: those at odd places; after a shift by 4 the even ones.
@@ -84,10 +90,10 @@ __device__ __forceinline__ uint32_t high_bytes(uint32_t codes) {
 // The 8 codes of a word times `scale` (twice, as halves): what it holds of two steps of 16 of the inner index.
 __device__ __forceinline__ void decode_word(uint32_t codes, uint32_t scale, uint32_t* first, uint32_t* second) {
   const uint32_t odd = high_bytes(codes), even = high_bytes(codes << 4);
-  first[0] = multiply_halves((even << 8) & 0xFF00FF00u, scale);   // codes 0, 4
-  first[2] = multiply_halves((odd << 8) & 0xFF00FF00u, scale);    // codes 1, 5
-  second[0] = multiply_halves(even & 0xFF00FF00u, scale);         // codes 2, 6
-  second[2] = multiply_halves(odd & 0xFF00FF00u, scale);          // codes 3, 7
+  first[0] = multiply_halves(__byte_perm(even, 0, 0x2404), scale);  // codes 0, 4
+  first[2] = multiply_halves(__byte_perm(odd, 0, 0x2404), scale);   // codes 1, 5
+  second[0] = multiply_halves(even & 0xFF00FF00u, scale);           // codes 2, 6
+  second[2] = multiply_halves(odd & 0xFF00FF00u, scale);            // codes 3, 7
 }
 
 // A quarter of a key: the scales of its codes and, for powers of two, the factor of the whole key.
@@ -252,50 +258,57 @@ __device__ __forceinline__ float take_weights(const float* weights, uint32_t (&b
 
 struct Piece {
   int64_t first, count;  // tokens
-  int shift;             // log2 of call.per_block, -1 where it is no power of two
+  int shift;             // log2 of call.per_block
 };
 
 // A slot's keys, as the threads of a warpgroup take them.
 template <bool kPowers>
 struct Keys {
-  const int32_t* table;  // of the slot
+  const int32_t* table;        // of the slot
   const char *codes, *scales;  // what this thread takes of row 0
   int32_t entry;               // its first row of tile 0
-  int32_t per_block, shift, num_blocks;
+  int32_t shift, num_blocks;
 
   __device__ __forceinline__ Keys(const SelectCall& call, const Piece& piece, int32_t slot) {
     const int row = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
-    table = call.table + slot * call.columns;
-    codes = reinterpret_cast<const char*>(call.keys) + 16 * quarter;
-    scales = reinterpret_cast<const char*>(call.scale) + (kPowers ? 0 : 2 * quarter);
+    table = fixed(call.table + slot * call.columns);
+    codes = fixed(reinterpret_cast<const char*>(call.keys) + 16 * quarter);
+    scales = fixed(reinterpret_cast<const char*>(call.scale) + (kPowers ? 0 : 2 * quarter));
     entry = threadIdx.x / 32 % 4 * kGroup + row;
-    per_block = static_cast<int32_t>(call.per_block), num_blocks = static_cast<int32_t>(call.num_blocks);
-    shift = piece.shift;
+    num_blocks = static_cast<int32_t>(call.num_blocks), shift = piece.shift;
   }
 
   // The pool's row of this thread's first key of a tile, -1: none. A block has whole groups.
   __device__ __forceinline__ int32_t find(int tile, int last) const {
     if (tile >= last) return -1;
-    const int32_t e = tile * kTile + entry;
-    const int32_t column = shift >= 0 ? e >> shift : e / per_block;
+    const int32_t e = tile * kTile + entry, column = e >> shift;
     const int32_t block = __ldg(table + column);
-    return static_cast<uint32_t>(block) >= static_cast<uint32_t>(num_blocks) ? -1 : block * per_block + (e - column * per_block);
+    const int32_t row = ((block - column) << shift) + e;
+    return static_cast<uint32_t>(block) < static_cast<uint32_t>(num_blocks) ? row : -1;
   }
 
   uint4 code[2] = {};
   uint32_t scale[2] = {};
 
+  // Loads two rows, this one and the one 8 further; none for -1. In one piece, which stays ahead of the products.
   __device__ __forceinline__ void fetch(int32_t row) {
-    if (row < 0) return;
-    const auto* from = reinterpret_cast<const uint4*>(codes + static_cast<int64_t>(row) * 64);
-    code[0] = __ldg(from), code[1] = __ldg(from + 8 * 4);
+    constexpr int kScales = kPowers ? 4 : 8;
+    const char* from = codes + static_cast<int64_t>(row) * 64;
+    const char* of = scales + static_cast<int64_t>(row) * kScales;
+#define DSV4_FETCH(type)                                                                                             \
+  asm volatile(                                                                                                      \
+      "{\n.reg .pred given;\nsetp.ge.s32 given, %12, 0;\n"                                                           \
+      "@given ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%10];\n@given ld.global.nc.v4.u32 {%4, %5, %6, %7}, [%10+512];\n" \
+      "@given ld.global.nc." type " %8, [%11];\n@given ld.global.nc." type " %9, [%11+%13];\n}\n"                     \
+      : "+r"(code[0].x), "+r"(code[0].y), "+r"(code[0].z), "+r"(code[0].w), "+r"(code[1].x), "+r"(code[1].y),        \
+        "+r"(code[1].z), "+r"(code[1].w), "+r"(scale[0]), "+r"(scale[1])                                             \
+      : "l"(from), "l"(of), "r"(row), "n"(8 * kScales))
     if constexpr (kPowers) {
-      const auto* of = reinterpret_cast<const uint32_t*>(scales + static_cast<int64_t>(row) * 4);
-      scale[0] = __ldg(of), scale[1] = __ldg(of + 8);
+      DSV4_FETCH("u32");
     } else {
-      const auto* of = reinterpret_cast<const uint16_t*>(scales + static_cast<int64_t>(row) * 8);
-      scale[0] = __ldg(of), scale[1] = __ldg(of + 8 * 4);
+      DSV4_FETCH("u16");
     }
+#undef DSV4_FETCH
   }
 
   // As operand A, a[4 s + i]: step s, register i; and what the score of this lane's key is to be multiplied with.
@@ -327,13 +340,28 @@ __device__ __forceinline__ float score_of(const uint32_t (&a)[32], uint64_t quer
   return threadIdx.x % 2 ? sums[2] + sums[3] : sums[0] + sums[1];
 }
 
-// Keeps the scores of a warp's keys, as integers that order as they do, and the best of them.
-__device__ __forceinline__ void keep(const SelectCall& call, uint32_t* to, int32_t entry, bool is_seen, float score) {
-  const uint32_t order = is_seen ? order_of(score) : 0;
-  const uint32_t best = __reduce_max_sync(0xFFFFFFFFu, order);
-  if (threadIdx.x % 4 < 2) to[entry] = order;
-  if (threadIdx.x % 32 == 0) to[call.scratch_row / (kGroup + 1) * kGroup + entry / kGroup] = best;
+__device__ __forceinline__ void store(uint32_t* to, uint32_t value) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
+
+// Where the threads of a warpgroup put scores: those of a warp's keys of tile 0, and the best of them.
+struct Place {
+  uint32_t *scores, *best;
+
+  __device__ __forceinline__ Place(const SelectCall& call, int64_t row) {
+    uint32_t* to = call.scratch + row * call.scratch_row;
+    const int warp = threadIdx.x / 32 % 4;
+    scores = fixed(to + warp * kGroup + threadIdx.x % 32 / 4 + threadIdx.x % 2 * 8);
+    best = fixed(to + call.scratch_row / (kGroup + 1) * kGroup + warp);
+  }
+
+  __device__ __forceinline__ void put(int tile, bool is_seen, float score) const {
+    const uint32_t order = is_seen ? order_of(score) : 0;
+    const uint32_t most = __reduce_max_sync(0xFFFFFFFFu, order);
+    if (threadIdx.x % 4 < 2) store(scores + tile * kTile, order);
+    if (threadIdx.x % 32 == 0) store(best + tile * (kTile / kGroup), most);
+  }
+};
 
 __device__ __forceinline__ int share_of(int tiles, int block) {
   return static_cast<int>(static_cast<int64_t>(tiles) * block / gridDim.x);
@@ -361,17 +389,19 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(SelectCall call, Pie
   uint32_t weights[8];
   const float factor = take_weights(reinterpret_cast<const float*>(shared + kQueryBytes), weights);
   const uint64_t b = tile_descriptor(shared_address(shared), kAcross);
-  uint32_t* to = call.scratch + blockIdx.y * call.scratch_row;
+  const Place place(call, blockIdx.y);
+  const int32_t left = seen - keys.entry - threadIdx.x % 2 * 8;  // of this lane's keys those are seen below it
   for (; tile < last; tile += kWarpgroups) {
     uint32_t a[32];
-    const float of_key = keys.decode(a);
+    const Keys<kPowers> mine = keys;
     const bool given = row >= 0;
     row = next_row;
     keys.fetch(row);
     next_row = keys.find(tile + 2 * kWarpgroups, last);
+    const float of_key = mine.decode(a);
+    if (tile * kTile >= seen) break;  // never: ends a block of code, so that the loads above stay above the products
     const float score = score_of(a, b, weights);
-    const int32_t entry = tile * kTile + keys.entry + threadIdx.x % 2 * 8;
-    keep(call, to, entry, given && entry < seen, score * factor * of_key);
+    place.put(tile, given && tile * kTile < left, fmaf(score, kPowers ? factor * of_key : factor, 0.0f));
   }
 }
 
@@ -420,11 +450,12 @@ __global__ void __launch_bounds__(kThreads, 2) shared_score_kernel(SelectCall ca
     keys.fetch(row);
     for (; tile < last; tile += kWarpgroups) {
       uint32_t a[32];
-      const float of_key = keys.decode(a);
+      const Keys<kPowers> mine = keys;
       const bool given = row >= 0;
       row = next_row;
       keys.fetch(row);
       next_row = keys.find(tile + 2 * kWarpgroups, last);
+      const float of_key = mine.decode(a);
       const int32_t entry = tile * kTile + keys.entry + threadIdx.x % 2 * 8;
 #pragma unroll
       for (int u = 0; u < kShared; ++u) {
@@ -438,8 +469,8 @@ __global__ void __launch_bounds__(kThreads, 2) shared_score_kernel(SelectCall ca
         }
         const float factor = *reinterpret_cast<const float*>(of_token + kQueryBytes + kWeightBytes);
         const float score = score_of(a, tile_descriptor(shared_address(of_token), kAcross), weights);
-        keep(call, call.scratch + (first + u - piece.first) * call.scratch_row, entry, given && entry < seen[u],
-             score * factor * of_key);
+        const Place place(call, first + u - piece.first);
+        place.put(tile, given && entry < seen[u], fmaf(score, kPowers ? factor * of_key : factor, 0.0f));
       }
     }
     t = next;

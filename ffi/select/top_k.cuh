@@ -19,32 +19,43 @@ constexpr int kTopBytes = kCandidates * 8;
 // What the threads of a block share while they choose.
 struct Choice {
   uint32_t bins[kBins];
-  uint32_t lows[kTopWarps], highs[kTopWarps], counts[kTopWarps], more[kTopWarps], aboves[kTopWarps];
-  uint32_t bin, above, in_bin;
+  uint32_t lows[kTopWarps], highs[kTopWarps], counts[kTopWarps];  // of the warps
+  uint32_t bins_of[kTopWarps], listed[kTopWarps], above[kTopWarps], same[kTopWarps];
+  uint32_t bin, before, in_bin;
   int32_t groups[kMostK];
 };
 
-// The sum of `mine` over the threads before this one, of a block; *total: over all.
-__device__ __forceinline__ uint32_t sum_before(uint32_t mine, uint32_t* warps, uint32_t* total) {
+__device__ __forceinline__ uint32_t sum_of_warp(uint32_t x) { return __reduce_add_sync(0xFFFFFFFFu, x); }
+
+// The sum over the lanes up to this one.
+__device__ __forceinline__ uint32_t sum_to_lane(uint32_t x) {
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, x, i);
+    if (threadIdx.x % 32 >= i) x += other;
+  }
+  return x;
+}
+
+// The least and the largest of some values, 0 excepted, and how many there are.
+struct Range {
+  uint32_t low, high, count;
+};
+
+// Of the block's values; each(f) gives this thread's to f.
+template <typename Each>
+__device__ __forceinline__ Range range_of(const Each& each, Choice& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t sum = mine;
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) {
-    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, sum, i);
-    if (lane >= i) sum += other;
-  }
-  if (lane == 31) warps[warp] = sum;
+  uint32_t low = 0xFFFFFFFFu, high = 0, count = 0;
+  each([&](uint32_t value) {
+    high = max(high, value), low = min(low, value - 1), count += value != 0;  // 0 - 1 is the largest
+  });
+  low = __reduce_min_sync(0xFFFFFFFFu, low), high = __reduce_max_sync(0xFFFFFFFFu, high);
+  count = sum_of_warp(count);
+  if (lane == 0) shared.lows[warp] = low, shared.highs[warp] = high, shared.counts[warp] = count;
   __syncthreads();
-  uint32_t before = lane < kTopWarps ? warps[lane] : 0;
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) {
-    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, before, i);
-    if (lane >= i) before += other;
-  }
-  *total = __shfl_sync(0xFFFFFFFFu, before, 31);
-  before = __shfl_sync(0xFFFFFFFFu, before, warp ? warp - 1 : 0);
-  __syncthreads();
-  return sum - mine + (warp ? before : 0);
+  return {__reduce_min_sync(0xFFFFFFFFu, shared.lows[lane]) + 1, __reduce_max_sync(0xFFFFFFFFu, shared.highs[lane]),
+          sum_of_warp(shared.counts[lane])};
 }
 
 // Chosen are the values above `least`, and of those equal to it the first `equal`.
@@ -52,25 +63,13 @@ struct Cut {
   uint32_t least, equal;
 };
 
-// The cut for the k largest of the block's values, each(f) giving this thread's to f (0: none); for up to `slack` more
-// than k where that is found sooner. All values where there are no more than k.
+// The cut for the k largest of the block's values, all of them in the range; for up to `slack` more than k where that is
+// found sooner. All values where there are no more than k. The bins are 0, before and after.
 template <typename Each>
-__device__ __forceinline__ Cut find_cut(const Each& each, uint32_t k, uint32_t slack, Choice& shared) {
+__device__ __forceinline__ Cut find_cut(const Each& each, Range range, uint32_t k, uint32_t slack, Choice& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t low = 0xFFFFFFFFu, high = 0, count = 0;
-  each([&](uint32_t value) {
-    high = max(high, value), low = min(low, value - 1), count += value != 0;  // 0 - 1 is the largest
-  });
-  low = __reduce_min_sync(0xFFFFFFFFu, low), high = __reduce_max_sync(0xFFFFFFFFu, high);
-  count = __reduce_add_sync(0xFFFFFFFFu, count);
-  if (lane == 0) shared.lows[warp] = low, shared.highs[warp] = high, shared.counts[warp] = count;
-  shared.bins[threadIdx.x] = shared.bins[threadIdx.x + kTopThreads] = 0;
-  __syncthreads();
-  low = __reduce_min_sync(0xFFFFFFFFu, shared.lows[lane]) + 1;
-  high = __reduce_max_sync(0xFFFFFFFFu, shared.highs[lane]);
-  const uint32_t total = __reduce_add_sync(0xFFFFFFFFu, shared.counts[lane]);
-  if (total <= k) return {0, 0};
-  uint32_t wanted = k;
+  if (range.count <= k) return {0, 0};
+  uint32_t low = range.low, high = range.high, wanted = k;
   while (true) {
     // The k-th largest is the wanted-th in [low, high]; bins are from the top.
     const int shift = max(0, 21 - __clz(high - low));  // (high - low) >> shift < kBins
@@ -78,30 +77,38 @@ __device__ __forceinline__ Cut find_cut(const Each& each, uint32_t k, uint32_t s
       if (value >= low && value <= high) atomicAdd(&shared.bins[(high - value) >> shift], 1u);
     });
     __syncthreads();
-    const uint32_t first = shared.bins[2 * threadIdx.x], second = shared.bins[2 * threadIdx.x + 1];
-    uint32_t sum;
-    const uint32_t before = sum_before(first + second, shared.more, &sum);
-    if (before < wanted && wanted <= before + first) {
-      shared.bin = 2 * threadIdx.x, shared.above = before, shared.in_bin = first;
-    } else if (before + first < wanted && wanted <= before + first + second) {
-      shared.bin = 2 * threadIdx.x + 1, shared.above = before + first, shared.in_bin = second;
+    auto* mine = reinterpret_cast<uint2*>(shared.bins) + threadIdx.x;
+    const uint2 two = *mine;
+    *mine = uint2{};
+    const uint32_t of_warp = sum_of_warp(two.x + two.y);
+    if (lane == 0) shared.bins_of[warp] = of_warp;
+    __syncthreads();
+    const uint32_t before_warp = sum_of_warp(lane < warp ? shared.bins_of[lane] : 0);
+    if (before_warp < wanted && wanted <= before_warp + of_warp) {
+      const uint32_t to = before_warp + sum_to_lane(two.x + two.y), middle = to - two.y, from = middle - two.x;
+      if (from < wanted && wanted <= middle) shared.bin = 2 * threadIdx.x, shared.before = from, shared.in_bin = two.x;
+      if (middle < wanted && wanted <= to) shared.bin = 2 * threadIdx.x + 1, shared.before = middle, shared.in_bin = two.y;
     }
-    shared.bins[2 * threadIdx.x] = shared.bins[2 * threadIdx.x + 1] = 0;
     __syncthreads();
     const uint32_t top = high - (shared.bin << shift), width = (1u << shift) - 1;
     low = top - low > width ? top - width : low, high = top;
-    wanted -= shared.above;
+    wanted -= shared.before;
     if (shared.in_bin <= wanted + slack) return {low - 1, 0};  // all of the bin
     if (low == high) return {low, wanted};
   }
 }
 
-// The k largest of n values (0: none), equal ones by lower index: give(rank, index) for each, ranks in the order of the
-// index. at(i): value i. Returns the cut, *chosen: how many.
+// The k largest of n values (0: none) in the range, equal ones by lower index: give(rank, index) for each, ranks in the
+// order of the index. at(i): value i. Returns the cut, *chosen: how many.
 template <typename At, typename Give>
-__device__ __forceinline__ Cut choose(int n, const At& at, uint32_t k, Choice& shared, int* chosen, const Give& give) {
+__device__ __forceinline__ Cut choose(int n, const At& at, Range range, uint32_t k, Choice& shared, int* chosen,
+                                      const Give& give) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Cut cut = find_cut([&](const auto& f) { for (int i = threadIdx.x; i < n; i += kTopThreads) f(at(i)); }, k, 0, shared);
+  const Cut cut = find_cut(
+      [&](const auto& f) {
+        for (int i = threadIdx.x; i < n; i += kTopThreads) f(at(i));
+      },
+      range, k, 0, shared);
   const uint32_t least = cut.least, equal = cut.equal;
   // Every warp has a run of the values.
   const int run = (n + 32 * kTopWarps - 1) / (32 * kTopWarps) * 32;
@@ -111,13 +118,13 @@ __device__ __forceinline__ Cut choose(int n, const At& at, uint32_t k, Choice& s
     const uint32_t value = at(i);
     above += value > least, same += equal && value == least;
   }
-  above = __reduce_add_sync(0xFFFFFFFFu, above), same = __reduce_add_sync(0xFFFFFFFFu, same);
-  if (lane == 0) shared.aboves[warp] = above, shared.more[warp] = same;
+  above = sum_of_warp(above), same = sum_of_warp(same);
+  if (lane == 0) shared.above[warp] = above, shared.same[warp] = same;
   __syncthreads();
-  const uint32_t of_lane = shared.aboves[lane];
-  *chosen = static_cast<int>(__reduce_add_sync(0xFFFFFFFFu, of_lane) + equal);
-  uint32_t above_before = __reduce_add_sync(0xFFFFFFFFu, lane < warp ? of_lane : 0);
-  uint32_t same_before = __reduce_add_sync(0xFFFFFFFFu, lane < warp ? shared.more[lane] : 0);
+  const uint32_t of_lane = shared.above[lane];
+  *chosen = static_cast<int>(sum_of_warp(of_lane) + equal);
+  uint32_t above_before = sum_of_warp(lane < warp ? of_lane : 0);
+  uint32_t same_before = equal ? sum_of_warp(lane < warp ? shared.same[lane] : 0) : 0;
   for (int base = from; base < to; base += 32) {
     const uint32_t value = base + lane < to ? at(base + lane) : 0;
     const uint32_t greater = __ballot_sync(0xFFFFFFFFu, value > least);
@@ -132,14 +139,17 @@ __device__ __forceinline__ Cut choose(int n, const At& at, uint32_t k, Choice& s
 }
 
 // As `choose`, for values that are mostly far from being chosen: load(i, v) loads values kEach * i to kEach * i + 15 (0
-// from n on). At least `k` of them are above `bound`; without such a bound (0) it follows from the best of every eight.
+// from n on). At least k of them are above `bound`, and none is above *high; where *high is 0 both follow from the best
+// of every eight, and *high is it.
 template <typename Load, typename At, typename Give>
 __device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at, uint32_t k, uint32_t bound,
-                                          Choice& shared, uint32_t* list, int* chosen, const Give& give) {
+                                          uint32_t* high, Choice& shared, uint32_t* list, int* chosen,
+                                          const Give& give) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rounds = (n + kRound - 1) / kRound;
   uint32_t v[kEach];
   load(threadIdx.x, v);
-  if (bound == 0) {
+  if (*high == 0) {
     uint32_t first = 0, second = 0;
     for (int round = 0; round < rounds; ++round) {
       uint32_t w[kEach];
@@ -150,18 +160,28 @@ __device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at,
         second = max(second, round ? w[i + kEach / 2] : v[i + kEach / 2]);
       }
     }
-    const Cut cut = find_cut([&](const auto& f) { f(first), f(second); }, k, k / 8, shared);
-    bound = cut.least - (cut.equal != 0);
+    const auto each = [&](const auto& f) { f(first), f(second); };
+    const Range range = range_of(each, shared);
+    const Cut cut = find_cut(each, range, k, k / 8, shared);
+    bound = cut.least - (cut.equal != 0), *high = range.high;
   }
   uint32_t listed = 0;
   for (int round = 0; round < rounds; ++round) {
-    if (round) load(round * kTopThreads + threadIdx.x, v);
-    uint32_t mine = 0, total;
+    if (round) {
+      load(round * kTopThreads + threadIdx.x, v);
+      __syncthreads();
+    }
+    uint32_t mine = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) mine += v[i] > bound;
-    uint32_t place = listed + sum_before(mine, shared.more, &total);
-    listed += total;
+    const uint32_t to = sum_to_lane(mine);
+    if (lane == 31) shared.listed[warp] = to;
+    __syncthreads();
+    const uint32_t of_lane = shared.listed[lane];
+    uint32_t place = listed + sum_of_warp(lane < warp ? of_lane : 0) + to - mine;
+    listed += sum_of_warp(of_lane);
     if (listed > kCandidates) break;
+    if (mine == 0) continue;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       if (v[i] <= bound) continue;
@@ -169,9 +189,16 @@ __device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at,
       ++place;
     }
   }
-  if (listed > kCandidates) return choose(n, at, k, shared, chosen, give);
   __syncthreads();
-  return choose(listed, [&](int i) { return list[i]; }, k, shared, chosen,
+  if (listed > kCandidates) {
+    const Range range = range_of(
+        [&](const auto& f) {
+          for (int i = threadIdx.x; i < n; i += kTopThreads) f(at(i));
+        },
+        shared);
+    return choose(n, at, range, k, shared, chosen, give);
+  }
+  return choose(listed, [&](int i) { return list[i]; }, {bound + 1, *high, listed}, k, shared, chosen,
                 [&](int rank, int i) { give(rank, list[kCandidates + i]); });
 }
 
@@ -191,6 +218,7 @@ __global__ void __launch_bounds__(kTopThreads, 1) top_k_kernel(SelectCall call, 
   const int64_t token = piece.first + blockIdx.x;
   const int32_t slot = call.slots[token], n = call.visible(token), k = static_cast<int>(call.k);
   int32_t* out = call.selected + token * k;
+  reinterpret_cast<uint2*>(shared.bins)[threadIdx.x] = uint2{};
   asm volatile("griddepcontrol.wait;" ::: "memory");  // for the scores
   if (n <= k) {
     for (int i = threadIdx.x; i < k; i += kTopThreads) out[i] = i < n && call.key_row(slot, i) >= 0 ? i : -1;
@@ -199,18 +227,19 @@ __global__ void __launch_bounds__(kTopThreads, 1) top_k_kernel(SelectCall call, 
   const uint32_t* scores = call.scratch + blockIdx.x * call.scratch_row;
   const uint32_t* best = scores + call.scratch_row / (kGroup + 1) * kGroup;
   const int all = (n + kGroup - 1) / kGroup;
+  uint32_t high = 0;
   int found;
   if (n <= kRound) {
     choose_few(
         n, [&](int i, auto& v) { load_sixteen(scores + kEach * i, n - kEach * i, v); },
-        [&](int i) { return __ldcg(scores + i); }, k, 0, shared, list, &found,
+        [&](int i) { return __ldcg(scores + i); }, k, 0, &high, shared, list, &found,
         [&](int rank, int i) { out[rank] = i; });
   } else {
     // An entry among the k best is in one of the k groups with the best: each of these has one before it otherwise.
     int groups;
     const Cut cut = choose_few(
         all, [&](int i, auto& v) { load_sixteen(best + kEach * i, all - kEach * i, v); },
-        [&](int i) { return __ldcg(best + i); }, k, 0, shared, list, &groups,
+        [&](int i) { return __ldcg(best + i); }, k, 0, &high, shared, list, &groups,
         [&](int rank, int i) { shared.groups[rank] = i; });
     __syncthreads();
     const auto place = [&](int i) { return shared.groups[i / kGroup] * kGroup + i % kGroup; };
@@ -220,7 +249,7 @@ __global__ void __launch_bounds__(kTopThreads, 1) top_k_kernel(SelectCall call, 
           const int group = i < groups ? shared.groups[i] : 0;
           load_sixteen(scores + kGroup * group, i < groups ? kGroup : 0, v);
         },
-        [&](int i) { return __ldcg(scores + place(i)); }, k, max(1u, cut.least - (cut.equal != 0)), shared, list, &found,
+        [&](int i) { return __ldcg(scores + place(i)); }, k, cut.least - (cut.equal != 0), &high, shared, list, &found,
         [&](int rank, int i) { out[rank] = place(i); });
   }
   for (int i = found + threadIdx.x; i < k; i += kTopThreads) out[i] = -1;

@@ -147,8 +147,9 @@ def _native_limit(
     for name, got, most in (("heads", q.shape[1], MAX_HEADS), ("k", k, MAX_K)):
         if got > most:
             return f"it takes {name} up to {most}, not {got}"
-    if keys.keys.shape[2] % GROUP:
-        return f"it takes blocks of a multiple of {GROUP} entries, not {keys.keys.shape[2]}"
+    per_block = keys.keys.shape[2]
+    if per_block < GROUP or per_block & (per_block - 1):
+        return f"it takes blocks of a power of two of entries, from {GROUP} on, not {per_block}"
     if raw is not None and raw[0].shape[-1] != 32:
         return f"it takes 32 angles of a token, not {raw[0].shape[-1]}"
     found = compute_capability()
