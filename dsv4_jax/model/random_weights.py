@@ -61,7 +61,7 @@ def _tensors(config: DSV4Config, seed: int, mesh: Mesh | None) -> Iterator[tuple
     def make(function: Callable[..., Array], name: str, *arguments: Any, **static: Any) -> Array:
         if mesh is None:
             return function(*arguments, **static)
-        return _on(function, weight_sharding(name, static["shape"], mesh))(*arguments, **static)
+        return _on(function, tuple(static), weight_sharding(name, static["shape"], mesh))(*arguments, **static)
 
     for name, shape in expected_tensors(config).items():
         form = released_type(name)
@@ -88,10 +88,9 @@ def _tensors(config: DSV4Config, seed: int, mesh: Mesh | None) -> Iterator[tuple
 
 
 @functools.cache
-def _on(function: Any, sharding: NamedSharding) -> Callable[..., Array]:
+def _on(function: Any, static: tuple[str, ...], sharding: NamedSharding) -> Callable[..., Array]:
     """The jitted function, its result on a mesh, each part made where it lies."""
-    names = ("form", "shape", "experts", "bfloat16")
-    return jax.jit(function.__wrapped__, static_argnames=names, out_shardings=sharding)
+    return jax.jit(function.__wrapped__, static_argnames=static, out_shardings=sharding)
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from dsv4_jax.model.sharding import shard_model
 from dsv4_jax.model.transformer import DSV4Model
 
 DEVICES = 4
-CONFIG = SMALL.replace(n_routed_experts=8, num_experts_per_tok=2)
+CONFIG = SMALL.replace(num_hidden_layers=2, compress_ratios=(4, 6), n_routed_experts=8, num_experts_per_tok=2)
 # One size for all tests, so that few programs are compiled: two requests of 72 tokens need 12 blocks of a shard.
 SIZES = {
     "max_concurrent_requests": 2, "num_blocks_per_csa_layer": 8, "num_blocks_per_hca_layer": 8,

@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 import dsv4_jax
 from dsv4_jax.cache.sharding import check_mesh
@@ -46,8 +46,8 @@ def test_random_weights_are_made_where_they_lie(mesh, config):
     for x, y in zip(_arrays(plain), _arrays(spread), strict=True):
         np.testing.assert_array_equal(x, y)
     layer = spread.layers[0]
-    assert layer.attn.wq_b.scale[...].sharding.spec == ("model",)
-    assert layer.attn.wo_b.weight[...].sharding.spec == (None, "model")
+    assert layer.attn.wq_b.scale[...].sharding.spec == PartitionSpec("model")
+    assert layer.attn.wo_b.weight[...].sharding.spec == PartitionSpec(None, "model")
     assert layer.ffn.experts.w1_scale[...].addressable_shards[3].index[0] == slice(6, 8)
     # Scales are of 128 rows and columns: what devices have must be whole blocks.
     with pytest.raises(ValueError, match=r"has shape \(1, 1\): the mesh has 2 devices along \"model\", expected a"):
@@ -61,7 +61,7 @@ def _arrays(model):
 
 
 def test_the_command_line_takes_devices(run, one_layer):
-    arguments = "generate", "--checkpoint", one_layer, "--tokens", "1,2,3", "-n", 3, "--cache", "fp32", "--json"
+    arguments = "generate", "--checkpoint", one_layer, "--tokens", "1,2,3", "-n", 1, "--cache", "fp32", "--json"
     (status, one, _), (_, two, _) = run(*arguments), run(*arguments, "--devices", 2)
     one, two = json.loads(one), json.loads(two)
     assert status == 0

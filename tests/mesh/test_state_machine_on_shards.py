@@ -16,11 +16,11 @@ MOVES = int(os.environ.get("DSV4_SHARD_MOVES", "0"))
 def test_what_two_shards_show(mesh, say):
     """Bit for bit; DSV4_SHARD_MOVES=10000 makes at least as many moves, with other seeds."""
     world = ShardedViews(small("fp8"), mesh(2))
-    moves, hits = play(world, examples=12, steps=50)
+    moves, hits = play(world, examples=6, steps=50)
     seed = 0
     while moves < MOVES:
         more = play(world, examples=40, steps=60, seed=seed)
         moves, hits, seed = moves + more.moves, hits + more.hits, seed + 1
     say(f"{moves:,} moves on 2 shards, derandomised; {hits} prefix hits")
-    assert moves >= 400
+    assert moves >= 200
     assert hits >= 3
