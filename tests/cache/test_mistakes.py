@@ -1,5 +1,7 @@
 """What is easily got wrong, and the one sentence that answers it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -60,3 +62,12 @@ def test_a_path_is_no_model_and_no_snapshot(make, tmp_path):
     snapshot = manager.snapshot(manager.admit_request())
     with pytest.raises(ValueError, match=r"save_snapshot: snapshot is 'x', expected a Snapshot, then the path"):
         dsv4_jax.save_snapshot("x", snapshot)
+
+
+def test_more_tokens_than_the_model_has_positions(config, caplog):
+    model = SimpleNamespace(config=config.replace(max_position_embeddings=256), mesh=None)
+    dsv4_jax.make_manager(model, 1, 256, cache_dtype="fp32")
+    assert "positions" not in caplog.text
+    assert "was made for" not in caplog.text
+    dsv4_jax.make_manager(model, 1, 300, cache_dtype="fp32")
+    assert "a cache of 300 tokens a request: the model was made for 256" in caplog.text
