@@ -15,8 +15,8 @@ import dsv4_jax
 
 from .errors import InputError
 from .generation_config import end_tokens, sampling_options
-from .loading import load_model
-from .options import CacheDtype, Dtype, HcaTail, IndexerDtype, default_indexer, packaged_checkpoint
+from .loading import keep_programs, load_model
+from .options import CacheDtype, Dtype, HcaTail, IndexerDtype, KeepPrograms, default_indexer, packaged_checkpoint
 from .outcome import CompileClock, Outcome, summary
 from .prompts import ByteCodec, StopCutter, check_prompts, make_codec, parse_tokens, read_prompt_file
 from .terminal import TextOutput, in_background, make_console, make_progress
@@ -87,6 +87,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt before its continuation.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object and nothing else to stdout.")] = False,
+    keep: KeepPrograms = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
 ) -> None:
     """Continues one prompt, or several as a batch, and says how fast.
@@ -94,7 +95,7 @@ def generate(
     Text is bytes where the checkpoint has no tokenizer.json and a vocabulary of 256. Progress and the summary go to
     stderr. Where temperature, --top-k, --top-p and --min-p are not given, the checkpoint's generation_config.json says.
 
-    Example: dsv4-jax generate 'def main():' -n 64 --temperature 0.7
+    Example: dsv4-jax generate 'def read(path' -n 64 --temperature 0.7
     """
     console = make_console(quiet)
     prompts = prompts or []
@@ -106,6 +107,7 @@ def generate(
     progress = make_progress(console, "tokens")
     start = time.perf_counter()
     folder = pathlib.Path(checkpoint) if checkpoint is not None else packaged_checkpoint()
+    keep_programs(keep)
     model = load_model(folder, console, dtype.value, devices)
     codec = make_codec(folder, model.config.vocab_size)
     sampling = sampling_options(folder, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)

@@ -1,5 +1,6 @@
 """`generate` and `stream`: a batch of prompts through a loop made for it."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,8 @@ from .memory import check_memory
 from .request import Stats, check_prompt, check_prompts, check_sampling
 from .sampling import LogitsHook, LogProbs
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -37,6 +40,12 @@ class Chunk:
     log_probs: list[LogProbs | None] | None = None
 
 
+def check_model(model: Any) -> None:
+    """ValueError for what is no model, such as the path of one."""
+    if not hasattr(model, "config"):
+        raise ValueError(f"model is {model!r:.80}: expected a DSV4Model, as from_pretrained returns it")
+
+
 def make_manager(
     model: DSV4Model,
     max_concurrent_requests: int,
@@ -46,9 +55,22 @@ def make_manager(
     """A manager with blocks for that many requests of that many tokens; options as for KVCacheManager.
 
     For a model over a mesh it is one over the same mesh, whose shards have an equal share of the requests, rounded up.
-    Before it allocates more than a quarter of the device's memory, it logs a warning that says how much. Raises
-    ValueError, before anything is allocated, for a cache that is larger than that memory.
+    Before it allocates more than a quarter of the device's memory, or for more tokens than the model has positions, it
+    logs a warning that says how much. Raises ValueError, before anything is allocated, for a cache that is larger than
+    that memory and for what is no model.
     """
+    check_model(model)
+    positions = model.config.max_position_embeddings
+    if max_context_len > positions:
+        _LOG.warning(
+            "a cache of %s tokens a request: the model was made for %s", f"{max_context_len:,}", f"{positions:,}"
+        )
+    return _make_manager(model, max_concurrent_requests, max_context_len, **options)
+
+
+def _make_manager(
+    model: DSV4Model, max_concurrent_requests: int, max_context_len: int, **options: Any
+) -> KVCacheManager | ShardedKVCacheManager:
     schedule = build_schedule(model.config)
     sizing = {"cache_dtype", "indexer_dtype", "max_rollback", "hca_tail"} & options.keys()
     cost = cache_cost(model.config, schedule, **{name: options[name] for name in sizing})
@@ -95,6 +117,7 @@ def stream(
     mesh: Any = None,
 ) -> Iterator[Chunk]:
     """As `generate`, but yields what every jitted call brings, one `Chunk` each. Errors come at once."""
+    check_model(model)
     max_new_tokens = count("max_new_tokens", max_new_tokens)
     prompts = check_prompts(prompts)
     ids = [check_prompt(model.config, p, max_new_tokens, f"prompt {i}") for i, p in enumerate(prompts)]
@@ -123,7 +146,7 @@ def stream(
     shards = 1 if model.mesh is None else model.mesh.shape[DATA]
     prompts_a_shard = -(-len(ids) // shards)  # a prompt's samples stay together
     slots, rows = prompts_a_shard * num_samples, len(ids) * num_samples
-    manager = make_manager(
+    manager = _make_manager(
         model, slots * shards, context, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype, hca_tail=hca_tail,
         max_rollback=draft_tokens,
     )  # fmt: skip

@@ -66,10 +66,15 @@ def available() -> frozenset[str]:
     found = frozenset(platform for platform in _HANDLERS if _register(platform))
     wanted = "cuda" if jax.default_backend() == "gpu" else "cpu"
     if wanted not in found:
+        hint = ""
+        if LIBRARY_DIR_VARIABLE not in os.environ and (others := _installations()):
+            hint = f" It is a checkout in the way of the installation in {others[0].parent}, whose code differs: run "
+            hint += "elsewhere, or install again."
         _LOG.warning(
-            "dsv4_jax runs in plain jax.numpy: no native library for %s in %s.",
+            "dsv4_jax runs in plain jax.numpy: no native library for %s in %s.%s",
             wanted,
             " or ".join(str(folder) for folder in library_dirs()),
+            hint,
         )
     return found
 
@@ -148,8 +153,28 @@ def library_dirs() -> list[pathlib.Path]:
     if chosen:
         return [pathlib.Path(chosen)]
     # An editable installation has two: the sources, and what was built from them.
-    package = sys.modules[__name__.partition(".")[0]]
-    return [pathlib.Path(folder) / "_lib" for folder in package.__path__]
+    own = [pathlib.Path(folder) / "_lib" for folder in sys.modules[__name__.partition(".")[0]].__path__]
+    if any(folder.is_dir() for folder in own):
+        return own
+    # A checkout, as Python finds it in the folder it runs in: an installation of the same code has what it lacks.
+    return [*own, *(folder / "_lib" for folder in _installations() if _same_operations(folder, own[0].parent))]
+
+
+def _installations() -> list[pathlib.Path]:
+    """Folders of this package, with native libraries, that an import would find were it not for this one."""
+    name = __name__.partition(".")[0]
+    here = {pathlib.Path(folder).resolve() for folder in sys.modules[name].__path__}
+    found = [pathlib.Path(entry or ".") / name for entry in sys.path]
+    return [folder for folder in found if (folder / "_lib").is_dir() and folder.resolve() not in here]
+
+
+def _same_operations(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Whether the operations of both call native code alike: their files are the same."""
+
+    def files(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
+        return {path.relative_to(folder): path.read_bytes() for path in (folder / "ops").rglob("*.py")}
+
+    return files(one) == files(other)
 
 
 def _register(platform: str) -> bool:

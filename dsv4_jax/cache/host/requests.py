@@ -1,6 +1,6 @@
 """The running requests as the host knows them: their slots, lengths and blocks."""
 
-import heapq
+import itertools
 
 import numpy as np
 
@@ -10,6 +10,8 @@ from ..schema import CacheSchema
 from .blocks import BlockLedger
 from .in_flight import PendingSteps, Released
 from .slot import Slot
+
+_TABLES = itertools.count(1)
 
 
 class RequestTable:
@@ -43,6 +45,7 @@ class RequestTable:
         self._settled: dict[int, int] = {}
         self._complete_from: dict[int, int] = {}
         self._generations = [-1] * num_slots
+        self._number = next(_TABLES)  # a handle knows whose it is
         self._released: list[Released] = []
 
     def emptied(self) -> "RequestTable":
@@ -57,6 +60,7 @@ class RequestTable:
             block_size=self.block_size,
         )
         fresh.plans_kept_blocks = self.plans_kept_blocks
+        fresh._number = self._number
         fresh._generations = [generation + 1 for generation in self._generations]
         return fresh
 
@@ -69,12 +73,14 @@ class RequestTable:
 
     def handle(self, slot: int) -> Slot:
         """The handle of the request that a slot holds."""
-        return Slot(slot, self._generations[slot])
+        return Slot(slot, self._generations[slot], self._number)
 
     def require(self, slot: int) -> None:
         """ValueError unless `slot` holds a request and, if it is a Slot, that very request."""
         if not is_integer(slot):
             raise ValueError(f"slot is {slot!r}: expected an integer, as admission returns it")
+        if isinstance(slot, Slot) and slot.table not in (0, self._number):
+            raise ValueError(f"slot {slot} is a handle of another manager: expected one that this manager gave out")
         if isinstance(slot, Slot) and 0 <= slot < self.num_slots and slot.generation != self._generations[slot]:
             raise ValueError(
                 f"slot {slot} was released and has been given out again: this handle's request has ended, use the one "
@@ -108,7 +114,7 @@ class RequestTable:
             self.ledger.extend({kind: {slot: n} for kind, n in self.blocks_for(length).items()})
         except RuntimeError:
             self.ledger.close(slot)
-            heapq.heappush(self.free_slots, slot)
+            self.free_slots.append(slot)
             raise
         return self._begin(slot, length, settled)
 
@@ -130,7 +136,7 @@ class RequestTable:
         try:
             copies = self.ledger.fork(slot, target, shared)
         except RuntimeError:
-            heapq.heappush(self.free_slots, target)
+            self.free_slots.append(target)
             raise
         return self._begin(target, self._lengths[slot], self._settled[slot]), copies
 
@@ -215,7 +221,7 @@ class RequestTable:
         self._released = [other for other in self._released if other is not released]
         self.ledger.unhold(released.blocks)
         for slot in released.slots:
-            heapq.heappush(self.free_slots, slot)
+            self.free_slots.append(slot)
 
     @property
     def waiting(self) -> list[Released]:
@@ -245,7 +251,10 @@ class RequestTable:
                 f"all {self.num_slots} concurrent requests are running{wait}: release one or make "
                 "max_concurrent_requests larger"
             )
-        return heapq.heappop(self.free_slots)
+        # That of the fewest requests: an old number, of an array that knows no handles, rarely means a new request.
+        slot = min(self.free_slots, key=lambda slot: (self._generations[slot], slot))
+        self.free_slots.remove(slot)
+        return slot
 
     def _begin(self, slot: int, length: int, settled: int) -> Slot:
         self._lengths[slot], self._settled[slot], self._complete_from[slot] = length, settled, 0
