@@ -106,14 +106,12 @@ def draw() -> str:
 
     y += 70
     d.text(left, y - 8, "CSA tails, and the indexer's: row = p mod 8 (lane a), p mod 4 (b)", 13)
-    for row in range(8):
-        d.box(left + row * 26, y, 26, 22, TAIL)
-        held = max(p for p in range(POSITION + 1) if p % 8 == row)
-        d.text(left + row * 26 + 13, y + 15, str(held), 10, INK, "middle")
-    for row in range(4):
-        d.box(left + 228 + row * 26, y, 26, 22, TAIL)
-        held = max(p for p in range(POSITION + 1) if p % 4 == row)
-        d.text(left + 228 + row * 26 + 13, y + 15, str(held), 10, INK, "middle")
+    for x, rows, first in ((left, 8, POSITION - POSITION % 4 - 4), (left + 228, 4, POSITION - POSITION % 4)):
+        for row in range(rows):
+            held = max(p for p in range(POSITION + 1) if p % rows == row)
+            waits = held >= first  # an older one is in an entry, and its row free
+            d.box(x + row * 26, y, 26, 22, TAIL if waits else EMPTY)
+            d.text(x + row * 26 + 13, y + 15, str(held), 10, INK if waits else SOFT, "middle")
     d.text(left, y + 38, "lane a reaches into the window before: entries overlap", 11, SOFT)
 
     y += 78

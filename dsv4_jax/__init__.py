@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .cache.plan import StepPlan as StepPlan
     from .cache.schema import build_schema as build_schema
     from .cache.schema import compute_block_budget as compute_block_budget
+    from .cache.sharded_manager import ShardedKVCacheManager as ShardedKVCacheManager
 
     # A request outside the cache.
     from .cache.transfer.snapshot import Snapshot as Snapshot
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from .model.config import DSV4Config as DSV4Config
     from .model.layer_schedule import build_schedule as build_schedule
     from .model.pretrained import from_pretrained as from_pretrained
+    from .model.sharding import shard_model as shard_model
+    from .ops.dispatch import native_calls as native_calls
     from .ops.formats.fp4 import hadamard as hadamard
     from .ops.read.attend import RawQuery as RawQuery
     from .ops.write.compress import CompressorWeights as CompressorWeights
@@ -57,6 +60,7 @@ _MODULES = {
     # The cache, and the host's side of it.
     "KVCache": ".cache.kv_cache",
     "KVCacheManager": ".cache.manager",
+    "ShardedKVCacheManager": ".cache.sharded_manager",
     "PrefixPolicy": ".cache.host.prefix",
     "Slot": ".cache.host.slot",
     "StepPlan": ".cache.plan",
@@ -70,6 +74,8 @@ _MODULES = {
     "ClassicalView": ".cache.views",
     "IndexerView": ".cache.views",
     "hadamard": ".ops.formats.fp4",
+    # A step in a file.
+    "native_calls": ".ops.dispatch",
     # A request outside the cache.
     "Snapshot": ".cache.transfer.snapshot",
     "save_snapshot": ".cache.transfer.snapshot_file",
@@ -82,6 +88,7 @@ _MODULES = {
     # Text from a checkpoint.
     "packaged_checkpoint": ".cli.options",
     "from_pretrained": ".model.pretrained",
+    "shard_model": ".model.sharding",
     "generate": ".decode.generate",
     "stream": ".decode.generate",
     "DecodeLoop": ".decode.loop",

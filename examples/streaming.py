@@ -16,7 +16,7 @@ from flax import nnx
 
 import dsv4_jax
 
-PROMPTS = ["import os\n", "def main():\n", "class Stack:\n"]
+PROMPTS = ["class Stack:\n    def __init__(self", "import os\nimport ", "def read(path):\n    with open("]
 
 
 def serve(model, prompts: list[list[int]], new_tokens: int, slots: int = 2) -> Iterator[tuple[int, int]]:
@@ -61,10 +61,17 @@ def serve(model, prompts: list[list[int]], new_tokens: int, slots: int = 2) -> I
 
 
 def main(checkpoint: str | pathlib.Path, new_tokens: int = 40) -> None:
-    """Streams text of a checkpoint whose tokens are bytes."""
+    """Streams text of a checkpoint whose tokens are bytes: a line of a prompt's text as soon as it is complete."""
     model = dsv4_jax.from_pretrained(checkpoint)
+    lines = dict(enumerate(PROMPTS))
+    left = dict.fromkeys(lines, new_tokens)
     for index, token in serve(model, [list(p.encode()) for p in PROMPTS], new_tokens):
-        print(f"{index}: {bytes([token])!r}", flush=True)
+        lines[index] += chr(token)
+        left[index] -= 1
+        *complete, rest = lines[index].split("\n")
+        for line in complete if left[index] else [*complete, rest]:
+            print(f"{index} | {line}", flush=True)
+        lines[index] = rest
 
 
 if __name__ == "__main__":

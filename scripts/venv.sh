@@ -43,5 +43,8 @@ ensure_venv() {
   echo "Installing dsv4_jax${extra:+[$extra]} into $venv …" >&2
   rm -f "$venv"/.installed-*
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ".${extra:+[$extra]}" >&2
+  local libraries
+  libraries=$(find "$venv" -path '*/dsv4_jax/_lib/*' -name 'libdsv4_jax_*' | sed 's/.*libdsv4_jax_//; s/\..*//' | sort)
+  echo "Native libraries: ${libraries:-none} (docs: README.md, Installation)" | tr '\n' ' ' >&2 && echo >&2
   echo "$stamp" >"$venv/.installed-$extra"
 }

@@ -1,9 +1,9 @@
 """A layer's view of the cache inside a step: what a model writes to and reads from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,14 @@ from ..ops.read.attend import Fresh, RawQuery, attend
 from ..ops.read.entries import read_entries, read_keys
 from ..ops.read.select import select
 from ..ops.read.window import read_window
-from ..ops.segments import per_token, to_segments
+from ..ops.segments import Segments, per_token, to_segments
 from ..ops.write.append_swa import SWARing, append_swa
 from ..ops.write.append_swa_fused import append_swa_fused
 from ..ops.write.compress import CompressorWeights, compress, compress_indexer
 from ..ops.write.ordering import after as ordered_after
-from ..ops.write.write_layer import Projections, RawWindow
+from ..ops.write.write_layer import LayerState, Projections, RawWindow, write_layer
 from .kv_cache import KVCache
-from .layer_inputs import FLOATS, check_array, check_floating, check_raw, check_rows, check_weights
-from .layer_writes import write_at_once
+from .layer_inputs import FLOATS, check_array, check_floating, check_raw, check_rows, check_weights, layer_number
 from .paged_cache import PagedKVPool
 from .plan import StepPlan
 from .schema import CacheSchema
@@ -35,9 +34,14 @@ Array = jax.Array
 T = TypeVar("T")
 
 
+@jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class LayerCacheHandle:
-    """(cache, plan, static layer index): making one allocates nothing; a write returns a new handle. A pytree.
+    """(cache, plan, layer index): making one allocates nothing; a write returns a new handle.
+
+    The index is an integer, or a traced one, () int32, as in `lax.scan` over layers of one kind; then `kind` says which
+    ("swa", "csa", "hca"), unless the cache has one alone. A traced index of another kind's layer, or out of range,
+    writes nothing and reads as padding does.
 
     The plan's new blocks are entered in the cache's tables, unless they are already (`KVCache.with_blocks`).
 
@@ -49,17 +53,48 @@ class LayerCacheHandle:
 
     cache: KVCache
     plan: StepPlan
-    layer_idx: int
+    layer_idx: int | Array
     pending: SWAView | None = None  # the window as of a multi-token write
     unallocated: str | None = None  # why entries cannot be written, known when the host made the plan
+    kind: str | None = None  # of a traced layer
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_idx", layer_number(self.layer_idx, len(self.cache.schemas)))
+        known = isinstance(self.layer_idx, int)
+        kinds = {self.cache.schemas[self.layer_idx].kind} if known else set(self.cache.state)
+        if (self.kind is None and len(kinds) > 1) or self.kind not in (None, *kinds):
+            raise ValueError(
+                f"layer {self._name}: kind is {self.kind!r}, expected one of {', '.join(sorted(kinds))}, "
+                "the layers that this index stands for"
+            )
+        object.__setattr__(self, "kind", self.kind or kinds.pop())
         object.__setattr__(self, "cache", self.cache.with_blocks(self.plan.new_blocks))
+
+    def tree_flatten_with_keys(self):
+        """Leaves by name; an integer as the index is static, a traced one a leaf."""
+        key, is_static = jax.tree_util.GetAttrKey, isinstance(self.layer_idx, int)
+        index = None if is_static else self.layer_idx
+        children = {"cache": self.cache, "plan": self.plan, "pending": self.pending, "layer_idx": index}
+        static = (self.layer_idx if is_static else None, self.unallocated, self.kind)
+        return tuple((key(name), child) for name, child in children.items()), static
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        """Inverse of tree_flatten_with_keys."""
+        handle = object.__new__(cls)
+        cache, plan, pending, index = children
+        number, unallocated, kind = static
+        values = (cache, plan, index if number is None else number, pending, unallocated, kind)
+        for field, value in zip(fields(cls), values, strict=True):
+            object.__setattr__(handle, field.name, value)
+        return handle
 
     @property
     def schema(self) -> CacheSchema:
         """Geometry of this layer."""
-        return self.cache.schemas[self.layer_idx]
+        if isinstance(self.layer_idx, int):
+            return self.cache.schemas[self.layer_idx]
+        return next(schema for schema in self.cache.schemas if schema.kind == self.kind)
 
     @property
     def state(self) -> StateCachePool:
@@ -74,15 +109,52 @@ class LayerCacheHandle:
         return self.cache.paged[self.schema.kind].layer(self._index)
 
     @property
-    def _index(self) -> int:
-        return self.cache.layers[self.layer_idx]
+    def _name(self) -> object:
+        """The layer, in a sentence."""
+        return self.layer_idx if isinstance(self.layer_idx, int) else f"(traced, of kind {self.kind})"
+
+    @property
+    def _in_kind(self) -> Array:
+        """A traced layer's index among those of its kind, -1 where it is none of them."""
+        of_kind = [i if s.kind == self.kind else -1 for s, i in zip(self.cache.schemas, self.cache.layers, strict=True)]
+        index = jnp.where(self.layer_idx >= 0, self.layer_idx, len(of_kind)).astype(jnp.int32)
+        return jnp.asarray(of_kind, jnp.int32).at[index].get(mode="fill", fill_value=-1)
+
+    @property
+    def _index(self) -> int | Array:
+        """Of the layer in the stacks of its kind."""
+        if isinstance(self.layer_idx, int):
+            return self.cache.layers[self.layer_idx]
+        return jnp.maximum(self._in_kind, 0)
+
+    @property
+    def _state(self) -> StateCachePool:
+        """State of all layers of the kind."""
+        return self.cache.state[self.schema.kind]
+
+    @property
+    def _pool(self) -> PagedKVPool | None:
+        """Pool of all layers of the kind."""
+        return self.cache.paged.get(self.schema.kind)
+
+    @property
+    def _slots(self) -> Array:
+        slots = jnp.asarray(self.plan.slots)
+        return slots if isinstance(self.layer_idx, int) else jnp.where(self._in_kind >= 0, slots, -1)
+
+    @property
+    def _segments(self) -> Segments:
+        segments = self.plan.segments
+        if isinstance(self.layer_idx, int):
+            return segments
+        return segments._replace(slots=jnp.where(self._in_kind >= 0, segments.slots, -1))
 
     def _check(self, name: str, x: Array, width: int) -> None:
-        check_rows(self.layer_idx, name, x, self.plan.slots.shape[0], width)
+        check_rows(self._name, name, x, self.plan.slots.shape[0], width)
 
     def _need(self, kind: tuple[str, ...], what: str) -> None:
         if self.schema.kind not in kind:
-            raise ValueError(f"layer {self.layer_idx} is {self.schema.kind.upper()}: it has no {what}")
+            raise ValueError(f"layer {self._name} is {self.schema.kind.upper()}: it has no {what}")
 
     # The window.
 
@@ -119,14 +191,14 @@ class LayerCacheHandle:
         """append(ring, *inputs, slots, positions), which stores values()."""
         self._check("kv", inputs[0], self.schema.head_dim)
         pending = None
-        slots = jnp.asarray(self.plan.slots)
+        slots = self._slots
         if not self.plan.one_token_per_slot:
             if after is None:
                 pending = self.read_swa_view(values())
                 after = pending.kv
             slots = ordered_after(slots, after)
         ring = append(
-            self.cache.state[self.schema.kind].ring,
+            self._state.ring,
             *inputs,
             slots,
             jnp.asarray(self.plan.positions),
@@ -140,11 +212,11 @@ class LayerCacheHandle:
 
         fresh: kv (T, head_dim) of the step, where it is not written yet; its rows follow the ring's (N = W + C).
         """
-        check_floating(self.layer_idx, dtype)
+        check_floating(self._name, dtype)
         if fresh is None and self.pending is not None:
             return self.pending._replace(kv=self.pending.kv.astype(dtype))
-        segments = self.plan.segments
-        ring = self.cache.state[self.schema.kind].ring
+        segments = self._segments
+        ring = self._state.ring
         newest = segments.starts - 1 if fresh is not None else segments.starts + segments.counts - 1
         window = self.schema.swa_window_size
         kv, positions = read_window(ring, segments.slots, newest, layer=self._index, window=window, dtype=dtype)
@@ -158,7 +230,7 @@ class LayerCacheHandle:
             positions = jnp.concatenate([positions, own], axis=1)
         row = per_token(positions, segments)
         token = jnp.asarray(self.plan.positions)[:, None]
-        live = (jnp.asarray(self.plan.slots) >= 0)[:, None]
+        live = (self._slots >= 0)[:, None]
         return SWAView(kv, positions, live & (row >= 0) & (row <= token) & (row > token - window))
 
     # Attention.
@@ -196,30 +268,30 @@ class LayerCacheHandle:
             slot without `fresh`.
         """
         tokens, schema = self.plan.slots.shape[0], self.schema
-        check_array(self.layer_idx, "q", q, (tokens, "heads", schema.head_dim), FLOATS)
-        check_array(self.layer_idx, "sink", sink, (q.shape[1],), (jnp.float32,), " (a logit for each head of q)")
+        check_array(self._name, "q", q, (tokens, "heads", schema.head_dim), FLOATS)
+        check_array(self._name, "sink", sink, (q.shape[1],), (jnp.float32,), " (a logit for each head of q)")
         if selected is not None:
             self._need(("csa", "hca"), "compressed entries")
-            check_array(self.layer_idx, "selected", selected, (tokens, "K"), (jnp.int32,))
+            check_array(self._name, "selected", selected, (tokens, "K"), (jnp.int32,))
         if raw is not None:
-            check_raw(self.layer_idx, raw, tokens, schema.rope_dim)
-        ring = self.cache.state[schema.kind].ring
+            check_raw(self._name, raw, tokens, schema.rope_dim)
+        ring = self._state.ring
         stored = Record(ring.nope, ring.rope, ring.inv_scale)
         own = None
         if fresh is not None:
             self._check("fresh", fresh, schema.head_dim)
             # As it will be stored, so that results do not depend on where a prompt is cut.
-            own = Fresh(encode_record(fresh, stored), self.plan.segments)
+            own = Fresh(encode_record(fresh, stored), self._segments)
         elif not self.plan.one_token_per_slot:
             raise ValueError(
-                f"layer {self.layer_idx}: attend got several tokens of a slot without fresh, expected their kv: attend "
+                f"layer {self._name}: attend got several tokens of a slot without fresh, expected their kv: attend "
                 "first, then write_swa(kv, after=output)"
             )
-        pool = self.cache.paged.get(schema.kind)
+        pool = self._pool
         return attend(
             q,
             sink,
-            jnp.asarray(self.plan.slots),
+            self._slots,
             jnp.asarray(self.plan.positions),
             stored,
             None if pool is None else pool.entries,
@@ -249,26 +321,26 @@ class LayerCacheHandle:
         was made without the blocks that these entries need.
         """
         self._check_compressor(kv, gate, weights)
-        kind = self.schema.kind
-        old = self.cache.state[kind].tail
+        old = self._state.tail
         assert old is not None  # of these kinds of layers
         entries, tail = compress(
-            self.cache.paged[kind].entries, old, kv, gate, weights, *self._where(),
+            _given(self._pool).entries, old, kv, gate, weights, *self._where(),
             layer=self._index, eps=eps,
         )  # fmt: skip
-        return replace(self, cache=self.cache.with_paged(kind, entries=entries).with_state(kind, tail=tail))
+        cache = self.cache.with_state(self.schema.kind, tail=tail).with_paged(self.schema.kind, entries=entries)
+        return replace(self, cache=cache)
 
     def write_indexer(
         self, kv: Array, gate: Array, weights: CompressorWeights, *, eps: float = 1e-6
     ) -> "LayerCacheHandle":
         """As `write_compressed`, for the indexer's keys: kv, gate (T, 2 * index_head_dim); CSA layers only."""
         self._check_indexer(kv, gate, weights)
-        kind, schema = self.schema.kind, self.schema
         keys, tail = compress_indexer(
-            _given(self.cache.paged[kind].indexer), _given(self.cache.state[kind].indexer_tail), kv, gate, weights,
-            *self._where(), format=schema.indexer_dtype, layer=self._index, eps=eps,
+            _given(_given(self._pool).indexer), _given(self._state.indexer_tail), kv, gate, weights,
+            *self._where(), format=self.schema.indexer_dtype, layer=self._index, eps=eps,
         )  # fmt: skip
-        return replace(self, cache=self.cache.with_paged(kind, indexer=keys).with_state(kind, indexer_tail=tail))
+        cache = self.cache.with_state("csa", indexer_tail=tail).with_paged("csa", indexer=keys)
+        return replace(self, cache=cache)
 
     def _check_compressor(self, kv: Array, gate: Array, weights: CompressorWeights) -> None:
         self._need(("csa", "hca"), "compressed entries")
@@ -282,7 +354,7 @@ class LayerCacheHandle:
         self._writable()
         self._check("kv", kv, lanes * dim)
         self._check("gate", gate, lanes * dim)
-        check_weights(self.layer_idx, weights, self.schema.compress_ratio, lanes, dim, self.schema.rope_dim)
+        check_weights(self._name, weights, self.schema.compress_ratio, lanes, dim, self.schema.rope_dim)
 
     def write_layer(
         self,
@@ -302,10 +374,10 @@ class LayerCacheHandle:
         for name, part, kinds in (("compressor", compressor, ("csa", "hca")), ("indexer", indexer, ("csa",))):
             if (part is None) == (kind in kinds):
                 got, expected = ("None", "its projections") if part is None else ("projections", "None")
-                raise ValueError(f"layer {self.layer_idx} is {kind.upper()}: got {got} for {name}, expected {expected}")
+                raise ValueError(f"layer {self._name} is {kind.upper()}: got {got} for {name}, expected {expected}")
         if not self.plan.one_token_per_slot:
             raise ValueError(
-                f"layer {self.layer_idx}: write_layer got several tokens of a slot, expected a decode step; "
+                f"layer {self._name}: write_layer got several tokens of a slot, expected a decode step; "
                 "another reads first, then uses write_swa"
             )
         self._check("kv", window.kv, self.schema.head_dim)
@@ -313,8 +385,20 @@ class LayerCacheHandle:
             self._check_compressor(*compressor)
         if indexer is not None:
             self._check_indexer(*indexer)
-        cache = write_at_once(self.cache, self.layer_idx, window, compressor, indexer, *self._where(), eps=eps)
+        arrays = write_layer(
+            self._arrays(), window, compressor, indexer, *self._where(), format=self.schema.indexer_dtype,
+            layer=self._index, eps=eps,
+        )  # fmt: skip
+        cache = self.cache.with_state(kind, ring=arrays.ring, tail=arrays.tail, indexer_tail=arrays.keys_tail)
+        if self._pool is not None:
+            cache = cache.with_paged(kind, entries=arrays.entries, indexer=arrays.keys)
         return replace(self, cache=cache)
+
+    def _arrays(self) -> LayerState:
+        state, pool = self._state, self._pool
+        if pool is None:
+            return LayerState(state.ring)
+        return LayerState(state.ring, pool.entries, state.tail, pool.indexer, state.indexer_tail)
 
     def _where(self):
         plan = self.plan
@@ -322,7 +406,7 @@ class LayerCacheHandle:
         if table is not None and plan.kept_blocks is not None:
             column = jnp.arange(table.shape[1], dtype=jnp.int32)[None]
             table = jnp.where(column < jnp.asarray(plan.kept_blocks)[:, None], -1, table)
-        return jnp.asarray(plan.slots), jnp.asarray(plan.positions), plan.segments, table
+        return self._slots, jnp.asarray(plan.positions), self._segments, table
 
     @property
     def _table(self) -> Array:
@@ -336,12 +420,12 @@ class LayerCacheHandle:
 
     def visible_entries(self) -> Array:
         """(T,) int32: a token at position p sees entries 0 … (p + 1) // ratio - 1; 0 for padding."""
-        live = jnp.asarray(self.plan.slots) >= 0
+        live = self._slots >= 0
         return jnp.where(live, (jnp.asarray(self.plan.positions) + 1) // self.schema.compress_ratio, 0)
 
     def _dense(self) -> tuple[Array, Array, Array]:
         """How many entries a segment has (S,), their first positions (S, E), whether a token sees them (T, E)."""
-        segments = self.plan.segments
+        segments = self._segments
         entry = jnp.arange(self.max_entries, dtype=jnp.int32)[None]
         closed = jnp.where(segments.slots >= 0, segments.starts + segments.counts, 0) // self.schema.compress_ratio
         positions = jnp.where(entry < closed[:, None], entry * self.schema.compress_ratio, -1)
@@ -353,22 +437,20 @@ class LayerCacheHandle:
         Raises ValueError for an SWA layer, another shape or dtype of `selected`, or a dtype that is not floating.
         """
         self._need(("csa", "hca"), "compressed entries")
-        check_floating(self.layer_idx, dtype)
-        pool = self.cache.paged[self.schema.kind].entries
+        check_floating(self._name, dtype)
+        pool = _given(self._pool).entries
         if selected is None:
             closed, positions, valid = self._dense()
             kv = read_entries(
-                pool, self._table, self.plan.segments.slots, closed, layer=self._index, max_blocks=self._num_columns(),
+                pool, self._table, self._segments.slots, closed, layer=self._index, max_blocks=self._num_columns(),
                 dtype=dtype,
             )  # fmt: skip
             return ClassicalView(kv, positions, valid)
         selected = jnp.asarray(selected)
-        check_array(self.layer_idx, "selected", selected, (self.plan.slots.shape[0], "K"), (jnp.int32,))
+        check_array(self._name, "selected", selected, (self.plan.slots.shape[0], "K"), (jnp.int32,))
         visible = self.visible_entries()
         valid = (selected >= 0) & (selected < visible[:, None])
-        kv = read_entries(
-            pool, self._table, jnp.asarray(self.plan.slots), visible, selected, layer=self._index, dtype=dtype
-        )
+        kv = read_entries(pool, self._table, self._slots, visible, selected, layer=self._index, dtype=dtype)
         return ClassicalView(kv, jnp.where(valid, selected * self.schema.compress_ratio, -1), valid)
 
     def read_indexer_view(self) -> IndexerView:
@@ -376,7 +458,7 @@ class LayerCacheHandle:
         self._need(("csa",), "indexer keys")
         closed, positions, valid = self._dense()
         keys = read_keys(
-            _given(self.cache.paged["csa"].indexer), self._table, self.plan.segments.slots, closed,
+            _given(_given(self._pool).indexer), self._table, self._segments.slots, closed,
             format=self.schema.indexer_dtype, layer=self._index, max_blocks=self._num_columns(),
         )  # fmt: skip
         return IndexerView(keys, positions, valid)
@@ -402,15 +484,16 @@ class LayerCacheHandle:
         """
         self._need(("csa",), "indexer keys")
         if k < 1:
-            raise ValueError(f"layer {self.layer_idx}: k is {k}, expected at least 1")
+            raise ValueError(f"layer {self._name}: k is {k}, expected at least 1")
         tokens, floating = self.plan.slots.shape[0], (jnp.float32, jnp.bfloat16)
-        check_array(self.layer_idx, "q", q, (tokens, "heads", self.schema.index_head_dim), floating)
-        check_array(self.layer_idx, "weights", weights, (tokens, q.shape[1]), floating)
+        check_array(self._name, "q", q, (tokens, "heads", self.schema.index_head_dim), floating)
+        check_array(self._name, "weights", weights, (tokens, q.shape[1]), floating)
         for name, x in zip(("cos", "sin"), raw or (), strict=False):
-            check_array(self.layer_idx, name, x, (tokens, "r"), (jnp.float32,))
+            check_array(self._name, name, x, (tokens, "r"), (jnp.float32,))
         return select(
-            q, weights, _given(self.cache.paged["csa"].indexer), self._table, self.plan.segments,
-            self.visible_entries(), k, format=self.schema.indexer_dtype, layer=self._index,
+            q, weights, self._slots, jnp.asarray(self.plan.positions), _given(_given(self._pool).indexer),
+            self._table, self._segments, k,
+            format=self.schema.indexer_dtype, layer=self._index, ratio=self.schema.compress_ratio,
             max_entries=self.max_entries, raw=raw,
         )  # fmt: skip
 
@@ -421,23 +504,6 @@ class LayerCacheHandle:
 
     def _num_columns(self) -> int:
         return self.max_entries // self.schema.entries_per_block
-
-
-def _flatten(handle: LayerCacheHandle):
-    keys = tuple(map(jax.tree_util.GetAttrKey, ("cache", "plan", "pending")))
-    children = handle.cache, handle.plan, handle.pending
-    return tuple(zip(keys, children, strict=True)), (handle.layer_idx, handle.unallocated)
-
-
-def _unflatten(static: tuple[int, str | None], children: Any) -> LayerCacheHandle:
-    # As it was: children may be anything here, and a cache that is on its way through has its blocks.
-    handle = object.__new__(LayerCacheHandle)
-    fields = ("cache", "plan", "pending", "layer_idx", "unallocated")
-    vars(handle).update(zip(fields, (*children, *static), strict=True))
-    return handle
-
-
-jax.tree_util.register_pytree_with_keys(LayerCacheHandle, _flatten, _unflatten)
 
 
 def _given(part: T | None) -> T:

@@ -12,6 +12,7 @@ import numpy as np
 from .new_blocks import NewBlocks
 from .paged_cache import PagedKVPool
 from .schema import CacheSchema
+from .serialisation import schema_from_json, schema_to_json, serialisable
 from .state_cache import StateCachePool
 
 Array = jax.Array
@@ -107,6 +108,15 @@ def _with_number(ran: Array, number: Array | np.ndarray) -> Array:
     new = (number > 0) & (ran[1 + (count - 1) % RAN_STEPS] != number)
     cell = jnp.where(new, jnp.stack([jnp.zeros_like(count), 1 + count % RAN_STEPS]), ran.shape[0])
     return ran.at[cell].set(jnp.stack([count + 1, jnp.asarray(number, jnp.int32)]), mode="drop")
+
+
+serialisable(StateCachePool, schema_to_json, schema_from_json)
+serialisable(PagedKVPool, schema_to_json, schema_from_json)
+serialisable(
+    KVCache,
+    lambda static: [[schema_to_json(schema) for schema in static[0]], static[1]],
+    lambda stored: (tuple(schema_from_json(fields) for fields in stored[0]), tuple(stored[1])),
+)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -73,6 +73,13 @@ class RequestLifecycle(CacheHolder):
                 shared[kind] = int((~kept_only[kind][match.blocks[kind]]).sum())
         return shared
 
+    def found_tokens(self, token_ids: Any, *, salt: bytes = b"") -> int:
+        """How many tokens of a prompt `admit_prompt` would find in kept blocks; nothing changes."""
+        if self._prefix is None:
+            return 0
+        match = self._prefix.match(self._prefix.keys(_token_array(token_ids)[:-1], salt), self._ledger.kinds, peek=True)
+        return 0 if match is None else match.hit_tokens
+
     @whole
     def reset(self) -> None:
         """Begins anew with an empty cache, after the one there was is lost: donated to a step that failed.

@@ -77,6 +77,12 @@ class KVCacheManager(RequestLifecycle):
         }
         if not schemas:
             raise ValueError("schedule has no layers: expected build_schedule(config)")
+        layers = [kind.name.lower() for kind in getattr(config, "geometry", config).layers]
+        if [schema.kind for schema in schemas] != layers:
+            raise ValueError(
+                f"schedule has {len(schemas)} layers that are not the {len(layers)} of config: expected "
+                "build_schedule(config)"
+            )
         kinds = {s.kind: s for s in schemas if s.entries_per_block}
         if max_context_len is None:
             most = max((num_blocks[k] for k in kinds), default=MAX_CONTEXT_LEN)
@@ -208,9 +214,10 @@ class KVCacheManager(RequestLifecycle):
     ) -> StepPlan:
         """Plans a step of T tokens and gives out the blocks it needs, all of them or none.
 
-        request_slots, positions: (T,) integers in any order, slot -1 for padding; a request's tokens follow those it
-        has. lookahead: tokens more per request that the blocks must suffice for, so that a loop can go on without the
-        host, which afterwards calls `advance`; limits (T,): but no more than the token's request will ever have.
+        request_slots, positions: (T,) integers in any order, slot -1 for padding, or one Slot for all positions, of
+        which those below 0 are padding; a request's tokens follow those it has. lookahead: tokens more per request that
+        the blocks must suffice for, so that a loop can go on without the host, which afterwards calls `advance`; limits
+        (T,): but no more than the token's request will ever have.
         num_segments, width: sizes to pad the grouping to, where tokens of one slot come together (see `group_tokens`).
         Raises ValueError for slots without a request or bad positions, RuntimeError (OOM) when the blocks do not
         suffice; then nothing changed.

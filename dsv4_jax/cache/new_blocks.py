@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from .host.blocks import rows_array
+from .serialisation import serialisable
 
 Array = jax.Array
 
@@ -80,6 +81,9 @@ class NewBlocks(Mapping[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NewBlocks, (self.rows, self.sizes)
+
+
+serialisable(NewBlocks, list, lambda stored: (tuple((kind, n) for kind, n in stored[0]),))
 
 
 def numbers_of(rows: Any) -> list[int]:

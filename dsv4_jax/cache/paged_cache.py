@@ -74,7 +74,7 @@ class PagedKVPool:
         """This pool with other arrays."""
         return _pool(self.schema, entries or self.entries, indexer or self.indexer)
 
-    def layer(self, index: int) -> "PagedKVPool":
+    def layer(self, index: int | Array) -> "PagedKVPool":
         """One layer of a stacked pool."""
         return take_layer(self, index)
 

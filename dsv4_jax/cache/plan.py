@@ -11,6 +11,7 @@ import numpy as np
 
 from ..ops.segments import Segments, one_token_segments
 from .new_blocks import cancel
+from .serialisation import serialisable
 
 Array = jax.Array
 
@@ -58,6 +59,9 @@ class StepPlan:
         if self.grouped is None:
             return one_token_segments(jnp.asarray(self.slots), jnp.asarray(self.positions))
         return Segments(*(jnp.asarray(x) for x in self.grouped))
+
+
+serialisable(StepPlan, list, tuple)
 
 
 def group_tokens(slots: np.ndarray, positions: np.ndarray, num_segments: int | None = None, width: int | None = None):

@@ -161,7 +161,8 @@ def compute_block_budget(
     max_concurrent_requests = count("max_concurrent_requests", max_concurrent_requests, least=1)
     budget = {"csa": 0, "hca": 0}
     for spec in schedule:
-        schema = build_schema(config, spec)
+        # Formats change no number of blocks, and the exact ones store any width.
+        schema = build_schema(config, spec, cache_dtype="fp32")
         if schema.kind in budget:
             budget[schema.kind] = max_concurrent_requests * schema.blocks_for(max_context_len)
     return budget

@@ -130,7 +130,7 @@ class StateCachePool:
         """This state with other arrays."""
         return _state(self.schema, ring or self.ring, tail or self.tail, indexer_tail or self.indexer_tail)
 
-    def layer(self, index: int) -> "StateCachePool":
+    def layer(self, index: int | Array) -> "StateCachePool":
         """One layer of a stacked state."""
         return take_layer(self, index)
 

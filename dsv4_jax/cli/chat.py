@@ -11,8 +11,8 @@ from ..files.untrusted_json import read_json_object
 from .chat_format import BEGIN, END, format_messages, parse_reply
 from .errors import InputError
 from .generation_config import end_tokens, sampling_options
-from .loading import load_model
-from .options import CacheDtype, Dtype, packaged_checkpoint
+from .loading import keep_programs, load_model
+from .options import CacheDtype, Dtype, KeepPrograms, packaged_checkpoint
 from .prompts import MAX_FILE_BYTES, TokenizerCodec, make_codec
 from .terminal import TextOutput, in_background, make_console, status
 
@@ -36,6 +36,7 @@ def chat(
     seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
     cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records.")] = CacheDtype.fp8,
     dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.float32,
+    keep: KeepPrograms = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.")] = False,
 ) -> None:
     """Talks with a chat model: a line is a message, an empty one or the end of input ends the conversation.
@@ -50,6 +51,7 @@ def chat(
     console = make_console(quiet)
     folder = pathlib.Path(checkpoint) if checkpoint is not None else packaged_checkpoint()
     template = load_template(folder)
+    keep_programs(keep)
     model = load_model(folder, console, dtype.value)
     config = model.config
     codec = make_codec(folder, config.vocab_size)

@@ -15,8 +15,8 @@ import dsv4_jax
 
 from .errors import InputError
 from .generation_config import end_tokens, sampling_options
-from .loading import load_model
-from .options import CacheDtype, Dtype, HcaTail, IndexerDtype, default_indexer, packaged_checkpoint
+from .loading import keep_programs, load_model
+from .options import CacheDtype, Dtype, HcaTail, IndexerDtype, KeepPrograms, default_indexer, packaged_checkpoint
 from .outcome import CompileClock, Outcome, summary
 from .prompts import ByteCodec, StopCutter, check_prompts, make_codec, parse_tokens, read_prompt_file
 from .terminal import TextOutput, in_background, make_console, make_progress
@@ -67,7 +67,10 @@ def generate(
     draft: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, help="Guess up to N tokens from the text so far, verify them in one step: same tokens."
+            metavar="N",
+            min=0,
+            help="Guess up to N tokens from the text so far, verify them in one step. The same text with exact caches; "
+            "with quantised ones a near tie may go the other way.",
         ),
     ] = 0,
     cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records.")] = CacheDtype.fp8,
@@ -78,9 +81,13 @@ def generate(
         HcaTail, typer.Option(help="Of an HCA layer's open window keep its tokens (full) or running sums (smaller).")
     ] = HcaTail.full,
     dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.float32,
+    devices: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Spread prompts and experts over the first N devices.")
+    ] = 1,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt before its continuation.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object and nothing else to stdout.")] = False,
+    keep: KeepPrograms = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
 ) -> None:
     """Continues one prompt, or several as a batch, and says how fast.
@@ -88,7 +95,7 @@ def generate(
     Text is bytes where the checkpoint has no tokenizer.json and a vocabulary of 256. Progress and the summary go to
     stderr. Where temperature, --top-k, --top-p and --min-p are not given, the checkpoint's generation_config.json says.
 
-    Example: dsv4-jax generate 'def main():' -n 64 --temperature 0.7
+    Example: dsv4-jax generate 'def read(path' -n 64 --temperature 0.7
     """
     console = make_console(quiet)
     prompts = prompts or []
@@ -100,7 +107,8 @@ def generate(
     progress = make_progress(console, "tokens")
     start = time.perf_counter()
     folder = pathlib.Path(checkpoint) if checkpoint is not None else packaged_checkpoint()
-    model = load_model(folder, console, dtype.value)
+    keep_programs(keep)
+    model = load_model(folder, console, dtype.value, devices)
     codec = make_codec(folder, model.config.vocab_size)
     sampling = sampling_options(folder, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ids = check_prompts([*(codec.encode(text) for text in texts), *ids], model.config, max_new_tokens)
@@ -146,7 +154,7 @@ def generate(
 
     indexer_name = indexer.value if indexer else default_indexer(cache.value)
     if as_json:
-        print(json.dumps(_report(outcome, rows, new_texts, folder, dtype, cache, indexer_name, stops, probs)))
+        print(json.dumps(_report(outcome, rows, new_texts, folder, dtype, devices, cache, indexer_name, stops, probs)))
         sys.stdout.flush()
     elif not streams:
         for b, text in enumerate(new_texts):
@@ -207,6 +215,7 @@ def _report(
     texts: Sequence[str],
     folder: pathlib.Path,
     dtype: str,
+    devices: int,
     cache: str,
     indexer: str,
     stops: Sequence[int],
@@ -217,6 +226,7 @@ def _report(
     return {
         "checkpoint": str(folder),
         "dtype": str(dtype),
+        "devices": devices,
         "cache": {"records": str(cache), "indexer": indexer, "bytes": outcome.cache_bytes},
         "prompt_tokens": outcome.prompt_tokens,
         "new_tokens": outcome.new_tokens,

@@ -19,11 +19,14 @@ def show_checkpoint(report: Any) -> None:
     """Prints a CheckpointReport to stdout."""
     console = _console()
     count = len(report.files)
-    draft = "draft layers"
+    skipped = {"draft layers": report.draft, "vision parts": report.vision}
+    words = "".join(f"; {n} tensors of {part} are skipped" for part, n in skipped.items() if n)
+    if report.absent:
+        words += f"; {report.absent} of them are in files that are not there"
     console.print(f"{report.path}: {report.kind}, {report.names} names", soft_wrap=True)
     console.print(
-        f"{report.parameters:,} parameters, {show_bytes(report.nbytes)} in {count} file{'s' * (count != 1)}"
-        + (f"; {report.draft} tensors of draft layers are skipped" if report.draft else "")
+        f"{report.parameters:,} parameters, {show_bytes(report.nbytes)} in {count} file{'s' * (count != 1)}" + words,
+        soft_wrap=True,
     )
     if report.config is not None:
         console.print(_model(report.config), soft_wrap=True)
@@ -37,7 +40,7 @@ def show_checkpoint(report: Any) -> None:
         for i, name in enumerate((title, "tensors", "parameters", "bytes")):
             table.add_column(name, justify="right" if i else "left", style="" if i else "dim", header_style="dim")
         for name, part in rows.items():
-            note = " (skipped)" if name == draft else ""
+            note = " (skipped)" if name in skipped else ""
             table.add_row(f"{name}{note}", f"{part.tensors:,}", f"{part.parameters:,}", show_bytes(part.nbytes))
         console.print()
         console.print(table)

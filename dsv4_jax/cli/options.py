@@ -3,6 +3,9 @@
 import importlib.resources
 import pathlib
 from enum import StrEnum
+from typing import Annotated
+
+import typer
 
 
 class CacheDtype(StrEnum):
@@ -35,6 +38,15 @@ class Dtype(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+KeepPrograms = Annotated[
+    bool,
+    typer.Option(
+        "--keep-programs/--no-keep-programs",
+        help="Keep compiled programs for the next run, in ~/.cache/dsv4_jax or where JAX_COMPILATION_CACHE_DIR says.",
+    ),
+]
 
 
 def packaged_checkpoint() -> pathlib.Path:

@@ -26,7 +26,7 @@ def plan(
         str,
         typer.Option(metavar="flash|pro|PATH", help="A released model by name, a config.json, or a folder with one."),
     ],
-    memory: Annotated[str, typer.Option(metavar="BYTES", help="Memory of the device: 80GiB, 80GB or plain bytes.")],
+    memory: Annotated[str, typer.Option(metavar="BYTES", help="Memory of a device: 80GiB, 80GB or plain bytes.")],
     reserve: Annotated[
         str, typer.Option(metavar="BYTES", help="Part of it kept for temporaries, and for weights not given: 40GiB.")
     ] = "0",
@@ -42,7 +42,13 @@ def plan(
             metavar="N", min=1, help="Tokens of every request; default: 131072, or as many as the model takes."
         ),
     ] = None,
-    concurrency: Annotated[int, typer.Option(metavar="N", min=1, max=MOST, help="Requests at once.")] = 1,
+    concurrency: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MOST, help="Requests at once, on all devices together.")
+    ] = 1,
+    devices: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, max=4096, help="Devices: each has its share of requests and routed experts."),
+    ] = 1,
     cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records.")] = CacheDtype.fp8,
     indexer: Annotated[
         IndexerDtype | None, typer.Option(help="Storage of indexer keys; default: what goes with the records.")
@@ -63,9 +69,10 @@ def plan(
     """Says what the KV cache takes and whether it fits: per request, per token, per kind of layer, per record format.
 
     The numbers are those of the arrays that would be allocated, to the byte. With --weights they are the model's too,
-    held as they are stored, on one device; without, they are the cache alone. --reserve keeps room for the temporaries
-    of a step. Nothing is allocated and no device is touched. The exit status is 0 where all of it fits and 1 where it
-    does not.
+    held as they are stored; without, they are the cache alone. With --devices they are those of each device, which has
+    its share of the requests and of the routed experts, and a copy of all other weights. --reserve keeps room for the
+    temporaries of a step. Nothing is allocated and no device is touched. The exit status is 0 where all of it fits and
+    1 where it does not.
 
     Example: dsv4-jax plan --config flash --weights flash --memory 192GB --context 131072 --concurrency 16
     """
@@ -82,11 +89,13 @@ def plan(
         limit = model.max_position_embeddings
         if context is not None and context > limit:
             raise InputError(f"--context is {context}: the model has {limit} positions")
-        found = _weights(weights, model)
+        if model.n_routed_experts % devices:
+            raise InputError(f"--devices is {devices}: expected a number that divides {model.n_routed_experts} experts")
+        found = _weights(weights, model, devices)
         held = 0 if weights is None else found["held_bytes"]
         report = make_report(
             model, max(total - reserved - held, 0),
-            min(DEFAULT_CONTEXT, limit) if context is None else context, concurrency, cache.value,
+            min(DEFAULT_CONTEXT, limit) if context is None else context, -(-concurrency // devices), cache.value,
             indexer.value if indexer else default_indexer(cache.value), max_rollback=max_rollback,
             hca_tail=hca_tail.value,
         )  # fmt: skip
@@ -95,6 +104,7 @@ def plan(
             report["fits"] = False
             report["missing_bytes"] = report["total_bytes"] + held - (total - reserved)
         report = {"config": config, "device_bytes": total, "reserved_bytes": reserved, **report}
+        report |= {"devices": devices, "cache_tokens": _cache_tokens(report) * devices}
         if plot is not None:
             from .plan_plot import draw
 
@@ -218,8 +228,14 @@ def _read_config(name: str) -> Any:
     return DSV4Config.from_hf(name)
 
 
-def _weights(given: str | None, config: Any) -> dict[str, int]:
-    """Bytes of the weights in files and as held: those of `config` as released, or of what was given."""
+def _cache_tokens(report: dict[str, Any]) -> int:
+    """Tokens that a device's cache holds at most, in as many requests as were asked for."""
+    left = report["memory_bytes"] - report["state_bytes"] - report["table_bytes"]
+    return max(int(left // report["bytes_per_token"]), 0) if report["bytes_per_token"] else 0
+
+
+def _weights(given: str | None, config: Any, devices: int) -> dict[str, int]:
+    """Bytes of the weights in files, and as each device holds them: of `config` as released, or of what was given."""
     from ..model.files.checkpoint import held_as_stored, held_bytes
     from ..model.files.released_form import released_bytes
     from ..model.files.tensor_match import match_tensors
@@ -233,8 +249,11 @@ def _weights(given: str | None, config: Any) -> dict[str, int]:
         config, checkpoint = DSV4Config.from_hf(given), open_checkpoint(given)
         matched = match_tensors(checkpoint, config)
         stored = sum(checkpoint.info(name).nbytes for name in matched.stored.values())
-        return {"stored_bytes": stored, "held_bytes": held_bytes(config, held_as_stored(checkpoint, matched, config))}
-    sizes = released_bytes(config if given is None else _read_config(given))
+        return {
+            "stored_bytes": stored,
+            "held_bytes": held_bytes(config, held_as_stored(checkpoint, matched, config), devices),
+        }
+    sizes = released_bytes(config if given is None else _read_config(given), devices)
     return {"stored_bytes": sizes.stored, "held_bytes": sizes.held}
 
 

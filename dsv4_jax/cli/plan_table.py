@@ -23,6 +23,12 @@ def show(report: dict[str, Any]) -> None:
     console.print(_kinds(report))
     console.print(f"\n{_load(report)}")
     console.print(_total(report))
+    if report["devices"] > 1:
+        console.print(
+            f"\n{report['devices']} devices; the numbers are those of each. Their caches have room for "
+            f"{report['cache_tokens']:,} tokens in all.",
+            soft_wrap=True,
+        )
     console.print(f"\n{_verdict(report)}\n", style="bold")
     console.print("The formats side by side")
     console.print(_formats(report, _COSTS))

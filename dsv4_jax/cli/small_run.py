@@ -23,6 +23,7 @@ def small_run(
     import jax
     from flax import nnx
 
+    from ..cache.manager import KVCacheManager
     from ..decode import make_manager
 
     requests, longest = len(prompts), max(map(len, prompts))
@@ -32,6 +33,7 @@ def small_run(
     block = model.config.block_size
     context = -(-(longest + steps + 1) // block) * block
     manager = make_manager(model, requests + 1, context, cache_dtype=cache_dtype)
+    assert isinstance(manager, KVCacheManager)  # of a model on one device
     graphdef, weights = nnx.split(model)
 
     @jax.jit

@@ -1,5 +1,6 @@
 """`generate` and `stream`: a batch of prompts through a loop made for it."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,13 +11,18 @@ from ..cache.cost import cache_cost
 from ..cache.counts import count
 from ..cache.manager import KVCacheManager
 from ..cache.schema import compute_block_budget
+from ..cache.sharded_manager import ShardedKVCacheManager
+from ..cache.sharding import DATA
 from ..model.layer_schedule import build_schedule
+from ..model.sharding import check_shards, shard_model
 from ..model.transformer import DSV4Model
 from .context import round_up_blocks
 from .loop import DECODE_STEPS, PREFILL_CHUNK, DecodeLoop
 from .memory import check_memory
 from .request import Stats, check_prompt, check_prompts, check_sampling
 from .sampling import LogitsHook, LogProbs
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,32 +40,55 @@ class Chunk:
     log_probs: list[LogProbs | None] | None = None
 
 
+def check_model(model: Any) -> None:
+    """ValueError for what is no model, such as the path of one."""
+    if not hasattr(model, "config"):
+        raise ValueError(f"model is {model!r:.80}: expected a DSV4Model, as from_pretrained returns it")
+
+
 def make_manager(
     model: DSV4Model,
     max_concurrent_requests: int,
     max_context_len: int,
     **options: Any,
-) -> KVCacheManager:
+) -> KVCacheManager | ShardedKVCacheManager:
     """A manager with blocks for that many requests of that many tokens; options as for KVCacheManager.
 
-    Before it allocates more than a quarter of the device's memory, it logs a warning that says how much. Raises
-    ValueError, before anything is allocated, for a cache that is larger than that memory.
+    For a model over a mesh it is one over the same mesh, whose shards have an equal share of the requests, rounded up.
+    Before it allocates more than a quarter of the device's memory, or for more tokens than the model has positions, it
+    logs a warning that says how much. Raises ValueError, before anything is allocated, for a cache that is larger than
+    that memory and for what is no model.
     """
+    check_model(model)
+    positions = model.config.max_position_embeddings
+    if max_context_len > positions:
+        _LOG.warning(
+            "a cache of %s tokens a request: the model was made for %s", f"{max_context_len:,}", f"{positions:,}"
+        )
+    return _make_manager(model, max_concurrent_requests, max_context_len, **options)
+
+
+def _make_manager(
+    model: DSV4Model, max_concurrent_requests: int, max_context_len: int, **options: Any
+) -> KVCacheManager | ShardedKVCacheManager:
     schedule = build_schedule(model.config)
     sizing = {"cache_dtype", "indexer_dtype", "max_rollback", "hca_tail"} & options.keys()
     cost = cache_cost(model.config, schedule, **{name: options[name] for name in sizing})
-    size = cost.size(max_concurrent_requests, max_context_len)
-    check_memory(size.total_bytes, f"{max_concurrent_requests} requests of {max_context_len:,} tokens")
-    budget = compute_block_budget(model.config, schedule, max_context_len, max_concurrent_requests)
-    return KVCacheManager(
-        model.config,
-        schedule,
-        max_concurrent_requests=max_concurrent_requests,
-        num_blocks_per_csa_layer=budget["csa"],
-        num_blocks_per_hca_layer=budget["hca"],
-        max_context_len=max_context_len,
+    shards = 1 if model.mesh is None else model.mesh.shape[DATA]
+    slots = -(-max_concurrent_requests // shards)
+    size = cost.size(slots, max_context_len)
+    check_memory(size.total_bytes, f"{slots} requests of {max_context_len:,} tokens")
+    budget = compute_block_budget(model.config, schedule, max_context_len, slots)
+    options = {
+        "max_concurrent_requests": slots,
+        "num_blocks_per_csa_layer": budget["csa"],
+        "num_blocks_per_hca_layer": budget["hca"],
+        "max_context_len": max_context_len,
         **options,
-    )
+    }
+    if model.mesh is not None:
+        return ShardedKVCacheManager(model.config, schedule, mesh=model.mesh, **options)
+    return KVCacheManager(model.config, schedule, **options)
 
 
 def stream(
@@ -85,8 +114,10 @@ def stream(
     logits_hook: LogitsHook | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     decode_chunk: int = DECODE_STEPS,
+    mesh: Any = None,
 ) -> Iterator[Chunk]:
     """As `generate`, but yields what every jitted call brings, one `Chunk` each. Errors come at once."""
+    check_model(model)
     max_new_tokens = count("max_new_tokens", max_new_tokens)
     prompts = check_prompts(prompts)
     ids = [check_prompt(model.config, p, max_new_tokens, f"prompt {i}") for i, p in enumerate(prompts)]
@@ -106,18 +137,26 @@ def stream(
     block = model.config.block_size
     context = block * round_up_blocks(longest + max_new_tokens, block)
     width = min(prefill_chunk, 1 << (longest - 1).bit_length())
-    slots = len(ids) * num_samples
-    manager = make_manager(
-        model, slots, context, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype, hca_tail=hca_tail,
+    if mesh is not None and model.mesh is None:
+        model = shard_model(model, mesh)
+    elif mesh is not None and check_shards(model.config, mesh) != model.mesh:
+        raise ValueError("the model lies on another mesh: expected the one it was spread over, or none")
+    if model.mesh is not None and model.mesh.is_multi_process:
+        raise ValueError("the mesh has devices of several processes: expected one process, or a DecodeLoop in each")
+    shards = 1 if model.mesh is None else model.mesh.shape[DATA]
+    prompts_a_shard = -(-len(ids) // shards)  # a prompt's samples stay together
+    slots, rows = prompts_a_shard * num_samples, len(ids) * num_samples
+    manager = _make_manager(
+        model, slots * shards, context, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype, hca_tail=hca_tail,
         max_rollback=draft_tokens,
     )  # fmt: skip
     loop = DecodeLoop(
-        model, manager, prefill_chunk=width, step_tokens=max(len(ids) * width, slots), decode_chunk=decode_chunk,
+        model, manager, prefill_chunk=width, step_tokens=max(prompts_a_shard * width, slots), decode_chunk=decode_chunk,
         draft_tokens=draft_tokens, return_logits=return_logits, log_probs=log_probs, logits_hook=logits_hook,
     )  # fmt: skip
     for i, prompt in enumerate(ids):
         loop.submit(prompt, max_new_tokens, index=i, **options)
-    return _chunks(loop, slots, num_samples)
+    return _chunks(loop, rows, num_samples)
 
 
 def _chunks(loop: DecodeLoop, rows: int, num_samples: int) -> Iterator[Chunk]:
@@ -166,9 +205,11 @@ def generate(
         is greedy; otherwise a draw follows from (seed, index of the prompt, position), from the tokens that top_k,
         top_p and min_p leave (see `DecodeLoop.submit`). num_samples: continuations of each prompt, which is prefilled
         once; sample j draws with seed + j. draft_tokens: drafts looked up in the text so far, verified that many at
-        once, in fewer calls where a text repeats itself: the same tokens with exact caches; with quantised ones see
-        `DecodeLoop`. log_probs, logits_hook: see `DecodeLoop`; `stream` yields log-probabilities. prefill_chunk,
-        decode_chunk: tokens of a prompt in one step, decode steps in one call.
+        once, in fewer calls where a text repeats itself: the same tokens with exact caches; with quantised ones a
+        near tie may go the other way, because the step has another shape. log_probs, logits_hook: see `DecodeLoop`;
+        `stream` yields log-probabilities. prefill_chunk, decode_chunk: tokens of a prompt in one step, decode steps in
+        one call. mesh: a `jax.sharding.Mesh` with an axis "data", over whose devices the prompts and the experts are
+        spread; not needed for a model that lies on one.
 
     Returns:
       A list of new tokens per prompt (num_samples > 1: per sample, those of a prompt side by side); with return_logits

@@ -17,17 +17,19 @@ from ..cache.host.prefix import check_salt
 from ..cache.manager import KVCacheManager
 from ..cache.new_blocks import NewBlocks
 from ..cache.plan import StepPlan
+from ..cache.sharded_manager import ShardedKVCacheManager, ShardError
 from ..model.step_inputs import check_cache
 from ..model.transformer import DSV4Model
 from .context import blocks_to_read
 from .draft import PromptLookup
 from .layout import Part, draw_arrays, row_states, slot_arrays, token_arrays
+from .programs import OneDevice, OverMesh
 from .recovery import Call, Savepoint, identity, is_lost
 from .request import Event, Request, Sample, Stats, check_prompt, check_sampling
 from .sampling import Draws, LogitsHook, LogProbs
 from .scheduler import Scheduler
 from .snapshot import RequestSnapshot, SampleSnapshot
-from .steps import Chosen, LoopState, Wanted, decode_steps, prefill_step, split_model
+from .steps import Chosen, LoopState, Wanted
 
 T = TypeVar("T")
 
@@ -36,6 +38,9 @@ PREFILL_CHUNK = 128
 
 DECODE_STEPS = 16
 """Decode steps in one jitted call."""
+
+_NOTHING, _DECODE, _VERIFY, _READ = range(4)
+"""Kinds of calls: where processes wish for different ones, the last of them serves all."""
 
 _compiled: set[Any] = set()
 """What `compile_decode` was asked for: programs stay compiled."""
@@ -51,12 +56,21 @@ class DecodeLoop:
     A call that raises, Ctrl-C included, has happened or has not: calling again goes on, with the same tokens. Where a
     step that failed took the donated cache with it, the loop makes a new one, logs a warning, and the requests read
     their tokens again (`stats.restarts`); what other users of the manager had in the cache is gone.
+
+    With a model and a manager over a mesh (`shard_model`, `ShardedKVCacheManager`) every call runs on all its devices:
+    a request goes to the shard with the longest prefix hit, then to the one that has least to do; a shard without work
+    runs padding; a request that was preempted goes on wherever there is room first. Sizes are those of a shard.
+
+    Where the mesh has devices of several processes, each has a loop of its own, of the same sizes, with its own
+    requests, and all take their calls together: whoever iterates over one, or calls `step`, does so in every process.
+    Before a call they agree on its shape, the largest that one of them needs; who has nothing to do runs padding. An
+    exception in one process is the end of all of them.
     """
 
     def __init__(
         self,
         model: DSV4Model,
-        manager: KVCacheManager,
+        manager: KVCacheManager | ShardedKVCacheManager,
         *,
         prefill_chunk: int = PREFILL_CHUNK,
         step_tokens: int | None = None,
@@ -81,24 +95,37 @@ class DecodeLoop:
         if log_probs is not None:
             log_probs = count("log_probs", log_probs, most=model.config.vocab_size)
         check_cache(model.config, manager.cache)
-        slots, verified = manager.max_concurrent_requests, draft_tokens + 1
+        mesh = manager.mesh if isinstance(manager, ShardedKVCacheManager) else None
+        if model.mesh != mesh:
+            raise ValueError(
+                f"the model lies on {_place(model.mesh)} and the cache on {_place(mesh)}: expected shard_model(model, "
+                "mesh) and ShardedKVCacheManager(..., mesh=mesh) with one mesh, or neither"
+            )
+        self.stats = Stats()
+        self._schedule = Scheduler(manager, draft_tokens + 1 if draft_tokens else decode_chunk, self.stats)
+        slots, verified = self._schedule.slots_per_shard, draft_tokens + 1
         if step_tokens is None:
             step_tokens = prefill_chunk + (slots - 1) * verified
         if count("step_tokens", step_tokens) < slots:
             raise ValueError(f"step_tokens is {step_tokens}: expected one for each of {slots} slots or more")
-        self.model, self.manager, self.stats = model, manager, Stats()
+        self.model, self.manager = model, manager
         self.prefill_chunk, self.decode_chunk, self.draft_tokens = prefill_chunk, decode_chunk, draft_tokens
         self.return_logits = return_logits
+        self._programs = OneDevice(model) if mesh is None else OverMesh(model, mesh)
         self._wanted = Wanted(bool(return_logits), log_probs, logits_hook)
-        # Tokens of a step, tokens of one slot in it.
+        # Tokens of a step, tokens of one slot in it; of every shard.
         self._prefill_shape = max(step_tokens, slots * verified), max(prefill_chunk, verified)
         self._verify_shape = slots * verified, verified
-        self._structure, self._weights = split_model(model)
-        self._schedule = Scheduler(manager, verified if draft_tokens else decode_chunk, self.stats)
         self._submitted = 0
         self._events: deque[Event] = deque()  # that were not handed out yet
         self._call: Call | None = None  # under way, or interrupted
         self._on_device: tuple[LoopState, Draws] | None = None  # of the slots, as long as the host changes nothing
+        self._together = mesh is not None and mesh.is_multi_process
+        self._others_busy = False  # whether a process had something to do when the last call was agreed upon
+        if self._together:
+            sizes = [*self._prefill_shape, *self._verify_shape, slots, decode_chunk, bool(return_logits)]
+            if self._programs.agree([*sizes, *(-n for n in sizes)]) != [*sizes, *(-n for n in sizes)]:
+                raise ValueError(f"the processes' loops differ: this one's sizes are {sizes}, expected the same in all")
 
     # Requests.
 
@@ -241,7 +268,8 @@ class DecodeLoop:
 
         Whoever leaves the iterator and comes back, or calls `step` in between, goes on with the next event.
         """
-        while self._events or self.unfinished:
+        self._others_busy = self._together
+        while self._events or self.unfinished or self._others_busy:
             if self._events:
                 yield self._events.popleft()
             else:
@@ -257,23 +285,38 @@ class DecodeLoop:
     def _advance(self) -> None:
         if self._schedule.admit():
             self._on_device = None
-        if not self._schedule.running:
-            return
-        if self.draft_tokens or any(s.reading for s in self._schedule.running):
-            self._mixed_call()
-        else:
-            self._decode_call()
+        running = self._schedule.running
+        call = _NOTHING
+        if running:
+            call = _READ if any(s.reading for s in running) else _VERIFY if self.draft_tokens else _DECODE
+        least = 0
+        if self._together:
+            # What is read depends on the call: enough for whichever it will be.
+            most = max(self.decode_chunk, self.prefill_chunk, self.draft_tokens + 1)
+            read = [self._blocks_to_read(min(s.computed + most, s.request.limit), s) for s in running]
+            call, least = self._programs.agree([call, max(read, default=1)])
+            self._others_busy = call != _NOTHING
+        if call == _DECODE:
+            self._decode_call(least)
+        elif call != _NOTHING:
+            self._mixed_call(call, least)
 
-    def _plan(self, parts: list[Part], slots: np.ndarray, positions: np.ndarray, **shape: Any) -> StepPlan | None:
+    def _blocks_to_read(self, end: int, s: Sample) -> int:
+        return blocks_to_read(end, s.request.limit, self.manager.block_size)
+
+    def _plan(
+        self, parts: list[Part], slots: np.ndarray, positions: np.ndarray, least: int, **shape: Any
+    ) -> StepPlan | None:
         """The step's plan, or None where blocks ran out and the youngest gave its own back: the step is another."""
         assert self._call is not None
-        read = max(blocks_to_read(part.end, part.sample.request.limit, self.manager.block_size) for part in parts)
+        read = max([least, *(self._blocks_to_read(part.end, part.sample) for part in parts)])
         try:
             plan = self.manager.plan_step(slots, positions, max_blocks=read, **shape)
-        except RuntimeError:
-            if len(self._schedule.running) == 1:
+        except RuntimeError as error:
+            shard = error.shard if isinstance(error, ShardError) else 0
+            if len(self._schedule.on(shard)) <= 1:
                 raise
-            self._schedule.preempt_youngest()
+            self._schedule.preempt_youngest(shard)
             self._on_device = None
             # What the youngest had is in the host's memory: from here on it has left.
             self._call.savepoint = Savepoint(self._schedule, self.stats, self._events)
@@ -282,8 +325,8 @@ class DecodeLoop:
         self._call.plan, self._call.parts = plan, parts
         return plan
 
-    def _decode_call(self) -> None:
-        """Many steps for everybody in one call, for which the host waits once."""
+    def _decode_call(self, least: int) -> None:
+        """Many steps for everybody in one call, for which the host waits once; at least so many blocks are read."""
         assert self._call is not None
         num_slots, running = self.manager.max_concurrent_requests, self._schedule.running
         while True:
@@ -292,16 +335,16 @@ class DecodeLoop:
             for part in parts:
                 s = part.sample
                 slots[s.slot], starts[s.slot], ends[s.slot] = s.slot, s.computed, part.end
-            plan = self._plan(parts, slots, starts, lookahead=self.decode_chunk - 1, limits=ends)
+            plan = self._plan(parts, slots, starts, least, lookahead=self.decode_chunk - 1, limits=ends)
             if plan is not None:
                 break
         # Who stops at the edge of a block has fewer tokens to come than the device believes.
         short = any(len(part.tokens) < min(self.decode_chunk, part.sample.remaining) for part in parts)
         to_come = [(p.sample, len(p.tokens) if short else p.sample.remaining) for p in parts]
         on_device = None if short else self._on_device
-        loop, draws = on_device or jax.device_put(slot_arrays(to_come, num_slots, self._wanted.hook))
-        step = partial(decode_steps, steps=self.decode_chunk, max_blocks=plan.max_blocks, wanted=self._wanted)
-        self._dispatch(step, loop, plan.new_blocks, draws)
+        loop, draws = on_device or self._programs.put(slot_arrays(to_come, num_slots, self._wanted.hook))
+        step = partial(self._programs.decode, steps=self.decode_chunk, max_blocks=plan.max_blocks, wanted=self._wanted)
+        self._dispatch(step, loop, self._programs.operands(plan.new_blocks), draws)
         state = jax.tree.unflatten(jax.tree.structure(loop), self._call.results[0][1])
         self._on_device = None if short else (state, draws)
         self._book(self._call)
@@ -311,24 +354,25 @@ class DecodeLoop:
         where none is needed: nothing waits or runs, every step is one of drafts, or the program was asked for before.
         """
         samples = [*self._schedule.waiting, *self._schedule.running]
-        if not samples or self.draft_tokens or all(s.remaining < 2 for s in samples):
+        if self._together or not samples or self.draft_tokens or all(s.remaining < 2 for s in samples):
             return None
         num_slots, size = self.manager.max_concurrent_requests, self.manager.block_size
         ends = [(len(s.ids) + min(self.decode_chunk, s.remaining - 1), s.request.limit) for s in samples]
         max_blocks = max(blocks_to_read(end, limit, size) for end, limit in ends)
-        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.manager.cache)
-        known = self._structure, self._wanted, self.decode_chunk, max_blocks, str(jax.tree.leaves(cache))
+        programs, cache = self._programs, self._programs.shapes(self.manager.cache)
+        key = programs.key, str(jax.tree.leaves(cache))
+        known = programs.structure, self._wanted, self.decode_chunk, max_blocks, key
         if known in _compiled:
             return None
         _compiled.add(known)
-        loop, draws = slot_arrays([], num_slots, self._wanted.hook)
+        loop, draws = programs.put(slot_arrays([], num_slots, self._wanted.hook))
         rows = num_slots * (-(-self.decode_chunk // size) + 1)  # as in a plan
-        new_blocks = NewBlocks.none(tuple(cache.block_table), rows)
-        lower = partial(decode_steps.lower, steps=self.decode_chunk, max_blocks=max_blocks, wanted=self._wanted)
+        new_blocks = programs.operands(NewBlocks.none(tuple(cache.block_table), rows))
+        step = partial(programs.decode, steps=self.decode_chunk, max_blocks=max_blocks, wanted=self._wanted)
 
         def compile_it() -> None:
             with contextlib.suppress(Exception):  # what is wrong, the call itself will say
-                lower(self._structure, self._weights, cache, loop, new_blocks, draws).compile()
+                programs.compile(step, programs.structure, programs.weights, cache, loop, new_blocks, draws)
 
         thread = threading.Thread(target=compile_it, name="dsv4-jax-compile")
         thread.start()
@@ -340,22 +384,26 @@ class DecodeLoop:
         edge = (s.computed // size + 1) * size
         return min(most, edge - s.computed) if policy is not None and policy.keeps_state(edge) else most
 
-    def _mixed_call(self) -> None:
-        """Chunks of prompts beside the decode tokens of the others, and drafts to verify."""
+    def _mixed_call(self, call: int, least: int) -> None:
+        """Chunks of prompts beside the decode tokens of the others, and drafts to verify; `least` as above."""
         assert self._call is not None
-        num_slots = self.manager.max_concurrent_requests
+        num_slots = self._schedule.slots_per_shard
         while True:
-            reading = any(s.reading for s in self._schedule.running)
-            total, width = self._prefill_shape if reading else self._verify_shape
+            total, width = self._prefill_shape if call == _READ else self._verify_shape
             parts = self._parts(total)
-            ids, slots, positions = token_arrays(parts, total)
-            if (plan := self._plan(parts, slots, positions, num_segments=num_slots, width=width)) is not None:
+            by_shard = self._schedule.by_shard(parts)
+            ids, slots, positions = _side_by_side([token_arrays(own, total) for own in by_shard])
+            plan = self._plan(parts, slots, positions, least, num_segments=num_slots, width=width)
+            if plan is not None:
                 break
+            if not self._together and not any(s.reading for s in self._schedule.running):
+                call = _VERIFY
         most = num_slots * (self.draft_tokens + 1)
-        rows, draws = draw_arrays(parts, most)
+        rows, draws = _side_by_side([draw_arrays(own, most) for own in by_shard])
         self._on_device = None
-        states = row_states(parts, most, self._wanted.hook)
-        self._dispatch(partial(prefill_step, wanted=self._wanted), plan, ids, rows, draws, states)
+        states = _side_by_side([row_states(own, most, self._wanted.hook) for own in by_shard])
+        step = partial(self._programs.prefill, wanted=self._wanted)
+        self._dispatch(step, *self._programs.operands((plan, ids, rows, draws, states)))
         self._book(self._call)
 
     def _dispatch(self, step: Callable, *operands: Any) -> None:
@@ -363,7 +411,7 @@ class DecodeLoop:
         assert self._call is not None
         self._call.savepoint = Savepoint(self._schedule, self.stats, self._events)  # who runs is settled
         self._call.given = self.manager.cache
-        given = ([x] for x in (self._structure, self._weights, self._call.given, *operands))
+        given = ([x] for x in (self._programs.structure, self._programs.weights, self._call.given, *operands))
         self._call.results.extend(map(step, *given))
 
     def _book(self, call: Call) -> None:
@@ -373,33 +421,37 @@ class DecodeLoop:
             self.manager.cache = jax.tree.unflatten(jax.tree.structure(call.given), cache_leaves)
         call.plan = None
         self.stats.calls += 1
-        chosen = self._wanted.chosen([np.asarray(x) for x in drawn_leaves])
+        chosen = self._wanted.chosen([self._programs.fetch(x) for x in drawn_leaves])
         if len(call.results[0]) == 3:
             for part in call.parts:
                 here = np.s_[: len(part.tokens), part.sample.slot]
                 self._book_decoded(part, _part(chosen, here))
         else:
-            drawn = 0
-            for part in call.parts:
-                self._book_part(part, _part(chosen, np.s_[drawn : drawn + part.draws]))
-                drawn += part.draws
+            by_shard = self._schedule.by_shard(call.parts)
+            most = len(chosen.tokens) // len(by_shard)
+            for shard, parts in enumerate(by_shard):
+                drawn = shard * most
+                for part in parts:
+                    self._book_part(part, _part(chosen, np.s_[drawn : drawn + part.draws]))
+                    drawn += part.draws
         # One assignment, after which the call is not done again: only slots are to be given back.
         vars(call).update(savepoint=Savepoint(self._schedule, self.stats, self._events), results=[])
 
     def _parts(self, total: int) -> list[Part]:
-        """What each running sample brings to a step of `total` tokens: decode tokens first, then chunks of prompts."""
+        """What each running sample brings to a step of `total` tokens a shard: decode tokens, then prompt chunks."""
         parts, running = [], self._schedule.running
+        left = [total] * len(self._schedule.shards)
         for s in running:
             if not s.reading:
                 most = min(self.draft_tokens, s.remaining - 1)
                 drafts = s.lookup.propose(most) if s.lookup else []
                 parts.append(Part(s, [s.ids[-1], *drafts], len(drafts), len(drafts) + 1))
-        left = total - sum(len(part.tokens) for part in parts)
+                left[self._schedule.shard_of(s)] -= len(parts[-1].tokens)
         for s in running:
-            if s.reading and left:
-                tokens = s.ids[s.computed : self._chunk_end(s, min(self.prefill_chunk, left))]
+            if s.reading and (room := left[self._schedule.shard_of(s)]):
+                tokens = s.ids[s.computed : self._chunk_end(s, min(self.prefill_chunk, room))]
                 parts.append(Part(s, tokens, 0, 1 + s.to_fork if len(tokens) == s.pending else 0))
-                left -= len(tokens)
+                left[self._schedule.shard_of(s)] -= len(tokens)
         return parts
 
     def _chunk_end(self, s: Sample, most: int) -> int:
@@ -525,3 +577,12 @@ class DecodeLoop:
 
 def _part(chosen: Chosen, here: Any) -> Chosen:
     return jax.tree.map(lambda x: x[here], chosen)
+
+
+def _side_by_side(parts: Sequence[T]) -> T:
+    """Trees of numpy arrays, one a shard, with their arrays one after the other."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def _place(mesh: Any) -> str:
+    return "one device" if mesh is None else f"a mesh of {mesh.devices.size} devices"

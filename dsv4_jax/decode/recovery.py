@@ -14,6 +14,7 @@ import jax
 
 from ..cache.host.slot import Slot
 from ..cache.manager import KVCacheManager
+from ..cache.sharded_manager import ShardedKVCacheManager
 from .draft import PromptLookup
 from .layout import Part
 from .request import Event, Stats
@@ -61,7 +62,7 @@ def identity(slot: Any) -> tuple[int, int]:
     return int(slot), slot.generation if isinstance(slot, Slot) else -1
 
 
-def is_lost(manager: KVCacheManager, results: list[tuple]) -> bool:
+def is_lost(manager: KVCacheManager | ShardedKVCacheManager, results: list[tuple]) -> bool:
     """Whether the cache went with a step that failed: donated and not returned, or returned by a step that failed."""
     try:
         jax.block_until_ready([result[:-1] for result in results])

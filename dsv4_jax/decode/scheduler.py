@@ -1,8 +1,12 @@
 """Who runs and who waits: slots and blocks go to the oldest samples first."""
 
 import bisect
+from collections.abc import Iterable
+from typing import Any
 
 from ..cache.manager import KVCacheManager
+from ..cache.sharded_manager import ShardedKVCacheManager
+from .layout import Part
 from .request import Request, Sample, Stats
 
 
@@ -15,18 +19,42 @@ class Scheduler:
 
     The oldest gets its blocks whatever it takes: where they run out, the youngest gives its own back and waits. What
     one sample needs at most is checked before it is accepted, so the oldest always gets on, and all come to an end.
+
+    Attributes:
+      shards: the managers of the shards, or the one manager.
     """
 
-    def __init__(self, manager: KVCacheManager, lookahead: int, stats: Stats):
+    def __init__(self, manager: KVCacheManager | ShardedKVCacheManager, lookahead: int, stats: Stats):
         """lookahead: tokens that a running sample brings in one call at most, beside those it has."""
         self.manager, self.lookahead, self.stats = manager, lookahead, stats
         self.waiting: list[Sample] = []
         self.running: list[Sample] = []
-        self._schemas = {s.kind: s for s in manager.cache.schemas if s.entries_per_block}
+        self.shards = manager.shards if isinstance(manager, ShardedKVCacheManager) else (manager,)
+        self._schemas = {s.kind: s for s in self.shards[0].cache.schemas if s.entries_per_block}
+
+    @property
+    def slots_per_shard(self) -> int:
+        """Slots of each shard."""
+        return self.shards[0].max_concurrent_requests
+
+    def shard_of(self, sample: Sample) -> int:
+        """The shard on which a sample runs."""
+        return int(sample.slot) // self.slots_per_shard
+
+    def on(self, shard: int) -> list[Sample]:
+        """Those that run on a shard, oldest first."""
+        return [s for s in self.running if self.shard_of(s) == shard]
+
+    def by_shard(self, parts: Iterable[Part]) -> list[list[Part]]:
+        """The parts of a step that each shard has, in their order."""
+        own: list[list[Part]] = [[] for _ in self.shards]
+        for part in parts:
+            own[self.shard_of(part.sample)].append(part)
+        return own
 
     def check_fits(self, request: Request) -> None:
         """ValueError for a request that could not run even alone."""
-        manager = self.manager
+        manager = self.shards[0]  # a request and its samples are on one
         if request.limit > manager.max_context_len:
             raise ValueError(
                 f"the prompt has {len(request.prompt)} tokens and {request.max_new_tokens} shall follow: a request of "
@@ -56,15 +84,16 @@ class Scheduler:
         Nobody overtakes: where the first has to wait, so do the others.
         """
         came = False
-        while self.waiting and self._has_room(self.waiting[0]):
+        while self.waiting and (shard := self._find_room(self.waiting[0])) is not None:
             sample = self.waiting[0]
+            here: dict[str, Any] = {"shard": shard} if len(self.shards) > 1 else {}
             if sample.snapshot is None:
-                found = self.manager.admit_prompt(sample.ids, salt=sample.request.salt)
+                found = self.manager.admit_prompt(sample.ids, salt=sample.request.salt, **here)
                 sample.slot, sample.computed, sample.found = found.slot, found.start, found.hit_tokens
                 self.stats.hit_tokens += found.hit_tokens
                 self.stats.recomputed_tokens += found.recomputed_tokens
             else:
-                sample.slot, sample.snapshot = self.manager.restore(sample.snapshot), None
+                sample.slot, sample.snapshot = self.manager.restore(sample.snapshot, **here), None
             del self.waiting[0]
             self._run(sample)
             came = True
@@ -72,19 +101,37 @@ class Scheduler:
             raise RuntimeError("slots or blocks of this cache are in use outside the loop: nothing is left to run on")
         return came
 
-    def _has_room(self, sample: Sample) -> bool:
+    def _find_room(self, sample: Sample) -> int | None:
+        """The shard where a sample may begin; None where it has to wait.
+
+        The longest prefix hit comes first, then the fewest tokens to read, then the fewest samples.
+        """
+        if len(self.shards) == 1:
+            return 0 if self._has_room(sample, 0) else None
+        found = [0] * len(self.shards)
+        if sample.snapshot is None:
+            found = [shard.found_tokens(sample.ids, salt=sample.request.salt) for shard in self.shards]
+
+        def load(shard: int) -> tuple[int, int, int]:
+            own = self.on(shard)
+            return -found[shard], sum(s.pending for s in own if s.reading), len(own)
+
+        order = sorted(range(len(self.shards)), key=load)
+        return next((shard for shard in order if self._has_room(sample, shard)), None)
+
+    def _has_room(self, sample: Sample, shard: int) -> bool:
         """Slots for the sample and those that will fork off, blocks for its tokens and for what the others need next.
 
         Only tokens that are there count: a limit says little about what comes. Of a prompt that begins like earlier
         ones only the blocks count that it does not share.
         """
-        manager = self.manager
-        free = manager.max_concurrent_requests - len(manager.active_slots) - sum(s.to_fork for s in self.running)
+        manager, running = self.shards[shard], self.on(shard)
+        free = manager.max_concurrent_requests - len(manager.active_slots) - sum(s.to_fork for s in running)
         if free < 1 + sample.to_fork:
             return False
         short = {}
         for kind in self._schemas:
-            promised = sum(self._missing(kind, other) for other in self.running)
+            promised = sum(self._missing(kind, other) for other in running)
             short[kind] = self._missing(kind, sample) + promised - manager.num_free_blocks(kind)
         if max(short.values(), default=0) <= 0:
             return True
@@ -101,9 +148,9 @@ class Scheduler:
     # Whoever leaves the cache only forgets its slot here: the loop gives back the slots that no sample holds, once what
     # the samples are instead cannot be lost any more (`loop.py`).
 
-    def preempt_youngest(self) -> None:
-        """Takes the youngest that runs out of the cache; it waits with what it had, in the memory of the host."""
-        sample = self.running[-1]
+    def preempt_youngest(self, shard: int = 0) -> None:
+        """Takes the youngest that runs on a shard out of the cache; it waits with what it had, in the host's memory."""
+        sample = self.on(shard)[-1]
         if sample.computed >= max(sample.found, 1):
             sample.snapshot = self.manager.snapshot(sample.slot)
         else:

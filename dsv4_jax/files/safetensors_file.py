@@ -12,7 +12,7 @@ import dataclasses
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -157,12 +157,20 @@ class Checkpoint(Mapping[str, np.ndarray]):
     Attributes:
       path: the folder or file it was opened from.
       files: the files, by the name the index gives them.
+      absent: names of tensors that are not there because nobody needs their file.
     """
 
-    def __init__(self, path: str, files: Mapping[str, SafetensorsFile], file_of: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: str,
+        files: Mapping[str, SafetensorsFile],
+        file_of: Mapping[str, str],
+        absent: Iterable[str] = (),
+    ) -> None:
         self.path = path
         self.files = dict(files)
         self._file_of = dict(file_of)
+        self.absent = tuple(absent)
 
     def info(self, name: str) -> TensorInfo:
         """Like `SafetensorsFile.info`."""
@@ -192,12 +200,15 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return name in self._file_of
 
 
-def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(
+    folder: str | os.PathLike[str], dispensable: Callable[[str], bool] = lambda name: False
+) -> Checkpoint:
     """Opens a checkpoint: its headers are read and checked, its tensors are not read yet.
 
     Args:
       folder: holds `model.safetensors`, or `model.safetensors.index.json` and the shards it
         names, which must be plain file names in the same folder. One safetensors file will do.
+      dispensable: whether nobody needs the tensor of this name; a shard that has only such tensors may be missing.
 
     Raises:
       FileNotFoundError: no such folder, nothing in it to open, or a shard that is missing.
@@ -214,10 +225,10 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     index = os.path.join(folder, INDEX_FILE)
     if not os.path.exists(index):
         raise FileNotFoundError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
-    return _open_sharded(folder, index)
+    return _open_sharded(folder, index, dispensable)
 
 
-def _open_sharded(folder: str, index: str) -> Checkpoint:
+def _open_sharded(folder: str, index: str, dispensable: Callable[[str], bool]) -> Checkpoint:
     file_of = read_json_object(index, max_bytes=MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(file_of, dict):
         raise ValueError(f"{index}: weight_map is {shorten(file_of)}: expected an object")
@@ -231,13 +242,16 @@ def _open_sharded(folder: str, index: str) -> Checkpoint:
     files: dict[str, SafetensorsFile] = {}
     for shard in sorted(set(file_of.values())):
         path = os.path.join(folder, shard)
-        if not os.path.exists(path):
+        if os.path.exists(path):
+            files[shard] = SafetensorsFile(path)
+        elif not all(dispensable(name) for name, file in file_of.items() if file == shard):
             raise FileNotFoundError(f"{path}: no such file, but {INDEX_FILE} names it")
-        files[shard] = SafetensorsFile(path)
+    absent = [name for name, shard in file_of.items() if shard not in files]
+    file_of = {name: shard for name, shard in file_of.items() if shard in files}
     for name, shard in file_of.items():
         if name not in files[shard]:
             raise ValueError(f"{index}: tensor {shorten(name)} is not in {shard}, as it says")
-    return Checkpoint(folder, files, file_of)
+    return Checkpoint(folder, files, file_of, absent)
 
 
 def _is_plain_file_name(name: str) -> bool:

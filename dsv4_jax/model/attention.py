@@ -15,7 +15,7 @@ from ..ops.write.compress import CompressorWeights
 from ..ops.write.write_layer import Projections, RawWindow
 from .config import DSV4Config
 from .layer_schedule import AttentionType, LayerSpec
-from .layers import Linear, RMSNorm
+from .layers import Linear, RMSNorm, project_by_each
 
 Array = jax.Array
 
@@ -30,11 +30,14 @@ class Compressor(nnx.Module):
         self.norm = RMSNorm(dim, eps=config.rms_norm_eps)
         self.ape = nnx.Param(jnp.zeros((spec.compress_ratio, width), jnp.float32))
 
-    def __call__(self, x: Array, inv_freq: Array) -> Projections:
-        """x (T, hidden) -> what the cache needs to turn tokens into entries."""
-        return Projections(
-            self.wkv(x), self.wgate(x), CompressorWeights(self.ape[...], self.norm.weight[...], inv_freq)
-        )
+    @property
+    def linears(self) -> tuple[Linear, Linear]:
+        """Its projections of a token."""
+        return self.wkv, self.wgate
+
+    def __call__(self, kv: Array, gate: Array, inv_freq: Array) -> Projections:
+        """The results of `linears` (T, width) -> what the cache needs to turn tokens into entries."""
+        return Projections(kv, gate, CompressorWeights(self.ape[...], self.norm.weight[...], inv_freq))
 
 
 class Indexer(nnx.Module):
@@ -46,11 +49,10 @@ class Indexer(nnx.Module):
         self.weights_proj = Linear(config.hidden_size, self.heads, dtype=dtype, rngs=rngs)
         self.compressor = Compressor(config, spec, config.index_head_dim, dtype=dtype, rngs=rngs)
 
-    def select(self, x: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle) -> Array:
-        """Entries to attend to (T, k) int32, -1: none; x (T, hidden), qr (T, q_lora_rank), cos and sin (T, r)."""
-        q = self.wq_b(qr).reshape(x.shape[0], self.heads, -1)
-        weights = self.weights_proj(x).astype(jnp.float32) * self.heads**-0.5
-        return handle.select(q, weights, self.k, raw=(cos, sin))
+    def select(self, weights: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle) -> Array:
+        """Entries to attend to (T, k) int32, -1: none; weights (T, heads) of `weights_proj`, qr (T, q_lora_rank)."""
+        q = self.wq_b(qr).reshape(qr.shape[0], self.heads, -1)
+        return handle.select(q, weights.astype(jnp.float32) * self.heads**-0.5, self.k, raw=(cos, sin))
 
 
 class Attention(nnx.Module):
@@ -58,6 +60,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DSV4Config, spec: LayerSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config, self.kind = config, spec.attn
+        self.axis: str | None = None  # the mesh axis along which each device has some of the heads (`shard_model`)
         heads, dim = config.num_attention_heads, config.head_dim
         make: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.wq_a = Linear(config.hidden_size, config.q_lora_rank, **make)
@@ -90,14 +93,21 @@ class Attention(nnx.Module):
             )
         )
 
-    def __call__(self, x: Array, handle: LayerCacheHandle) -> tuple[Array, LayerCacheHandle]:
-        """x (T, hidden), normed -> output (T, hidden) and the handle after this layer's writes."""
+    @jax.named_scope("attention")
+    def __call__(
+        self, x: Array, handle: LayerCacheHandle, angles: tuple[Array, Array] | None = None
+    ) -> tuple[Array, LayerCacheHandle]:
+        """x (T, hidden), normed -> output (T, hidden) and the handle after this layer's writes.
+
+        angles: cos and sin of the tokens' positions, where they are known from another layer of the same `inv_freq`.
+        """
         c = self.config
-        cos, sin = rope_angles(jnp.asarray(handle.plan.positions), self.inv_freq)
-        qr = self.q_norm(self.wq_a(x))
-        q = self.wq_b(qr).reshape(x.shape[0], c.num_attention_heads, c.head_dim)
-        raw, norm, eps = self.wkv(x), self.norm.weight[...], c.rms_norm_eps
-        compressor, indexer = self._projections(x)
+        cos, sin = angles or rope_angles(jnp.asarray(handle.plan.positions), self.inv_freq)
+        low, raw = project_by_each(x, (self.wq_a, self.wkv))
+        qr = self.q_norm(low)
+        q = self.wq_b(qr).reshape(x.shape[0], -1, c.head_dim)
+        norm, eps = self.norm.weight[...], c.rms_norm_eps
+        compressor, indexer, weights = self._projections(x, handle)
 
         fresh = None
         if handle.plan.one_token_per_slot:
@@ -107,28 +117,47 @@ class Attention(nnx.Module):
             handle = handle if compressor is None else handle.write_compressed(*compressor, eps=eps)
             # In float32, as write_layer does it: what is stored does not depend on how a prompt is cut.
             fresh = apply_rope(rms_norm(raw.astype(jnp.float32), norm, eps=eps), cos, sin)
+        selected = None if weights is None else self.indexer.select(weights, qr, cos, sin, handle)
         out = handle.attend(
-            q, self.attn_sink[...], selected=self._selected(x, qr, cos, sin, handle), fresh=fresh,
-            raw=RawQuery(cos, sin, eps),
+            q, self.attn_sink[...], selected=selected, fresh=fresh, raw=RawQuery(cos, sin, eps)
         )  # fmt: skip
         if fresh is not None:
             handle = handle.write_swa(fresh, after=out)
         return self._project(out), handle
 
-    def _projections(self, x: Array) -> tuple[Projections | None, Projections | None]:
-        """Of the compressor and of the indexer's, where the layer has them."""
-        if self.kind is AttentionType.SWA:
-            return None, None
-        indexer = self.indexer.compressor(x, self.inv_freq) if self.kind is AttentionType.CSA else None
-        return self.compressor(x, self.inv_freq), indexer
+    @property
+    def read_first(self) -> list[Array]:
+        """The weights that a step multiplies with first."""
+        linears = [self.wq_a, self.wkv]
+        if self.kind is not AttentionType.SWA:
+            linears += self.compressor.linears
+        if self.kind is AttentionType.CSA:
+            linears += self.indexer.compressor.linears
+        return [linear.weight[...] for linear in linears]
 
-    def _selected(self, x: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle) -> Array | None:
-        """The compressed entries each token attends to (T, k) int32; None for all that it sees."""
-        if self.kind is not AttentionType.CSA or handle.max_entries <= self.indexer.k:
-            return None
-        return self.indexer.select(x, qr, cos, sin, handle)
+    def _projections(
+        self, x: Array, handle: LayerCacheHandle
+    ) -> tuple[Projections | None, Projections | None, Array | None]:
+        """Of the compressor and of the indexer's, and the weights of the indexer's heads where entries are selected."""
+        if self.kind is AttentionType.SWA:
+            return None, None, None
+        linears = [*self.compressor.linears]
+        if self.kind is AttentionType.CSA:
+            linears += self.indexer.compressor.linears
+            if handle.max_entries > self.indexer.k:  # otherwise a token attends to all that it sees
+                linears.append(self.indexer.weights_proj)
+        kv, gate, *rest = project_by_each(x, linears)
+        compressor = self.compressor(kv, gate, self.inv_freq)
+        if self.kind is not AttentionType.CSA:
+            return compressor, None, None
+        kv, gate, *weights = rest
+        return compressor, self.indexer.compressor(kv, gate, self.inv_freq), weights[0] if weights else None
 
     def _project(self, out: Array) -> Array:
-        """Grouped output projection: (T, heads, head_dim) -> (T, hidden)."""
-        low = self.wo_a.in_groups(out.reshape(out.shape[0], self.config.o_groups, -1))
-        return self.wo_b(low.reshape(out.shape[0], -1))
+        """Grouped output projection: (T, heads, head_dim) -> (T, hidden), of heads that are whole groups."""
+        groups = out.shape[1] * self.config.o_groups // self.config.num_attention_heads
+        low = self.wo_a.in_groups(out.reshape(out.shape[0], groups, -1))
+        projected = self.wo_b(low.reshape(out.shape[0], -1))
+        if self.axis is None:
+            return projected
+        return jax.lax.psum(projected.astype(jnp.float32), self.axis).astype(projected.dtype)

@@ -170,7 +170,8 @@ class DSV4Config:
             if ratio not in self.attention_of_ratio:
                 known = ", ".join(str(r) for r in self.attention_of_ratio)
                 raise ValueError(
-                    f"compress_ratios[{layer}] is {shorten(ratio)}: expected one of the known ratios {known}"
+                    f"compress_ratios[{layer}] is {shorten(ratio)}: expected one of the known ratios {known}; the keys "
+                    "csa_ratio and hca_ratio name others"
                 )
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim is {self.rope_dim}: expected an even number, RoPE is pairs")
@@ -301,7 +302,8 @@ class DSV4Config:
         Args:
           source: a folder with a `config.json`, such a file, or what it would parse to.
             Keys this library has no use for are ignored. A list with one entry per layer may be
-            longer than the layers (draft layers): its beginning is taken.
+            longer than the layers (draft layers): its beginning is taken. Two ratios in
+            `compress_ratios` that are not 4 and 128 are csa_ratio, the smaller, and hca_ratio.
 
         Raises:
           FileNotFoundError: there is no such file.

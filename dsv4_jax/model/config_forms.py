@@ -56,6 +56,9 @@ class _Found:
                 f"{first_source} says {shorten(first)} but {source} says {shorten(value)}: expected them to agree"
             )
 
+    def __contains__(self, field: str) -> bool:
+        return field in self._values
+
     def add_if_missing(self, field: str, source: str, value: Any) -> None:
         if field not in self._values:
             self.add(field, source, value)
@@ -77,6 +80,7 @@ def gather(raw: Mapping[str, Any], fields: tuple[dataclasses.Field[Any], ...]) -
     Raises:
       ValueError: a field missing, refused by its check, or given twice with different values.
     """
+    raw = _text_part(raw)
     for key, allowed in _FIXED.items():
         if raw.get(key) is not None:
             only(*allowed)(key, raw[key])
@@ -96,8 +100,33 @@ def gather(raw: Mapping[str, Any], fields: tuple[dataclasses.Field[Any], ...]) -
     for name in by_name:
         read(name)
     _read_layer_types(raw, found)
+    _infer_ratios(found)
     _read_rope(raw, found)
     return {name: found.get(name) for name in by_name}
+
+
+def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text model's part of the file of a model that also reads pictures; all of any other file."""
+    if raw.get("num_hidden_layers") is None and raw.get("n_layers") is None:
+        for key in ("text_config", "language_config", "llm_config"):
+            if isinstance(raw.get(key), Mapping):
+                return raw[key]
+    return raw
+
+
+def _infer_ratios(found: _Found) -> None:
+    """The two ratios where a file has them per layer only: with two of them, CSA's is the smaller."""
+    missing = [field for field in _RATIO_FIELD.values() if field not in found]
+    if not missing or "compress_ratios" not in found:
+        return
+    used = sorted({ratio for ratio in found.get("compress_ratios") if ratio})
+    if set(used) <= {found.get(field) for field in _RATIO_FIELD.values()}:
+        return
+    if len(used) == 2 and len(missing) == 2:
+        for field, ratio in zip(_RATIO_FIELD.values(), used, strict=True):
+            found.add(field, "compress_ratios", ratio)
+    elif len(used) == 2 and found.get(given := (set(_RATIO_FIELD.values()) - set(missing)).pop()) in used:
+        found.add(missing[0], "compress_ratios", used[1 - used.index(found.get(given))])
 
 
 def _first_layers(name: str, value: Any, layers: int) -> tuple[Any, ...]:

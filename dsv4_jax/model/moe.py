@@ -6,9 +6,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ..ops.nn.experts import ExpertWeights, Fp4Weight, apply_experts
+from ..ops.nn.router import ByScore, ByToken, choose_experts
 from .config import DSV4Config
+from .expert_parallel import exchange
 from .layer_schedule import LayerSpec, RouterMode
-from .layers import Linear, matmul_precision
+from .layers import Linear, matmul_precision, project_by_each
 
 Array = jax.Array
 
@@ -32,22 +34,18 @@ class Router(nnx.Module):
         else:
             self.bias = nnx.Param(jnp.zeros((experts,), jnp.float32))
 
+    @jax.named_scope("router")
     def __call__(self, x: Array, token_ids: Array) -> tuple[Array, Array]:
         """x (T, hidden), token_ids (T,) -> experts (T, k) int32, weights (T, k) float32."""
-        logits = jnp.einsum(
-            "th,eh->te",
-            x.astype(jnp.float32),
-            self.weight[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        scores = jnp.sqrt(jax.nn.softplus(logits))
-        if self.hashed:
-            picks = self.tid2eid[...][token_ids]
+        weight = self.weight[...]
+        if x.dtype == weight.dtype == jnp.bfloat16:
+            # Exact products, summed in float32: as good as float32 operands, and nothing is converted.
+            logits = jnp.einsum("th,eh->te", x, weight, preferred_element_type=jnp.float32)
         else:
-            _, picks = jax.lax.top_k(scores + self.bias[...][None], self.k)
-        weights = jnp.take_along_axis(scores, picks, axis=-1)
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20) * self.scaling
-        return picks.astype(jnp.int32), weights
+            x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+            logits = jnp.einsum("th,eh->te", x, weight, precision=jax.lax.Precision.HIGHEST)
+        rule = ByToken(self.tid2eid[...], token_ids) if self.hashed else ByScore(self.bias[...])
+        return choose_experts(logits, rule, k=self.k, scaling=self.scaling)
 
 
 class Experts(nnx.Module):
@@ -58,6 +56,7 @@ class Experts(nnx.Module):
         uint8 with half the last size.
       w1_scale, w2_scale, w3_scale: with codes, their scales, a last size of a 32nd, E8M0 as uint8; otherwise not there.
       dtype: what is computed in.
+      axes: mesh axes over which the experts are spread; empty where one device has all of them (`shard_model`).
     """
 
     w1_scale: nnx.Param
@@ -67,6 +66,7 @@ class Experts(nnx.Module):
     def __init__(self, config: DSV4Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.limit, self.dtype = config.swiglu_limit, jnp.dtype(dtype)
+        self.axes: tuple[str, ...] = ()
         # Computing a few experts for every token beats sorting tokens by expert; many experts do not.
         self.dense = e <= 8 * config.num_experts_per_tok
         wide, narrow = nnx.initializers.normal(hidden**-0.5), nnx.initializers.normal(inner**-0.5)
@@ -74,8 +74,19 @@ class Experts(nnx.Module):
         self.w2 = nnx.Param(narrow(rngs.params(), (e, hidden, inner), dtype))
         self.w3 = nnx.Param(wide(rngs.params(), (e, inner, hidden), dtype))
 
+    @jax.named_scope("experts")
     def __call__(self, x: Array, picks: Array, weights: Array) -> Array:
-        """x (T, hidden), picks and weights (T, k) -> (T, hidden)."""
+        """x (T, hidden), picks and weights (T, k) -> (T, hidden). A pick of an expert that is not here adds nothing.
+
+        Where experts are spread over a mesh, T are a device's own tokens, picks count all experts, and the result is
+        `exchange`'s.
+        """
+        if self.axes:
+            return exchange(self._here, x, picks, weights, axes=self.axes, num_here=self.w1.shape[0])
+        return self._here(x, picks, weights)
+
+    def _here(self, x: Array, picks: Array, weights: Array) -> Array:
+        """What the experts that are here add."""
         if hasattr(self, "w1_scale"):
             experts = ExpertWeights(
                 Fp4Weight(self.w1[...], self.w1_scale[...]),
@@ -85,6 +96,8 @@ class Experts(nnx.Module):
             return apply_experts(x.astype(self.dtype), picks, weights, experts, limit=self.limit)
         if not self.dense:
             return self._grouped(x, picks, weights)
+        if self.axes:  # a single token's picks may all be elsewhere
+            return self._dense(x, picks, weights)
         return self._single(x, picks, weights) if x.shape[0] == 1 else self._dense(x, picks, weights)
 
     def _single(self, x: Array, picks: Array, weights: Array) -> Array:
@@ -122,7 +135,8 @@ class Experts(nnx.Module):
     def _grouped(self, x: Array, picks: Array, weights: Array) -> Array:
         w1, w2, w3 = (w[...].astype(self.dtype).swapaxes(1, 2) for w in (self.w1, self.w2, self.w3))
         precision = matmul_precision(w1.dtype)
-        flat = picks.reshape(-1)
+        here = (picks >= 0) & (picks < w1.shape[0])
+        flat = jnp.where(here, picks, w1.shape[0]).reshape(-1)  # what is not here comes last, in no group
         order = jnp.argsort(flat, stable=True)
         token = order // picks.shape[1]
         sizes = jnp.bincount(flat, length=w1.shape[0]).astype(jnp.int32)
@@ -130,7 +144,8 @@ class Experts(nnx.Module):
         gate = jax.lax.ragged_dot(rows, w1, sizes, precision=precision)
         up = jax.lax.ragged_dot(rows, w3, sizes, precision=precision)
         out = jax.lax.ragged_dot(_swiglu(gate, up, self.limit), w2, sizes, precision=precision)
-        out = out.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
+        out = jnp.where(here.reshape(-1)[order][:, None], out.astype(jnp.float32), 0.0)
+        out = out * weights.reshape(-1)[order][:, None]
         # Back to (token, pick) order before summing, so that the sum does not depend on the other tokens.
         by_pick = jnp.zeros_like(out).at[order].set(out).reshape(*picks.shape, -1)
         return jnp.sum(by_pick, axis=1).astype(x.dtype)
@@ -146,9 +161,11 @@ class SharedExpert(nnx.Module):
         self.w2 = Linear(inner, hidden, dtype=dtype, rngs=rngs)
         self.w3 = Linear(hidden, inner, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("shared_expert")
     def __call__(self, x: Array) -> Array:
         """x (T, hidden) -> (T, hidden)."""
-        return self.w2(_swiglu(self.w1(x), self.w3(x), self.limit))
+        gate, up = project_by_each(x, (self.w1, self.w3))
+        return self.w2(_swiglu(gate, up, self.limit))
 
 
 class MoE(nnx.Module):
@@ -161,4 +178,18 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Array, token_ids: Array) -> Array:
         """x (T, hidden), token_ids (T,) int32 -> (T, hidden)."""
-        return self.experts(x, *self.gate(x, token_ids)) + self.shared_experts(x)
+        routed, shared = self.parts(x, token_ids)
+        return routed if shared is None else routed + shared
+
+    def parts(self, x: Array, token_ids: Array) -> tuple[Array, Array | None]:
+        """What routed experts and the shared one give, (T, hidden) each, to be added; or their sum, and None."""
+        routed, shared = self.experts(x, *self.gate(x, token_ids)), self.shared_experts(x)
+        if self.experts.axes[1:]:  # each device along them has a part of both
+            return jax.lax.psum(routed + shared.astype(routed.dtype), self.experts.axes[1:]).astype(x.dtype), None
+        return routed.astype(x.dtype), shared
+
+    @property
+    def read_first(self) -> list[Array]:
+        """The weights that a step multiplies with first."""
+        shared = self.shared_experts
+        return [self.gate.weight[...], shared.w1.weight[...], shared.w3.weight[...]]

@@ -1,14 +1,17 @@
 """From a checkpoint folder to a model."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from .config import DSV4Config
 from .files.checkpoint import Progress, check_memory, read_stored_tensors, read_tensors, result_bytes
+from .sharding import check_fit, check_shards, local_experts, place_weight, with_mesh
 from .transformer import DSV4Model
 
 _WEIGHTS: dict[str, Any] = {"bf16": jnp.bfloat16, "float32": jnp.float32}
@@ -19,6 +22,7 @@ def from_pretrained(
     dtype: Any = None,
     *,
     weights: str | None = None,
+    mesh: Any = None,
     progress: Progress | None = None,
     **overrides: Any,
 ) -> DSV4Model:
@@ -33,16 +37,18 @@ def from_pretrained(
         native products with quantised weights take bfloat16 alone.
       weights: None holds them as they are stored: FP8 projections and FP4 experts in their bytes, narrower floats than
         `dtype` as they are. "bf16" and "float32" convert all of them to that type.
+      mesh: a `jax.sharding.Mesh` with an axis "data": the model is spread over it as by `shard_model`. A process reads
+        the experts of its own devices and everything else, once.
       progress: called with the bytes done and the bytes of all.
       **overrides: fields of the configuration to change, such as index_topk=512.
 
     Returns:
-      The model, its weights on the default device.
+      The model, its weights on the default device, or on the mesh.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a file is not what the configuration says, a scale is no power of two where weights stay as they are
-        stored, or an unknown type or field.
+        stored, an unknown type or field, weights that do not fit, or a mesh over which the model cannot be spread.
     """
     given: Any = path
     if not isinstance(given, (str, os.PathLike)) or os.path.isfile(given):
@@ -54,20 +60,35 @@ def from_pretrained(
         raise ValueError(f"weights is {weights!r}: expected None, {' or '.join(map(repr, _WEIGHTS))}")
     if dtype is None:
         dtype = _WEIGHTS["float32" if weights is None else weights]
+    devices, experts = 1, None
+    if mesh is not None:
+        mesh = check_shards(config, mesh)
+        devices, experts = mesh.devices.size, local_experts(config, mesh)
     if weights is None:
-        needed, tensors = read_stored_tensors(path, config, dtype, progress)  # checks the files
+        needed, tensors = read_stored_tensors(  # checks the files
+            path, config, dtype, progress, experts=experts, devices=devices
+        )
     else:
-        needed = result_bytes(config, _WEIGHTS[weights])
-        tensors = read_tensors(path, config, _WEIGHTS[weights], progress)
-    if jax.default_backend() == "cpu":
+        needed = result_bytes(config, _WEIGHTS[weights], devices)
+        tensors = read_tensors(path, config, _WEIGHTS[weights], progress, experts=experts)
+    if mesh is not None:
+        check_fit(needed, os.fspath(path), mesh)
+    elif jax.default_backend() == "cpu":
         check_memory(needed, os.fspath(path))
-    model = nnx.eval_shape(lambda: DSV4Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
     arrays: dict[str, jax.Array] = {}
     for name, array in tensors:
         same = name == "head.weight" and config.tie_word_embeddings
-        arrays[name] = arrays["embed.weight"] if same else jax.device_put(array).block_until_ready()
+        arrays[name] = arrays["embed.weight"] if same else place_weight(name, array, mesh).block_until_ready()
         del array  # before the next is made
+    return model_of(config, dtype, arrays, mesh)
 
+
+def model_of(config: DSV4Config, dtype: Any, arrays: Mapping[str, jax.Array], mesh: Mesh | None = None) -> DSV4Model:
+    """The model with these arrays, by their canonical names; codes (uint8) have their scales beside them.
+
+    mesh: the one that the arrays lie on.
+    """
+    model = nnx.eval_shape(lambda: DSV4Model(config, dtype=dtype, rngs=nnx.Rngs(0)))
     for name, scale in arrays.items():
         owner, attribute = _owner(model, name)
         if attribute.endswith("scale") and not hasattr(owner, attribute):
@@ -84,7 +105,8 @@ def from_pretrained(
             )
         return variable.replace(array)
 
-    return nnx.merge(graphdef, nnx.map_state(fill, state))
+    model = nnx.merge(graphdef, nnx.map_state(fill, state))
+    return model if mesh is None else with_mesh(model, mesh)
 
 
 def _owner(model: Any, name: str) -> tuple[Any, str]:

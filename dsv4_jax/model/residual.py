@@ -1,45 +1,13 @@
-"""Manifold-constrained hyper-connections: the residual is several streams (arXiv 2606.19348, section 2.2)."""
+"""The head's read of the residual streams (arXiv 2606.19348, section 2.2)."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..ops.nn.rms_norm import rms_norm
-from ..ops.nn.sinkhorn import sinkhorn
+from ..ops.nn.hyper_connect import Mixing, Update, hyper_read
 from .config import DSV4Config
 
 Array = jax.Array
-
-
-def _project(streams: Array, fn: Array, eps: float) -> Array:
-    flat = rms_norm(streams.astype(jnp.float32).reshape(streams.shape[0], -1), eps=eps)
-    return jnp.einsum("tf,of->to", flat, fn, precision=jax.lax.Precision.HIGHEST)
-
-
-def connect(
-    streams: Array, fn: Array, base: Array, scale: Array, *, iterations: int, hc_eps: float, rms_eps: float
-) -> tuple[Array, Array, Array]:
-    """What a block reads from the streams and how it is written back.
-
-    streams (T, n, d); fn ((2 + n) n, n d), base ((2 + n) n,), scale (3,) float32. Returns the block's input (T, d),
-    post (T, n) and comb (T, n, n) float32.
-    """
-    n = streams.shape[1]
-    mix = _project(streams, fn, rms_eps)
-    base = base[None]
-    pre = jax.nn.sigmoid(mix[:, :n] * scale[0] + base[:, :n]) + hc_eps
-    post = 2.0 * jax.nn.sigmoid(mix[:, n : 2 * n] * scale[1] + base[:, n : 2 * n])
-    comb = (mix[:, 2 * n :] * scale[2] + base[:, 2 * n :]).reshape(-1, n, n)
-    comb = sinkhorn(jax.nn.softmax(comb, axis=-1) + hc_eps, iterations=iterations, eps=hc_eps)
-    read = jnp.sum(pre[..., None] * streams.astype(jnp.float32), axis=1)
-    return read.astype(streams.dtype), post, comb
-
-
-def merge(streams: Array, output: Array, post: Array, comb: Array) -> Array:
-    """New stream k = post_k * output + sum over j of comb[j, k] * stream_j; shapes as in `connect`."""
-    old = streams.astype(jnp.float32)
-    mixed = jnp.sum(comb[..., None] * old[:, :, None], axis=1)
-    return (post[..., None] * output.astype(jnp.float32)[:, None] + mixed).astype(streams.dtype)
 
 
 class HyperHead(nnx.Module):
@@ -52,8 +20,8 @@ class HyperHead(nnx.Module):
         self.hc_scale = nnx.Param(jnp.ones((1,), jnp.float32))
         self.rms_eps, self.hc_eps = config.rms_norm_eps, config.hc_eps
 
-    def __call__(self, streams: Array) -> Array:
-        """streams (T, n, d) -> (T, d)."""
-        mix = _project(streams, self.hc_fn[...], self.rms_eps)
-        pre = jax.nn.sigmoid(mix * self.hc_scale[...][None] + self.hc_base[...][None]) + self.hc_eps
-        return jnp.sum(pre[..., None] * streams.astype(jnp.float32), axis=1).astype(streams.dtype)
+    @jax.named_scope("streams")
+    def __call__(self, streams: Array, update: Update | None, norm: Array) -> Array:
+        """streams (T, n, d) before the last update, norm (d,), a weight -> normed (T, d)."""
+        mixing = Mixing(self.hc_fn[...], self.hc_base[...], self.hc_scale[...])
+        return hyper_read(streams, update, mixing, norm, hc_eps=self.hc_eps, rms_eps=self.rms_eps)

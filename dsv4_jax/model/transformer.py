@@ -3,17 +3,20 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ..cache.handle import LayerCacheHandle
 from ..cache.kv_cache import KVCache
 from ..cache.plan import StepPlan
+from ..ops.nn.hyper_connect import Mixing, Update, hyper_connect
+from ..ops.nn.rope import rope_angles
 from .attention import Attention
 from .config import DSV4Config
-from .layer_schedule import LayerSpec, build_schedule
+from .layer_schedule import AttentionType, LayerSpec, build_schedule
 from .layers import Embedding, Linear, RMSNorm
 from .moe import MoE
-from .residual import HyperHead, connect, merge
+from .residual import HyperHead
 from .step_inputs import check_step
 
 Array = jax.Array
@@ -35,20 +38,40 @@ class Block(nnx.Module):
             setattr(self, f"hc_{part}_base", nnx.Param(jnp.zeros(((2 + n) * n,), jnp.float32)))
             setattr(self, f"hc_{part}_scale", nnx.Param(jnp.ones((3,), jnp.float32)))
 
-    def _connect(self, part: str, streams: Array) -> tuple[Array, Array, Array]:
-        c = self.config
-        fn, base, scale = (getattr(self, f"hc_{part}_{name}")[...] for name in ("fn", "base", "scale"))
-        return connect(
-            streams, fn, base, scale, iterations=c.hc_sinkhorn_iters, hc_eps=c.hc_eps, rms_eps=c.rms_norm_eps
-        )
+    @jax.named_scope("streams")
+    def _connect(self, part: str, streams: Array, update: Update | None) -> tuple[Array, Array, Array, Array]:
+        c, reader = self.config, getattr(self, part)
+        mixing = Mixing(*(getattr(self, f"hc_{part}_{name}")[...] for name in Mixing._fields))
+        return hyper_connect(
+            streams, update, mixing, getattr(self, f"{part}_norm").weight[...], iterations=c.hc_sinkhorn_iters,
+            hc_eps=c.hc_eps, rms_eps=c.rms_norm_eps, ahead=reader.read_first,
+        )  # fmt: skip
 
-    def __call__(self, streams: Array, token_ids: Array, handle: LayerCacheHandle) -> tuple[Array, LayerCacheHandle]:
-        """streams (T, hc_mult, hidden), token_ids (T,) int32 -> new streams and the handle after the layer's writes."""
-        x, post, comb = self._connect("attn", streams)
-        out, handle = self.attn(self.attn_norm(x), handle)
-        streams = merge(streams, out, post, comb)
-        x, post, comb = self._connect("ffn", streams)
-        return merge(streams, self.ffn(self.ffn_norm(x), token_ids), post, comb), handle
+    def __call__(
+        self,
+        streams: Array,
+        update: Update | None,
+        token_ids: Array,
+        handle: LayerCacheHandle,
+        angles: tuple[Array, Array] | None = None,
+    ) -> tuple[Array, Update, LayerCacheHandle]:
+        """One layer.
+
+        Args:
+          streams: (T, hc_mult, hidden), without the last update.
+          update: of the layer before, None in the first.
+          token_ids: (T,) int32.
+          handle: of the cache.
+          angles: as in `Attention`.
+
+        Returns:
+          The streams without this layer's last update, that update, and the handle after the layer's writes.
+        """
+        streams, x, post, comb = self._connect("attn", streams, update)
+        out, handle = self.attn(x, handle, angles)
+        streams, x, post, comb = self._connect("ffn", streams, Update(out, post, comb))
+        routed, shared = self.ffn.parts(x, token_ids)
+        return streams, Update(routed, post, comb, shared), handle
 
 
 class DSV4Model(nnx.Module):
@@ -57,6 +80,7 @@ class DSV4Model(nnx.Module):
     def __init__(self, config: DSV4Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         """Random weights of `dtype` (norms, sinks, ape, router bias and stream weights stay float32)."""
         self.config, self.dtype = config, jnp.dtype(dtype)
+        self.mesh: Mesh | None = None  # where the weights are spread over one (`shard_model`)
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Block(config, spec, dtype=dtype, rngs=rngs) for spec in build_schedule(config)])
         self.hc_head = HyperHead(config, rngs=rngs)
@@ -70,11 +94,17 @@ class DSV4Model(nnx.Module):
         cache = cache.with_blocks(plan.new_blocks)
         x = self.embed(token_ids).astype(self.dtype)
         streams = jnp.broadcast_to(x[:, None], (x.shape[0], self.config.hc_mult, x.shape[1]))
+        update, angles = None, {}
         for layer_idx, block in enumerate(self.layers):
-            streams, handle = block(streams, token_ids, LayerCacheHandle(cache, plan, layer_idx))
+            theta = block.attn.kind is AttentionType.SWA  # there are two
+            if theta not in angles:
+                angles[theta] = rope_angles(jnp.asarray(plan.positions), block.attn.inv_freq)
+            handle = LayerCacheHandle(cache, plan, layer_idx)
+            streams, update, handle = block(streams, update, token_ids, handle, angles[theta])
             cache = handle.cache
-        return self.norm(self.hc_head(streams)), cache
+        return self.hc_head(streams, update, self.norm.weight[...]), cache
 
+    @jax.named_scope("head")
     def logits(self, hidden: Array) -> Array:
         """hidden (..., hidden) -> (..., vocabulary) float32."""
         if self.config.tie_word_embeddings:

@@ -61,7 +61,7 @@ inline void take_append_swa(Operands& operands, int64_t layer, bool fused, float
   if (ring.size() != 3 && !stacked) {
     return operands.fail("nope " + Operands::text(ring), "([layers,] slots, rows, width)");
   }
-  if (stacked ? (layer < 0 || layer >= ring[0]) : layer != -1) {
+  if (stacked ? !LayerOf::exists(layer, ring[0]) : layer != -1) {
     operands.fail("layer " + std::to_string(layer) + " for nope " + Operands::text(ring),
                   "one of its layers, or -1 if it has none");
   }
@@ -108,12 +108,13 @@ inline void take_append_swa(Operands& operands, int64_t layer, bool fused, float
   }
   if (!operands.ok()) return;
 
-  const int64_t first_slot = stacked ? layer * num_slots : 0;
+  const LayerOf slots_of(stacked ? layer : 0, ring[0], num_slots);
+  const int64_t first_slot = slots_of.index * num_slots;
   const int64_t first_row = first_slot * rows;
   const RecordRows record = {nope + first_row * nope_width, rope + first_row * rope_width,
                              grouped ? nullptr : inv_scale + first_row,
                              grouped ? scales + first_row * scale_width : nullptr, scale_width};
-  *call = {tokens, num_slots, rows, nope_width, rope_width, record, pos + first_row, head + first_slot,
+  *call = {tokens, slots_of.length, rows, nope_width, rope_width, record, pos + first_row, head + first_slot,
            kv, kv_is_float, slots, positions, roles, norm, cos, sin, eps};
 }
 

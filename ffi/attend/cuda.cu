@@ -34,7 +34,7 @@ cudaError_t launch(cudaStream_t stream, const AttendCall& call) {
   const auto kernel = attend_sm90::attend_kernel<kGroups>;
   static const cudaError_t prepared = [&] {
     const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_sm90::kSharedBytes);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_sm90::kSharedBytes<kGroups>);
     return status != cudaSuccess ? status
                                  : cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }();
@@ -47,7 +47,7 @@ cudaError_t launch(cudaStream_t stream, const AttendCall& call) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(splits, static_cast<unsigned>(head_groups), static_cast<unsigned>(call.tokens));
   config.blockDim = dim3(attend_sm90::kThreads);
-  config.dynamicSmemBytes = attend_sm90::kSharedBytes;
+  config.dynamicSmemBytes = attend_sm90::kSharedBytes<kGroups>;
   config.stream = stream;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;

@@ -58,9 +58,14 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
+// With `copies` false zeros are written instead.
+__device__ __forceinline__ void copy_16(uint32_t to, uint64_t from, bool copies) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copies ? 16 : 0) : "memory");
+}
 template <int kBytes>
-__device__ __forceinline__ void copy_small(uint32_t to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+__device__ __forceinline__ void copy_small(uint32_t to, uint64_t from, bool copies) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(copies ? kBytes : 0)
+               : "memory");
 }
 // The barrier counts one arrival when this thread's small copies are there.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {

@@ -13,6 +13,8 @@
 
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "attend/op.h"
 #include "attend/ptx.cuh"
 
@@ -21,7 +23,7 @@ namespace dsv4::attend_sm90 {
 constexpr int kNope = 448, kRope = 64, kWidth = kNope + kRope;
 constexpr int kHeads = 64;   // of a thread block
 constexpr int kRows = 64;    // of a block of rows
-constexpr int kStages = 3;   // blocks of rows in shared memory: one coming, one at the scores, one at the output
+constexpr int kHalf = kRows / 2;  // rows are fetched and given back by halves of a block
 constexpr int kPitch = 608;  // bytes of a row in shared memory: 448 + 128 and 32 against bank conflicts
 constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup;
 constexpr int kChunks = kNope / 64;
@@ -29,29 +31,58 @@ constexpr int kPartPitch = kWidth + 4;  // floats of a head's sum, when a cluste
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kRescaleAbove = 8.0f;  // a reference is kept until the maximum exceeds it by 2^8
 
+// Halves of blocks in shared memory: while one block is at the scores, another waits for its softmax and a third is at the
+// output, what is free of the third takes rows to come.
+template <bool kGroups>
+constexpr int kHalves = kGroups ? 6 : 7;
+
+// What records with a scale for every 64 values need beside.
+template <bool kGroups>
+struct GroupScales {
+  float largest[kHalves<true> * kHalf];                // of a row
+  uint16_t factor[kChunks][kHalves<true> * kHalf];     // float16: scale of 64 values by the largest
+};
+template <>
+struct GroupScales<false> {};
+
+template <bool kGroups>
 struct SharedMemory {
+  using Scale = std::conditional_t<kGroups, uint64_t, float>;  // as stored
   union {
     struct {
       uint8_t q[9][kHeads * 128];  // 64 values of every head, swizzled; the last two: RoPE, bfloat16, and what that lacks
-      uint8_t rows[kStages][kRows * kPitch];
-      uint8_t p[2][kRows * 128];            // probability times scale, float16, a row of 64 heads, swizzled
-      uint8_t p_rope[2][kRows * 128];       // probability, bfloat16
+      uint8_t p[kRows * 128];      // probability times scale, float16, a row of 64 heads, swizzled
+      uint8_t p_rope[kRows * 128];  // probability, bfloat16
+      uint8_t rows[kHalves<kGroups> * kHalf * kPitch];
     };
-    float part[kHeads * kPartPitch];        // the sum of this block of a cluster
+    float part[kHeads * kPartPitch];  // the sum of this block of a cluster
   };
-  uint64_t scale[kStages][kRows];           // as stored: a float, or eight bytes
-  float row_scale[kStages][kRows];          // the largest of a row's scales
-  uint16_t factor[kStages][kChunks][kRows];  // float16: scale of 64 values by the largest
-  uint8_t visible[kStages][kRows];
-  float alpha[2][kHeads];                   // what the output so far is multiplied by
-  float partial[4][kHeads];                 // of each warp
-  float reference[kHeads];                  // of the block's probabilities
-  float top[kHeads], total[kHeads];         // reference and sum of the softmax
-  float inverse[kHeads];                    // of the sum with the sink, for a thread block alone
+  Scale scale[kHalves<kGroups> * kHalf];
+  GroupScales<kGroups> groups;
+  uint8_t visible[kHalves<kGroups> * kHalf];
+  alignas(16) float alpha[2][kHeads];  // what the output so far is multiplied by
+  float partial[4][kHeads];  // of each warp
+  float reference[kHeads];  // of the block's probabilities
+  float shift[kHeads];      // by which the reference fell
+  float top[kHeads], total[kHeads];  // reference and sum of the softmax
+  float inverse[kHeads];    // of the sum with the sink, for a thread block alone
   int rescale[2][2], settled[2];
-  uint64_t full[kStages], empty[kStages], p_full[2], p_empty[2], queries;
+  uint64_t full[kHalves<kGroups>], empty[kHalves<kGroups>], p_full, p_empty, queries;
 };
-constexpr int kSharedBytes = sizeof(SharedMemory) + 1024;  // to begin at a multiple of 1024
+template <bool kGroups>
+constexpr int kSharedBytes = sizeof(SharedMemory<kGroups>) + 1024;  // to begin at a multiple of 1024
+static_assert(kSharedBytes<false> <= 232448 && kSharedBytes<true> <= 232448, "more than a multiprocessor has");
+
+// Where the n-th half block of rows is, and how often its place was filled before.
+template <bool kGroups>
+struct Place {
+  int index = 0, round = 0;
+  __device__ __forceinline__ explicit Place(int n) : index(n % kHalves<kGroups>), round(n / kHalves<kGroups>) {}
+  __device__ __forceinline__ void advance(int halves) {
+    index += halves;
+    if (index >= kHalves<kGroups>) index -= kHalves<kGroups>, ++round;
+  }
+};
 
 // Rows of a thread block of 64 heads in the fragments of a product: row g of 16 lies at g with the middle bits turned,
 // so that eight lanes that load together meet no bank twice.
@@ -89,46 +120,55 @@ __device__ __forceinline__ Token token_of(const AttendCall& call, int64_t t) {
   return token;
 }
 
-// Half of a row: its codes, or its RoPE half.
-struct Row {
-  const void* values;  // null: not visible
-  const void* scale;
-};
-__device__ __forceinline__ Row row_at(const ReadRecords& records, int64_t index, bool codes) {
-  const void* scale = static_cast<const uint8_t*>(records.scale) + index * (records.scale_width ? 8 : 4);
-  if (codes) return {records.nope + index * kNope, scale};
-  return {records.rope + index * kRope, scale};
+enum class Part { kCodes, kRope, kScale };  // of a record
+__device__ __forceinline__ const uint8_t* part_at(const ReadRecords& records, int64_t index, Part part) {
+  if (part == Part::kCodes) return records.nope + index * kNope;
+  if (part == Part::kRope) return reinterpret_cast<const uint8_t*>(records.rope + index * kRope);
+  return static_cast<const uint8_t*>(records.scale) + index * (records.scale_width ? 8 : 4);
 }
 
-__device__ __forceinline__ int64_t entry_of(const AttendCall& call, const Token& token, int64_t t, int block, int row) {
-  if (block < token.window_blocks || block >= token.blocks) return -1;
-  const int64_t i = static_cast<int64_t>(block - token.window_blocks) * kRows + row;
-  if (!call.selected) return i;
-  return i < call.chosen ? __ldg(call.selected + t * call.chosen + i) : -1;
-}
-__device__ __forceinline__ Row row_of(const AttendCall& call, const Token& token, int block, int row, int64_t entry,
-                                      bool codes) {
-  if (block >= token.blocks) return {};
-  if (block >= token.window_blocks) {
-    if (entry < 0 || entry >= token.visible) return {};
+// Looking up where a row is takes two loads that depend on each other. A lookup takes three steps, which a loop can take an
+// iteration apart, so that none waits for a load.
+struct Lookup {
+  int32_t entry = -1;  // after the first step; -1: none, or not one
+  int32_t place = -1;  // block of the pool, after the second
+
+  __device__ __forceinline__ Lookup() = default;
+  __device__ __forceinline__ Lookup(const AttendCall& call, const Token& token, int64_t t, int block, int row) {
+    if (block < token.window_blocks || block >= token.blocks) return;
+    const int64_t i = static_cast<int64_t>(block - token.window_blocks) * kRows + row;
+    if (!call.selected) {
+      entry = static_cast<int32_t>(i);
+    } else if (i < call.chosen) {
+      entry = __ldg(call.selected + t * call.chosen + i);
+    }
+  }
+  __device__ __forceinline__ void look_up(const AttendCall& call, const Token& token) {
+    if (entry < 0 || entry >= token.visible) return;
     // In 32 bits: a division of 64 takes as long as the load that follows.
-    const uint32_t e = static_cast<uint32_t>(entry), per_block = static_cast<uint32_t>(call.per_block);
-    const uint32_t column = e / per_block;
-    if (column >= call.columns) return {};
-    const int32_t place = __ldg(call.table + token.slot * call.columns + column);
-    if (place < 0 || place >= call.num_blocks) return {};
-    return row_at(call.pool, place * call.per_block + (e - column * per_block), codes);
+    const uint32_t column = static_cast<uint32_t>(entry) / static_cast<uint32_t>(call.per_block);
+    if (column < call.columns) place = __ldg(call.table + token.slot * call.columns + column);
   }
-  const int64_t back = call.window - 1 - (static_cast<int64_t>(block) * kRows + row);
-  const int64_t position = token.position - back;
-  if (back < 0 || position < 0) return {};
-  if (position < token.first_fresh) {
-    const uint32_t at = modulo(static_cast<uint32_t>(position), static_cast<uint32_t>(call.ring_rows));
-    return row_at(call.ring, token.slot * call.ring_rows + at, codes);
+  // Null: not visible.
+  __device__ __forceinline__ const uint8_t* finish(const AttendCall& call, const Token& token, int block, int row,
+                                                   Part part) const {
+    if (block >= token.blocks) return nullptr;
+    if (block >= token.window_blocks) {
+      if (place < 0 || place >= call.num_blocks) return nullptr;
+      const uint32_t per_block = static_cast<uint32_t>(call.per_block), at = static_cast<uint32_t>(entry) % per_block;
+      return part_at(call.pool, static_cast<int64_t>(place) * per_block + at, part);
+    }
+    const int64_t back = call.window - 1 - (static_cast<int64_t>(block) * kRows + row);
+    const int64_t position = token.position - back;
+    if (back < 0 || position < 0) return nullptr;
+    if (position < token.first_fresh) {
+      const uint32_t at = modulo(static_cast<uint32_t>(position), static_cast<uint32_t>(call.ring_rows));
+      return part_at(call.ring, token.slot * call.ring_rows + at, part);
+    }
+    const int32_t index = token.fresh_rows[position - token.first_fresh];
+    return index < 0 || index >= call.tokens ? nullptr : part_at(call.fresh, index, part);
   }
-  const int32_t index = token.fresh_rows[position - token.first_fresh];
-  return index < 0 || index >= call.tokens ? Row{} : row_at(call.fresh, index, codes);
-}
+};
 
 __device__ __forceinline__ uint32_t word_of(const uint4& four, int i) {
   return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
@@ -143,9 +183,9 @@ __device__ __forceinline__ float2 load_pair(const BFloat16* from) {
 // Queries, from `from` (heads, 512): normed and rotated where they come raw, and stored in the order in which the
 // fragments of rows have values. A lane has 16 values of a head, in an order of its own: so neither the loads nor the
 // stores of a warp meet a bank twice.
-template <typename T>
-__device__ __forceinline__ void take_queries(const AttendCall& call, SharedMemory& shared, const T* from, int64_t t,
-                                             int heads) {
+template <bool kGroups, typename T>
+__device__ __forceinline__ void take_queries(const AttendCall& call, SharedMemory<kGroups>& shared, const T* from,
+                                             int64_t t, int heads) {
   const int lane = threadIdx.x % 32, chunk = lane / 4;
   const bool rope = chunk == kChunks, raw = call.cos != nullptr;
   float2 turn[8];  // cosine and sine of pair i ^ chunk
@@ -192,41 +232,62 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, SharedMemor
   }
 }
 
-// Fetches half of a row; with the codes comes the scale.
-template <bool kGroups>
-__device__ __forceinline__ void fetch(SharedMemory& shared, int stage, const Row& row, int own) {
-  const int index = own % kRows;
-  const bool codes = own < kRows;
-  const uint32_t full = ptx::shared_address(&shared.full[stage]);
-  uint8_t* place = shared.rows[stage] + index * kPitch + (codes ? 0 : kNope);
-  if (row.values) {
-    ptx::fence_shared_proxy();  // the place may have been filled with zeros
-    const uint32_t bytes = codes ? kNope : 2 * kRope;
-    if (codes) {
-      shared.visible[stage][index] = 1;
-      constexpr int kBytes = kGroups ? 8 : 4;
-      ptx::copy_small<kBytes>(ptx::shared_address(&shared.scale[stage][index]), row.scale);
-      ptx::barrier_arrive_after_copies(full);
-    }
-    ptx::barrier_arrive_expect(full, bytes);
-    ptx::copy_bulk(ptx::shared_address(place), row.values, bytes, full);
-  } else {  // its probability is 0, and 0 times what lies there must be 0
-    const int words = (codes ? kNope : 2 * kRope) / 16;
-    for (int i = 0; i < words; ++i) reinterpret_cast<uint4*>(place)[i] = make_uint4(0, 0, 0, 0);
-    if (codes) {
-      shared.visible[stage][index] = 0;
-      shared.scale[stage][index] = 0;
-      ptx::barrier_arrive(full);
-    }
-    ptx::barrier_arrive(full);
+// The two warpgroups at the output fetch rows too, a warp four of each half block. Of the rows of two half blocks a lane
+// keeps where one part is: lane 8 part + 4 half + row.
+struct Fetcher {
+  int warp, lane;
+  __device__ __forceinline__ Fetcher() : warp(threadIdx.x / 32 - kWarpgroup / 32), lane(threadIdx.x % 32) {}
+
+  // Of the n-th half block and the next.
+  __device__ __forceinline__ Lookup look(const AttendCall& call, const Token& token, int64_t t, int n) const {
+    n += (lane >> 2) & 1;
+    return Lookup(call, token, t, n / 2, row_of(n));
   }
-}
+  __device__ __forceinline__ const uint8_t* finish(const AttendCall& call, const Token& token, const Lookup& lookup,
+                                                   int n) const {
+    n += (lane >> 2) & 1;
+    return lookup.finish(call, token, n / 2, row_of(n), static_cast<Part>(min(lane / 8, 2)));
+  }
+  __device__ __forceinline__ int row_of(int n) const { return n % 2 * kHalf + 4 * warp + lane % 4; }  // in its block
+
+  // The rows of one of the two half blocks, to `place`. What is not visible is filled with zeros: its probability is 0, and
+  // 0 times what lies there must be 0.
+  template <bool kGroups>
+  __device__ __forceinline__ void fetch(SharedMemory<kGroups>& shared, int place, int half, const uint8_t* from,
+                                        const AttendCall& call) const {
+    const int first = place * kHalf + 4 * warp;
+    const uint32_t to = ptx::shared_address(shared.rows + first * kPitch);
+    const uint64_t own = reinterpret_cast<uint64_t>(from);
+    constexpr int kPieces = kNope / 16;  // a row's codes in 16 bytes; with them come four pieces of its RoPE half
+#pragma unroll
+    for (int row = 0; row < 4; ++row) {
+      const bool codes = lane < kPieces;
+      const uint64_t at = __shfl_sync(0xFFFFFFFFu, own, (codes ? 0 : 8) + 4 * half + row);
+      ptx::copy_16(to + row * kPitch + 16 * lane, at ? at + 16 * (codes ? lane : lane - kPieces) : any(call), at != 0);
+    }
+    const uint64_t at = __shfl_sync(0xFFFFFFFFu, own, 8 + 4 * half + lane / 4 % 4);  // the other four of four rows
+    if (lane < 16) {
+      ptx::copy_16(to + (lane / 4) * kPitch + kNope + 64 + 16 * (lane % 4), at ? at + 64 + 16 * (lane % 4) : any(call), at != 0);
+    } else if (lane / 4 == 4 + half) {
+      const int index = first + lane % 4;
+      shared.visible[index] = from != nullptr;
+      ptx::copy_small<kGroups ? 8 : 4>(ptx::shared_address(&shared.scale[index]), from ? own : any(call), from != nullptr);
+    }
+    const uint32_t full = ptx::shared_address(&shared.full[place]);
+    ptx::barrier_arrive_after_copies(full);
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(full);
+  }
+
+  // An address to copy nothing from.
+  static __device__ __forceinline__ uint64_t any(const AttendCall& call) {
+    return reinterpret_cast<uint64_t>(call.ring.nope);
+  }
+};
 
 // The largest of a row's scales and, relative to it, that of every 64 values.
-__device__ __forceinline__ void unpack_scales(SharedMemory& shared, int stage) {
-  const int row = threadIdx.x;
-  if (row >= kRows) return;
-  const uint64_t stored = shared.scale[stage][row];
+__device__ __forceinline__ void unpack_scales(SharedMemory<true>& shared, int row) {
+  const uint64_t stored = shared.scale[row];
   int largest = 1;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) largest = max(largest, static_cast<int>((stored >> (8 * i)) & 0xFF));
@@ -237,16 +298,19 @@ __device__ __forceinline__ void unpack_scales(SharedMemory& shared, int stage) {
     uint16_t factor = below > 24 ? 0 : below > 14 ? static_cast<uint16_t>(1 << (24 - below))
                                                   : static_cast<uint16_t>((15 - below) << 10);
     if (byte == 255) factor = 0x7E00;
-    shared.factor[stage][i][row] = factor;
+    shared.groups.factor[i][row] = factor;
   }
-  shared.row_scale[stage][row] = shared.visible[stage][row] ? __uint_as_float(static_cast<uint32_t>(largest) << 23) : 0.0f;
+  shared.groups.largest[row] = shared.visible[row] ? __uint_as_float(static_cast<uint32_t>(largest) << 23) : 0.0f;
 }
 
 // What a row's codes are multiplied by, after unpack_scales where there are several scales.
 template <bool kGroups>
-__device__ __forceinline__ float scale_of(const SharedMemory& shared, int stage, int row) {
-  if constexpr (kGroups) return shared.row_scale[stage][row];
-  return __uint_as_float(static_cast<uint32_t>(shared.scale[stage][row]));
+__device__ __forceinline__ float scale_of(const SharedMemory<kGroups>& shared, int row) {
+  if constexpr (kGroups) {
+    return shared.groups.largest[row];
+  } else {
+    return shared.scale[row];
+  }
 }
 
 // Reduces 16 values over the eight lanes that have the same `quarter`: lane g of them ends with values 2 g and 2 g + 1, in
@@ -263,139 +327,125 @@ __device__ __forceinline__ void reduce_spread(float (&x)[16], int lane, Combine 
   if constexpr (kHalf > 2) reduce_spread<kHalf / 2>(x, lane, combine);
 }
 
-// The half of a row that thread `own` of the fetching warpgroup brings of a block.
-__device__ __forceinline__ Row find(const AttendCall& call, const Token& token, int64_t t, int block, int own) {
-  const int row = own % kRows;
-  return row_of(call, token, block, row, entry_of(call, token, t, block, row), own < kRows);
-}
-
 // What sums relative to `top` are multiplied by; 0 for a head that saw nothing, whose sums are 0.
 __device__ __forceinline__ float inverse_of(float top, float total, float sink) {
   const float reference = top == -INFINITY ? 0.0f : top;
   return total == 0.0f ? 0.0f : 1.0f / (total + ptx::exp2_fast(sink * kLog2e - reference));
 }
 
-// The first warpgroup: scores and softmax.
+// The first warpgroup: scores and softmax. The products of a block are under way while the softmax of the one before it is
+// taken; with r / s as their first sum, one multiplication by s makes scores of them.
 template <bool kGroups>
-__device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory& shared, int blocks, int first_head) {
+__device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory<kGroups>& shared, int blocks,
+                                           int first_head) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
-  const int low = 16 * warp + turned(g), high = low + 8;  // this thread's rows
+  // This thread's rows are `low` of its half block and eight below.
+  const int low = 16 * (warp & 1) + turned(g);
   // Where the row lies that this thread names of the matrices that the warp stores, rows low and high in turn: its place
   // among the rows of the second product's fragments.
   const int x = turned(lane % 8), stored = 16 * warp + 2 * (x & 3) + (x >> 2) + (lane & 8);
   const float factor = call.scale * kLog2e;
+  const bool two_parts = call.is_float || call.cos;  // queries that are not bfloat16 from the start
 
-  float total[16] = {};     // of this thread's rows
-  float top = -INFINITY;    // reference of head threadIdx.x
-  bool settled = false;     // every head has a reference
+  float total[16] = {};  // of this thread's rows
+  float top = -INFINITY;  // reference of head threadIdx.x
+  bool settled = false;   // every head has a reference
+  float products[32];     // of the block to come, then of the next
+#pragma unroll
+  for (int j = 0; j < 32; ++j) products[j] = 0.0f;
+  bool sees_low = false, sees_high = false;
+  float scale_low = 0.0f, scale_high = 0.0f;
+  Place<kGroups> place(warp / 2);
 
-  for (int i = 0; i < blocks; ++i) {
-    const int stage = i % kStages, buffer = i & 1;
-    ptx::barrier_wait(ptx::shared_address(&shared.full[stage]), (i / kStages) & 1);
-    if constexpr (kGroups) {
-      unpack_scales(shared, stage);
-      ptx::sync_threads(1, kWarpgroup);
+  for (int i = -1; i < blocks; ++i) {
+    const bool next = i + 1 < blocks;
+    // Scores of block i, relative to the reference: this thread has heads 8 j + 2 quarter and the next, in rows low, high.
+    float scores[32];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 reference = *reinterpret_cast<const float2*>(&shared.reference[8 * j + 2 * quarter]);
+      scores[4 * j] = fmaf(factor * scale_low, products[4 * j], -reference.x);
+      scores[4 * j + 1] = fmaf(factor * scale_low, products[4 * j + 1], -reference.y);
+      scores[4 * j + 2] = fmaf(factor * scale_high, products[4 * j + 2], -reference.x);
+      scores[4 * j + 3] = fmaf(factor * scale_high, products[4 * j + 3], -reference.y);
     }
-    const uint8_t* rows = shared.rows[stage];
+    if (!__all_sync(0xFFFFFFFFu, sees_low && sees_high)) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (!sees_low) scores[4 * j] = scores[4 * j + 1] = -INFINITY;
+        if (!sees_high) scores[4 * j + 2] = scores[4 * j + 3] = -INFINITY;
+      }
+    }
 
-    float scores[32], rope[32];
+    // Products of block i + 1 (after the last, of whatever is there). RoPE halves first.
+    if (next) ptx::barrier_wait(ptx::shared_address(&shared.full[place.index]), place.round & 1);
+    const int row = place.index * kHalf + low;
+    const uint8_t* rows = shared.rows + row * kPitch;
     {
-      // RoPE halves first: their product does not wait for conversions.
       uint32_t a[4][4];
-      const uint4* from[2] = {reinterpret_cast<const uint4*>(rows + low * kPitch + kNope + 32 * quarter),
-                              reinterpret_cast<const uint4*>(rows + high * kPitch + kNope + 32 * quarter)};
+      const uint8_t* from = rows + kNope + 32 * quarter;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint4 l = from[0][half], h = from[1][half];
+        const uint4 l = *reinterpret_cast<const uint4*>(from + 16 * half);
+        const uint4 h = *reinterpret_cast<const uint4*>(from + 8 * kPitch + 16 * half);
         a[2 * half][0] = l.x, a[2 * half][1] = h.x, a[2 * half][2] = l.y, a[2 * half][3] = h.y;
         a[2 * half + 1][0] = l.z, a[2 * half + 1][1] = h.z, a[2 * half + 1][2] = l.w, a[2 * half + 1][3] = h.w;
       }
       const uint64_t b = ptx::tile_descriptor(ptx::shared_address(shared.q[7]));
       ptx::products_fence();
 #pragma unroll
-      for (int step = 0; step < 4; ++step) ptx::product_bf16<0>(rope, a[step], b + 2 * step, step > 0);
-      if (call.is_float || call.cos) {  // queries that are not bfloat16 from the start
+      for (int step = 0; step < 4; ++step) ptx::product_bf16<0>(products, a[step], b + 2 * step, step > 0);
+      if (two_parts) {
 #pragma unroll
-        for (int step = 0; step < 4; ++step) ptx::product_bf16<0>(rope, a[step], b + (kHeads * 128 >> 4) + 2 * step);
+        for (int step = 0; step < 4; ++step) ptx::product_bf16<0>(products, a[step], b + (kHeads * 128 >> 4) + 2 * step);
       }
       ptx::products_commit();
     }
-    uint32_t a[2][4][4];
-    const uint8_t* codes_low = rows + low * kPitch + 16 * quarter;
-    const uint8_t* codes_high = rows + high * kPitch + 16 * quarter;
-    uint4 l = *reinterpret_cast<const uint4*>(codes_low), h = *reinterpret_cast<const uint4*>(codes_high);
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      uint32_t(&now)[4][4] = a[chunk & 1];
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const uint32_t wl = word_of(l, step), wh = word_of(h, step);
-        now[step][0] = ptx::halves_of_e4m3(wl), now[step][2] = ptx::halves_of_e4m3(wl >> 16);
-        now[step][1] = ptx::halves_of_e4m3(wh), now[step][3] = ptx::halves_of_e4m3(wh >> 16);
-      }
-      if constexpr (kGroups) {
-        const uint32_t fl = shared.factor[stage][chunk][low] * 0x10001u, fh = shared.factor[stage][chunk][high] * 0x10001u;
-#pragma unroll
-        for (int step = 0; step < 4; ++step) {
-          now[step][0] = ptx::multiply_halves(now[step][0], fl), now[step][2] = ptx::multiply_halves(now[step][2], fl);
-          now[step][1] = ptx::multiply_halves(now[step][1], fh), now[step][3] = ptx::multiply_halves(now[step][3], fh);
-        }
-      }
-      if (chunk + 1 < kChunks) {  // they come while the products run
-        l = *reinterpret_cast<const uint4*>(codes_low + 64 * (chunk + 1));
-        h = *reinterpret_cast<const uint4*>(codes_high + 64 * (chunk + 1));
-      }
-      const uint64_t b = ptx::tile_descriptor(ptx::shared_address(shared.q[chunk]));
-      ptx::products_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) ptx::product_f16<0>(scores, now[step], b + 2 * step, chunk + step > 0);
-      ptx::products_commit();
-      ptx::products_wait<1>();
-    }
-    ptx::products_wait<0>();
 
-    // Softmax of the block: this thread has heads 8 j + 2 quarter and the next, in rows low and high.
-    const bool sees_low = shared.visible[stage][low], sees_high = shared.visible[stage][high];
-    const float scale_low = scale_of<kGroups>(shared, stage, low), scale_high = scale_of<kGroups>(shared, stage, high);
+    // Most blocks raise no head's reference.
+    const int buffer = i & 1;
     const float log_low = ptx::log2_fast(fmaxf(scale_low, 1e-30f)), log_high = ptx::log2_fast(fmaxf(scale_high, 1e-30f));
-    float most[16];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        float& a_low = scores[4 * j + k];
-        float& a_high = scores[4 * j + 2 + k];
-        a_low = sees_low ? factor * fmaf(scale_low, a_low, rope[4 * j + k]) : -INFINITY;
-        a_high = sees_high ? factor * fmaf(scale_high, a_high, rope[4 * j + 2 + k]) : -INFINITY;
-        most[2 * j + k] = fmaxf(a_low + log_low, a_high + log_high);
-      }
-    }
-    // Most blocks raise no head's reference: then one vote takes the place of the maxima.
     bool above = !settled;
+    {
+      float most_low = scores[0], most_high = scores[2];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 reference = *reinterpret_cast<const float2*>(&shared.reference[8 * j + 2 * quarter]);
-      above |= most[2 * j] > reference.x + kRescaleAbove || most[2 * j + 1] > reference.y + kRescaleAbove;
+      for (int j = 0; j < 8; ++j) {
+        most_low = fmaxf(most_low, fmaxf(scores[4 * j], scores[4 * j + 1]));
+        most_high = fmaxf(most_high, fmaxf(scores[4 * j + 2], scores[4 * j + 3]));
+      }
+      above |= fmaxf(most_low + log_low, most_high + log_high) > kRescaleAbove;
     }
-    above = ptx::any_of_threads(1, kWarpgroup, above);
-    if (i >= 2) ptx::barrier_wait(ptx::shared_address(&shared.p_empty[buffer]), ((i >> 1) - 1) & 1);
-    if (above) {
+    if (i >= 0) above = ptx::any_of_threads(1, kWarpgroup, above);
+    if (above && i >= 0) {
+      float most[16];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        most[2 * j] = fmaxf(scores[4 * j] + log_low, scores[4 * j + 2] + log_high);
+        most[2 * j + 1] = fmaxf(scores[4 * j + 1] + log_low, scores[4 * j + 3] + log_high);
+      }
       reduce_spread(most, lane, [](float a, float b) { return fmaxf(a, b); });
       *reinterpret_cast<float2*>(&shared.partial[warp][8 * g + 2 * quarter]) = make_float2(most[0], most[1]);
       ptx::sync_threads(1, kWarpgroup);
       if (threadIdx.x < kHeads) {  // a head each
         const int head = threadIdx.x;
-        const float seen = fmaxf(fmaxf(shared.partial[0][head], shared.partial[1][head]),
-                                 fmaxf(shared.partial[2][head], shared.partial[3][head]));
+        const float before = top == -INFINITY ? 0.0f : top;
+        const float seen = before + fmaxf(fmaxf(shared.partial[0][head], shared.partial[1][head]),
+                                          fmaxf(shared.partial[2][head], shared.partial[3][head]));
         const bool raise = seen > top + kRescaleAbove || (top == -INFINITY && seen > -INFINITY);
         shared.alpha[buffer][head] = raise ? ptx::exp2_fast(top - seen) : 1.0f;
         if (raise) top = seen;
-        shared.reference[head] = top == -INFINITY ? 0.0f : top;
+        const float after = top == -INFINITY ? 0.0f : top;
+        shared.reference[head] = after, shared.shift[head] = before - after;
         const bool rescale = __any_sync(0xFFFFFFFFu, raise) && i > 0, all = __all_sync(0xFFFFFFFFu, top > -INFINITY);
         if (lane == 0) shared.rescale[buffer][warp] = rescale, shared.settled[warp] = all;
       }
       ptx::sync_threads(1, kWarpgroup);
       settled = shared.settled[0] & shared.settled[1];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 shift = *reinterpret_cast<const float2*>(&shared.shift[8 * j + 2 * quarter]);
+        scores[4 * j] += shift.x, scores[4 * j + 1] += shift.y, scores[4 * j + 2] += shift.x, scores[4 * j + 3] += shift.y;
+      }
       if (shared.rescale[buffer][0] | shared.rescale[buffer][1]) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -406,33 +456,86 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory&
     } else if (threadIdx.x < 2) {
       shared.rescale[buffer][threadIdx.x] = 0;
     }
-    float2 reference[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) reference[j] = *reinterpret_cast<const float2*>(&shared.reference[8 * j + 2 * quarter]);
-    const uint32_t p = ptx::shared_address(shared.p[buffer]), p_rope = ptx::shared_address(shared.p_rope[buffer]);
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      uint32_t scaled[4], plain[4];  // rows low and high of eight heads, and of the next eight
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int j = 2 * pair + half;
-        float pl[2], ph[2];
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          pl[k] = ptx::exp2_fast(scores[4 * j + k] - (k ? reference[j].y : reference[j].x));
-          ph[k] = ptx::exp2_fast(scores[4 * j + 2 + k] - (k ? reference[j].y : reference[j].x));
-          total[2 * j + k] += pl[k] + ph[k];
-        }
-        plain[2 * half] = ptx::bfloat_pair(pl[0], pl[1]), plain[2 * half + 1] = ptx::bfloat_pair(ph[0], ph[1]);
-        scaled[2 * half] = ptx::half_pair(pl[0] * scale_low, pl[1] * scale_low);
-        scaled[2 * half + 1] = ptx::half_pair(ph[0] * scale_high, ph[1] * scale_high);
-      }
-      const uint32_t at = swizzled(stored, 2 * pair + (lane >> 4));
-      ptx::store_matrices(p_rope + at, plain);
-      ptx::store_matrices(p + at, scaled);
+
+    if constexpr (kGroups) {
+      if (lane < 16) unpack_scales(shared, place.index * kHalf + 16 * (warp & 1) + lane);
+      __syncwarp();
     }
-    ptx::fence_shared_proxy();
-    ptx::barrier_arrive(ptx::shared_address(&shared.p_full[buffer]));
+    const bool next_low = next && shared.visible[row], next_high = next && shared.visible[row + 8];
+    float next_scale_low = scale_of<kGroups>(shared, row), next_scale_high = scale_of<kGroups>(shared, row + 8);
+    // A scale of 0 belongs to codes of 0. NaN stays.
+    if (next_scale_low < 1e-30f) next_scale_low = 1e-30f;
+    if (next_scale_high < 1e-30f) next_scale_high = 1e-30f;
+    const float inverse_low = __fdividef(1.0f, next_scale_low), inverse_high = __fdividef(1.0f, next_scale_high);
+    uint32_t a[2][4][4];
+    const uint8_t* codes = rows + 16 * quarter;
+    uint4 l = *reinterpret_cast<const uint4*>(codes), h = *reinterpret_cast<const uint4*>(codes + 8 * kPitch);
+    ptx::products_wait<0>();
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      products[4 * j] *= inverse_low, products[4 * j + 1] *= inverse_low;
+      products[4 * j + 2] *= inverse_high, products[4 * j + 3] *= inverse_high;
+    }
+    uint32_t scaled[4][4], plain[4][4];  // of sixteen heads, rows low and high: eight heads, and the next eight
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t(&now)[4][4] = a[chunk & 1];
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const uint32_t wl = word_of(l, step), wh = word_of(h, step);
+        now[step][0] = ptx::halves_of_e4m3(wl), now[step][2] = ptx::halves_of_e4m3(wl >> 16);
+        now[step][1] = ptx::halves_of_e4m3(wh), now[step][3] = ptx::halves_of_e4m3(wh >> 16);
+      }
+      if constexpr (kGroups) {
+        const uint32_t fl = shared.groups.factor[chunk][row] * 0x10001u, fh = shared.groups.factor[chunk][row + 8] * 0x10001u;
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          now[step][0] = ptx::multiply_halves(now[step][0], fl), now[step][2] = ptx::multiply_halves(now[step][2], fl);
+          now[step][1] = ptx::multiply_halves(now[step][1], fh), now[step][3] = ptx::multiply_halves(now[step][3], fh);
+        }
+      }
+      if (chunk + 1 < kChunks) {  // they come while the products run
+        l = *reinterpret_cast<const uint4*>(codes + 64 * (chunk + 1));
+        h = *reinterpret_cast<const uint4*>(codes + 8 * kPitch + 64 * (chunk + 1));
+      }
+      const uint64_t b = ptx::tile_descriptor(ptx::shared_address(shared.q[chunk]));
+      ptx::products_fence();
+#pragma unroll
+      for (int step = 0; step < 4; ++step) ptx::product_f16<0>(products, now[step], b + 2 * step);
+      ptx::products_commit();
+      if (chunk < 4) {  // sixteen heads of the softmax meanwhile
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int j = 2 * chunk + half;
+          float pl[2], ph[2];
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            pl[k] = ptx::exp2_fast(scores[4 * j + k]), ph[k] = ptx::exp2_fast(scores[4 * j + 2 + k]);
+            total[2 * j + k] += pl[k] + ph[k];
+          }
+          plain[chunk][2 * half] = ptx::bfloat_pair(pl[0], pl[1]), plain[chunk][2 * half + 1] = ptx::bfloat_pair(ph[0], ph[1]);
+          scaled[chunk][2 * half] = ptx::half_pair(pl[0] * scale_low, pl[1] * scale_low);
+          scaled[chunk][2 * half + 1] = ptx::half_pair(ph[0] * scale_high, ph[1] * scale_high);
+        }
+      }
+      if (chunk == 4 && i >= 0) {
+        if (i >= 1) ptx::barrier_wait(ptx::shared_address(&shared.p_empty), (i - 1) & 1);
+        const uint32_t p = ptx::shared_address(shared.p), p_rope = ptx::shared_address(shared.p_rope);
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+          const uint32_t at = swizzled(stored, 2 * pair + (lane >> 4));
+          ptx::store_matrices(p_rope + at, plain[pair]);
+          ptx::store_matrices(p + at, scaled[pair]);
+        }
+        ptx::fence_shared_proxy();
+        ptx::barrier_arrive(ptx::shared_address(&shared.p_full));
+      }
+      ptx::products_wait<1>();
+    }
+    ptx::products_wait<0>();
+    sees_low = next_low, sees_high = next_high;
+    scale_low = next_scale_low, scale_high = next_scale_high;
+    place.advance(2);
   }
 
   reduce_spread(total, lane, [](float a, float b) { return a + b; });
@@ -465,14 +568,13 @@ __device__ __forceinline__ int first_value(int tile, int warp, int g) {
   return (tile == 2 ? 384 : kNope) + 16 * warp + 2 * g;
 }
 
-// The codes that a thread has of the `part`-th of eight parts of a block: of four rows, four values or two.
+// The codes that a thread has of a sixteen-row step and two tiles: of four rows, four values or two.
 template <int kPart>
-__device__ __forceinline__ void load_codes(uint32_t (&words)[4], const uint8_t* rows, int part, int half, int warp, int g,
-                                           int quarter) {
-  const uint8_t* from = rows + (16 * (part / 2) + quarter) * kPitch + first_value<kPart>(2 * half, warp, g);
+__device__ __forceinline__ void load_codes(uint32_t (&words)[4], const uint8_t* rows, int tiles, int warp, int g) {
+  const uint8_t* from = rows + first_value<kPart>(2 * tiles, warp, g);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    if (kPart == 0 || half == 0) {
+    if (kPart == 0 || tiles == 0) {
       words[r] = *reinterpret_cast<const uint32_t*>(from + 4 * r * kPitch);
     } else {
       words[r] = *reinterpret_cast<const uint16_t*>(from + 4 * r * kPitch);
@@ -480,27 +582,36 @@ __device__ __forceinline__ void load_codes(uint32_t (&words)[4], const uint8_t* 
   }
 }
 
-// The other two: out += values by probabilities. The first of them also fetches rows, which takes the place of a stage as
-// soon as both are done with it.
+// The other two: out += values by probabilities. They also fetch rows, which take the place of half a block as soon as both
+// are done with it.
 template <bool kGroups, int kPart>
-__device__ __forceinline__ void add_values(const AttendCall& call, SharedMemory& shared, const Token& token, int64_t t,
-                                           int first, int blocks, float (&out)[4][32]) {
+__device__ __forceinline__ void add_values(const AttendCall& call, SharedMemory<kGroups>& shared, const Token& token,
+                                           int64_t t, int first, int blocks, float (&out)[4][32]) {
+  constexpr int kPlaces = kHalves<kGroups>;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
+  const Fetcher fetcher;
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) out[tile][i] = 0.0f;
   }
+  Place<kGroups> place(0);
+  // After a half block its predecessor's place is refilled, with which both warpgroups are done by then.
+  int before = kPlaces - 1;
+  Lookup looked = fetcher.look(call, token, t, 2 * first + kPlaces - 1);
+  looked.look_up(call, token);
+  Lookup next = fetcher.look(call, token, t, 2 * first + kPlaces + 1);
   for (int i = 0; i < blocks; ++i) {
-    const int stage = i % kStages, buffer = i & 1, own = threadIdx.x % kWarpgroup;
-    Row ahead{};
-    if (kPart == 0 && i + kStages < blocks) ahead = find(call, token, t, first + i + kStages, own);
-    ptx::barrier_wait(ptx::shared_address(&shared.full[stage]), (i / kStages) & 1);
-    ptx::barrier_wait(ptx::shared_address(&shared.p_full[buffer]), (i >> 1) & 1);
-    if (shared.rescale[buffer][0] | shared.rescale[buffer][1]) {
+    const int coming = 2 * i + kPlaces - 1;
+    const uint8_t* ahead = fetcher.finish(call, token, looked, 2 * first + coming);
+    next.look_up(call, token);
+    looked = next;
+    next = fetcher.look(call, token, t, 2 * first + coming + 4);
+    ptx::barrier_wait(ptx::shared_address(&shared.p_full), i & 1);
+    if (shared.rescale[i & 1][0] | shared.rescale[i & 1][1]) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 alpha = *reinterpret_cast<const float2*>(&shared.alpha[buffer][8 * j + 2 * quarter]);
+        const float2 alpha = *reinterpret_cast<const float2*>(&shared.alpha[i & 1][8 * j + 2 * quarter]);
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile) {
           out[tile][4 * j] *= alpha.x, out[tile][4 * j + 1] *= alpha.y;
@@ -508,76 +619,91 @@ __device__ __forceinline__ void add_values(const AttendCall& call, SharedMemory&
         }
       }
     }
-    const uint8_t* rows = shared.rows[stage];
-    const uint64_t p = ptx::tile_descriptor(ptx::shared_address(shared.p[buffer]));
-    const uint64_t p_rope = ptx::tile_descriptor(ptx::shared_address(shared.p_rope[buffer]));
-    // In eight parts, of 16 rows and two tiles each. What a part loads comes while the products of the one before it run;
-    // converting that early too would take more registers than there are.
-    uint32_t words[4];  // of the part's four rows
-    load_codes<kPart>(words, rows, 0, 0, warp, g, quarter);
+    uint64_t p = ptx::tile_descriptor(ptx::shared_address(shared.p));
+    uint64_t p_rope = ptx::tile_descriptor(ptx::shared_address(shared.p_rope));
 #pragma unroll 1
-    for (int step = 0; step < 4; ++step)
-#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t factors[2];  // of both pairs of rows
-      if constexpr (kGroups) {
-        const uint16_t* factor = shared.factor[stage][first_value<kPart>(2 * half, warp, 0) / 64] + 16 * step + quarter;
-        factors[0] = factor[0] | static_cast<uint32_t>(factor[4]) << 16;
-        factors[1] = factor[8] | static_cast<uint32_t>(factor[12]) << 16;
-      }
-      // a[tile][0]: value 0, rows 0 and 1; [1]: value 1; [2]: value 0, rows 2 and 3; [3]: value 1.
-      uint32_t a[2][4];
-      if (kPart == 0 || half == 0) {
-        uint32_t low[4], high[4];
-        pair_rows(words[0], words[1], low);
-        pair_rows(words[2], words[3], high);
-        if constexpr (kGroups) {
+      // The half's rows came before the scores that p_full tells of; this makes what copies wrote visible here.
+      ptx::barrier_wait(ptx::shared_address(&shared.full[place.index]), place.round & 1);
+      int row = place.index * kHalf + quarter;
+      const uint8_t* rows = shared.rows + row * kPitch;
+      // In four parts, of 16 rows and two tiles each. What a part loads comes while the products of the one before it run;
+      // converting that early too would take more registers than there are.
+      uint32_t words[4];  // of the part's four rows
+      load_codes<kPart>(words, rows, 0, warp, g);
+#pragma unroll 1
+      for (int step = 0; step < 2; ++step) {
 #pragma unroll
-          for (int v = 0; v < 4; ++v) {
-            low[v] = ptx::multiply_halves(low[v], factors[0]);
-            high[v] = ptx::multiply_halves(high[v], factors[1]);
+        for (int tiles = 0; tiles < 2; ++tiles) {
+          uint32_t factors[2];  // of both pairs of rows
+          if constexpr (kGroups) {
+            const uint16_t* factor = &shared.groups.factor[first_value<kPart>(2 * tiles, warp, 0) / 64][row];
+            factors[0] = factor[0] | static_cast<uint32_t>(factor[4]) << 16;
+            factors[1] = factor[8] | static_cast<uint32_t>(factor[12]) << 16;
           }
-        }
+          // a[tile][0]: value 0, rows 0 and 1; [1]: value 1; [2]: value 0, rows 2 and 3; [3]: value 1.
+          uint32_t a[2][4];
+          if (kPart == 0 || tiles == 0) {
+            uint32_t low[4], high[4];
+            pair_rows(words[0], words[1], low);
+            pair_rows(words[2], words[3], high);
+            if constexpr (kGroups) {
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          a[tile][0] = low[2 * tile], a[tile][1] = low[2 * tile + 1];
-          a[tile][2] = high[2 * tile], a[tile][3] = high[2 * tile + 1];
-        }
-      } else {
-        const uint32_t low = __byte_perm(words[0], words[1], 0x5140), high = __byte_perm(words[2], words[3], 0x5140);
-        a[0][0] = ptx::halves_of_e4m3(low), a[0][1] = ptx::halves_of_e4m3(low >> 16);
-        a[0][2] = ptx::halves_of_e4m3(high), a[0][3] = ptx::halves_of_e4m3(high >> 16);
-        if constexpr (kGroups) {
+              for (int v = 0; v < 4; ++v) {
+                low[v] = ptx::multiply_halves(low[v], factors[0]);
+                high[v] = ptx::multiply_halves(high[v], factors[1]);
+              }
+            }
 #pragma unroll
-          for (int v = 0; v < 4; ++v) a[0][v] = ptx::multiply_halves(a[0][v], factors[v / 2]);
-        }
-        uint32_t r[4];
+            for (int tile = 0; tile < 2; ++tile) {
+              a[tile][0] = low[2 * tile], a[tile][1] = low[2 * tile + 1];
+              a[tile][2] = high[2 * tile], a[tile][3] = high[2 * tile + 1];
+            }
+          } else {
+            const uint32_t low = __byte_perm(words[0], words[1], 0x5140), high = __byte_perm(words[2], words[3], 0x5140);
+            a[0][0] = ptx::halves_of_e4m3(low), a[0][1] = ptx::halves_of_e4m3(low >> 16);
+            a[0][2] = ptx::halves_of_e4m3(high), a[0][3] = ptx::halves_of_e4m3(high >> 16);
+            if constexpr (kGroups) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          r[n] = *reinterpret_cast<const uint32_t*>(rows + (16 * step + quarter + 4 * n) * kPitch + kNope + 32 * warp + 4 * g);
+              for (int v = 0; v < 4; ++v) a[0][v] = ptx::multiply_halves(a[0][v], factors[v / 2]);
+            }
+            uint32_t r[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+              r[n] = *reinterpret_cast<const uint32_t*>(rows + 4 * n * kPitch + kNope + 32 * warp + 4 * g);
+            }
+            a[1][0] = __byte_perm(r[0], r[1], 0x5410), a[1][1] = __byte_perm(r[0], r[1], 0x7632);
+            a[1][2] = __byte_perm(r[2], r[3], 0x5410), a[1][3] = __byte_perm(r[2], r[3], 0x7632);
+          }
+          ptx::products_fence();
+          ptx::product_f16<1>(out[2 * tiles], a[0], p);
+          if (kPart == 1 && tiles == 1) {
+            ptx::product_bf16<1>(out[3], a[1], p_rope);
+          } else {
+            ptx::product_f16<1>(out[2 * tiles + 1], a[1], p);
+          }
+          ptx::products_commit();
+          if (tiles == 0) {
+            load_codes<kPart>(words, rows, 1, warp, g);
+          } else if (step == 0) {
+            load_codes<kPart>(words, rows + 16 * kPitch, 0, warp, g);
+          }
+          ptx::products_wait<0>();
         }
-        a[1][0] = __byte_perm(r[0], r[1], 0x5410), a[1][1] = __byte_perm(r[0], r[1], 0x7632);
-        a[1][2] = __byte_perm(r[2], r[3], 0x5410), a[1][3] = __byte_perm(r[2], r[3], 0x7632);
+        p += 128, p_rope += 128, row += 16, rows += 16 * kPitch;
       }
-      ptx::products_fence();
-      ptx::product_f16<1>(out[2 * half], a[0], p + 128 * step);
-      if (kPart == 1 && half == 1) {
-        ptx::product_bf16<1>(out[3], a[1], p_rope + 128 * step);
-      } else {
-        ptx::product_f16<1>(out[2 * half + 1], a[1], p + 128 * step);
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.empty[place.index]));
+      if (half && lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.p_empty));
+      if (coming + half < 2 * blocks) {
+        // Before the first half block its place was never filled.
+        if (i + half) {
+          ptx::barrier_wait(ptx::shared_address(&shared.empty[before]), (place.round - (place.index == 0)) & 1);
+        }
+        fetcher.fetch(shared, before, half, ahead, call);
       }
-      ptx::products_commit();
-      if (half == 0 || step < 3) load_codes<kPart>(words, rows, 2 * step + half + 1, half ^ 1, warp, g, quarter);
-      ptx::products_wait<0>();
-    }
-    __syncwarp();
-    if (lane == 0) {
-      ptx::barrier_arrive(ptx::shared_address(&shared.empty[stage]));
-      ptx::barrier_arrive(ptx::shared_address(&shared.p_empty[buffer]));
-    }
-    if (kPart == 0 && i + kStages < blocks) {
-      ptx::barrier_wait(ptx::shared_address(&shared.empty[stage]), (i / kStages) & 1);
-      fetch<kGroups>(shared, stage, ahead, own);
+      before = place.index;
+      place.advance(1);
     }
   }
 }
@@ -598,9 +724,9 @@ __device__ __forceinline__ void store_pair(const AttendCall& call, int64_t t, in
 }
 
 // The output of a warpgroup of a thread block alone, from its registers.
-template <int kPart>
-__device__ __forceinline__ void store_values(const AttendCall& call, const SharedMemory& shared, int64_t t, int first_head,
-                                             int heads, const float (&out)[4][32]) {
+template <bool kGroups, int kPart>
+__device__ __forceinline__ void store_values(const AttendCall& call, const SharedMemory<kGroups>& shared, int64_t t,
+                                             int first_head, int heads, const float (&out)[4][32]) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
   constexpr int kRopeTile = 3;  // of the second part
   float c = 1.0f, s = 0.0f;
@@ -646,8 +772,8 @@ __device__ __forceinline__ void store_values(const AttendCall& call, const Share
 }
 
 // The sums of a warpgroup, into shared memory.
-template <int kPart>
-__device__ __forceinline__ void put_values(SharedMemory& shared, const float (&out)[4][32]) {
+template <bool kGroups, int kPart>
+__device__ __forceinline__ void put_values(SharedMemory<kGroups>& shared, const float (&out)[4][32]) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
@@ -665,8 +791,8 @@ __device__ __forceinline__ void put_values(SharedMemory& shared, const float (&o
 template <bool kGroups>
 __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_constant__ AttendCall call) {
   extern __shared__ uint8_t raw[];
-  SharedMemory& shared =
-      *reinterpret_cast<SharedMemory*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~static_cast<uintptr_t>(1023));
+  using Shared = SharedMemory<kGroups>;
+  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~static_cast<uintptr_t>(1023));
   const int64_t t = blockIdx.z;
   const int first_head = blockIdx.y * kHeads;
   const int splits = static_cast<int>(gridDim.x), rank = static_cast<int>(blockIdx.x);
@@ -688,46 +814,55 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
 
   if (threadIdx.x == 0) {
     ptx::barrier_init(ptx::shared_address(&shared.queries), 1);
-    for (int i = 0; i < kStages; ++i) {
-      ptx::barrier_init(ptx::shared_address(&shared.full[i]), 3 * kRows);
+    for (int i = 0; i < kHalves<kGroups>; ++i) {
+      ptx::barrier_init(ptx::shared_address(&shared.full[i]), 2 * kWarpgroup + 8);
       ptx::barrier_init(ptx::shared_address(&shared.empty[i]), 8);
     }
-    for (int i = 0; i < 2; ++i) {
-      ptx::barrier_init(ptx::shared_address(&shared.p_full[i]), kWarpgroup);
-      ptx::barrier_init(ptx::shared_address(&shared.p_empty[i]), 8);
-    }
+    ptx::barrier_init(ptx::shared_address(&shared.p_full), kWarpgroup);
+    ptx::barrier_init(ptx::shared_address(&shared.p_empty), 8);
   }
+  if (threadIdx.x < kHeads) shared.reference[threadIdx.x] = 0.0f;
   __syncthreads();
   const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  const int own = threadIdx.x % kWarpgroup, heads = min(kHeads, static_cast<int>(call.heads) - first_head);
+  const int heads = min(kHeads, static_cast<int>(call.heads) - first_head);
   const int64_t query = (t * call.heads + first_head) * kWidth;
-  // Queries in bfloat16 pass through the places of the second and third block of rows.
+  // Queries in bfloat16 pass through the places of rows after the first block.
   const uint32_t arrived = ptx::shared_address(&shared.queries);
   if (!call.is_float && threadIdx.x == 0) {
     const uint32_t bytes = heads * kWidth * 2;
     ptx::barrier_arrive_expect(arrived, bytes);
-    ptx::copy_bulk(ptx::shared_address(shared.rows[1]), static_cast<const BFloat16*>(call.q) + query, bytes, arrived);
+    ptx::copy_bulk(ptx::shared_address(shared.rows + kRows * kPitch), static_cast<const BFloat16*>(call.q) + query, bytes, arrived);
   }
-  Row rows[kStages] = {};
-  if (group == 1) {
+  const int halves = 2 * (end - first);
+  constexpr int kFirst = kHalves<kGroups> - 1, kPairs = (kFirst + 1) / 2;  // half blocks that are fetched before the loop
+  const uint8_t* rows[kPairs];
+  if (group > 0) {
+    const Fetcher fetcher;
+    Lookup lookups[kPairs];
 #pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      if (i < end - first) rows[i] = find(call, token, t, first + i, own);
+    for (int i = 0; i < kPairs; ++i) lookups[i] = fetcher.look(call, token, t, 2 * first + 2 * i);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) lookups[i].look_up(call, token);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) rows[i] = fetcher.finish(call, token, lookups[i], 2 * first + 2 * i);
+    if (first < end) {
+      fetcher.fetch(shared, 0, 0, rows[0], call);
+      fetcher.fetch(shared, 1, 1, rows[0], call);
     }
-    if (first < end) fetch<kGroups>(shared, 0, rows[0], own);
   }
   if (call.is_float) {
     take_queries(call, shared, static_cast<const float*>(call.q) + query, t, heads);
   } else {
     ptx::barrier_wait(arrived, 0);
-    take_queries(call, shared, reinterpret_cast<const BFloat16*>(shared.rows[1]), t, heads);
+    take_queries(call, shared, reinterpret_cast<const BFloat16*>(shared.rows + kRows * kPitch), t, heads);
   }
   ptx::fence_shared_proxy();
   __syncthreads();
-  if (group == 1) {
+  if (group > 0) {
+    const Fetcher fetcher;
 #pragma unroll
-    for (int i = 1; i < kStages; ++i) {
-      if (i < end - first) fetch<kGroups>(shared, i, rows[i], own);
+    for (int n = 2; n < kFirst; ++n) {
+      if (n < halves) fetcher.fetch(shared, n, n & 1, rows[n / 2], call);
     }
   }
 
@@ -739,12 +874,12 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
     float out[4][32];
     add_values<kGroups, 0>(call, shared, token, t, first, end - first, out);
     ptx::sync_threads(2, kThreads);  // rows and queries are not needed any more
-    in_cluster ? put_values<0>(shared, out) : store_values<0>(call, shared, t, first_head, heads, out);
+    in_cluster ? put_values<kGroups, 0>(shared, out) : store_values<kGroups, 0>(call, shared, t, first_head, heads, out);
   } else {
     float out[4][32];
     add_values<kGroups, 1>(call, shared, token, t, first, end - first, out);
     ptx::sync_threads(2, kThreads);
-    in_cluster ? put_values<1>(shared, out) : store_values<1>(call, shared, t, first_head, heads, out);
+    in_cluster ? put_values<kGroups, 1>(shared, out) : store_values<kGroups, 1>(call, shared, t, first_head, heads, out);
   }
   if (!in_cluster) return;
   ptx::cluster_sync();

@@ -14,6 +14,19 @@ namespace dsv4 {
 
 namespace ffi = xla::ffi;
 
+// As a call's layer: slots and blocks are counted through all layers of the stacks, slot s of layer l of L being slot
+// l * R + s of L * R. So a layer that is known on the device alone is a number among the operands, and no kernel knows.
+constexpr int64_t kEveryLayer = -2;
+
+// A stack (L, n, ...) as its layer and that layer's length: of every layer as one, (1, L * n, ...).
+struct LayerOf {
+  int64_t index, length;
+
+  LayerOf(int64_t layer, int64_t layers, int64_t n)
+      : index(layer == kEveryLayer ? 0 : layer), length(layer == kEveryLayer ? layers * n : n) {}
+  static bool exists(int64_t layer, int64_t layers) { return layer == kEveryLayer || (layer >= 0 && layer < layers); }
+};
+
 // Takes a call's operands one after another; the first mistake is kept, and what follows it means nothing.
 class Operands {
  public:

@@ -128,19 +128,20 @@ inline void take_compress(Operands& operands, int64_t layer, int64_t layers, flo
   if (kv.size() != 2 || ape.size() != 2 || cos.size() != 3 || token.size() != 2 || table.size() != 2) {
     return operands.fail("kv, ape, cos, tokens or table of another rank", "2, 2, 3, 2 and 2 axes");
   }
-  call->slots = a[1], call->rows_a = a[2], call->rows_b = call->lanes == 2 ? b[2] : 0, call->dim = a.back();
+  const LayerOf part(layer, layers, a[1]);
+  call->slots = part.length, call->rows_a = a[2], call->rows_b = call->lanes == 2 ? b[2] : 0, call->dim = a.back();
   call->tokens = kv[0], call->ratio = ape[0], call->windows = cos[1], call->rope_dim = 2 * cos[2];
   call->segments = token[0], call->width = token[1], call->columns = table[1], call->eps = eps;
   const int64_t lanes_dim = call->lanes * call->dim;
   const auto tail = [&](const char* name, int64_t rows) {
-    float* data = operands.take<float>(name, f32, {layers, call->slots, rows, call->dim});
-    return data + (data ? layer * call->slots * rows * call->dim : 0);
+    float* data = operands.take<float>(name, f32, {layers, a[1], rows, call->dim});
+    return data + (data ? part.index * a[1] * rows * call->dim : 0);
   };
   call->sums = nullptr, call->ka = nullptr, call->za = nullptr;
   if (running) {
-    const int64_t size = call->slots * call->rows_a * kRunningSums * call->dim;
-    call->sums = operands.take<float>("sums", f32, {layers, call->slots, call->rows_a, kRunningSums, call->dim});
-    if (call->sums) call->sums += layer * size;
+    const int64_t size = a[1] * call->rows_a * kRunningSums * call->dim;
+    call->sums = operands.take<float>("sums", f32, {layers, a[1], call->rows_a, kRunningSums, call->dim});
+    if (call->sums) call->sums += part.index * size;
   } else {
     call->ka = tail("ka", call->rows_a), call->za = tail("za", call->rows_a);
   }
@@ -187,24 +188,25 @@ inline void take_entries(Operands& operands, int64_t layer, float eps, Compress*
                          bool* kv_is_float) {
   const Operands::Shape nope = operands.shape_of_next(), rope = operands.shape_of_next(1);
   if (nope.size() != 4 || rope.size() != 4) operands.fail("nope or rope of another rank", "(L, N, E, width)");
-  if (operands.ok() && (layer < 0 || layer >= nope[0])) {
+  if (operands.ok() && !LayerOf::exists(layer, nope[0])) {
     operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(nope[0] - 1));
   }
   if (!operands.ok()) return;
-  const int64_t rows = nope[1] * nope[2];
+  const LayerOf part(layer, nope[0], nope[1]);
+  const int64_t first = part.index * nope[1] * nope[2];
   const Operands::Shape scale = operands.shape_of_next(2);
   const bool grouped = scale.size() == 4;
-  record->nope = operands.take<uint8_t>("nope", {ffi::DataType::U8}, nope) + layer * rows * nope[3];
-  record->rope = operands.take<BFloat16>("rope", {ffi::DataType::BF16}, {nope[0], nope[1], nope[2], rope[3]}) + layer * rows * rope[3];
+  record->nope = operands.take<uint8_t>("nope", {ffi::DataType::U8}, nope) + first * nope[3];
+  record->rope = operands.take<BFloat16>("rope", {ffi::DataType::BF16}, {nope[0], nope[1], nope[2], rope[3]}) + first * rope[3];
   record->inv_scale = nullptr, record->scales = nullptr, record->scale_width = grouped ? scale[3] : 0;
   if (grouped && (nope[3] % 64 || 64 * scale[3] < nope[3])) {
     operands.fail("inv_scale " + Operands::text(scale), "one for every 64 of " + std::to_string(nope[3]) + " values");
   } else if (grouped) {
-    record->scales = operands.take<uint8_t>("inv_scale", {ffi::DataType::U8}, {nope[0], nope[1], nope[2], scale[3]}) + layer * rows * scale[3];
+    record->scales = operands.take<uint8_t>("inv_scale", {ffi::DataType::U8}, {nope[0], nope[1], nope[2], scale[3]}) + first * scale[3];
   } else {
-    record->inv_scale = operands.take<float>("inv_scale", {ffi::DataType::F32}, {nope[0], nope[1], nope[2]}) + layer * rows;
+    record->inv_scale = operands.take<float>("inv_scale", {ffi::DataType::F32}, {nope[0], nope[1], nope[2]}) + first;
   }
-  call->blocks = nope[1], call->per_block = nope[2];
+  call->blocks = part.length, call->per_block = nope[2];
   if (operands.ok()) take_compress(operands, layer, nope[0], eps, call, kv_is_float);
   if (operands.ok() && (call->dim != nope[3] + rope[3] || call->rope_dim != rope[3])) {
     operands.fail("records of " + std::to_string(nope[3]) + " + " + std::to_string(rope[3]) + " values for d " +
@@ -225,18 +227,19 @@ inline void take_keys(Operands& operands, int64_t layer, float eps, bool rotate,
                       bool* kv_is_float) {
   const Operands::Shape codes = operands.shape_of_next(), scale = operands.shape_of_next(1);
   if (codes.size() != 4 || scale.size() != 4) operands.fail("keys or scale of another rank", "(L, N, E, width)");
-  if (operands.ok() && (layer < 0 || layer >= codes[0])) {
+  if (operands.ok() && !LayerOf::exists(layer, codes[0])) {
     operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(codes[0] - 1));
   }
   if (operands.ok() && (scale[3] < 1 || (scale[3] != codes[3] / 8 && scale[3] != codes[3] / 16))) {
     operands.fail(std::to_string(scale[3]) + " scales for " + std::to_string(2 * codes[3]) + " values", "one per 16 or 32");
   }
   if (!operands.ok()) return;
-  const int64_t rows = codes[1] * codes[2];
-  *keys = {operands.take<uint8_t>("keys", {ffi::DataType::U8}, codes) + layer * rows * codes[3],
-           operands.take<uint8_t>("scale", {ffi::DataType::U8}, {codes[0], codes[1], codes[2], scale[3]}) + layer * rows * scale[3],
+  const LayerOf part(layer, codes[0], codes[1]);
+  const int64_t first = part.index * codes[1] * codes[2];
+  *keys = {operands.take<uint8_t>("keys", {ffi::DataType::U8}, codes) + first * codes[3],
+           operands.take<uint8_t>("scale", {ffi::DataType::U8}, {codes[0], codes[1], codes[2], scale[3]}) + first * scale[3],
            2 * codes[3] / scale[3], rotate};
-  call->blocks = codes[1], call->per_block = codes[2];
+  call->blocks = part.length, call->per_block = codes[2];
   if (operands.ok()) take_compress(operands, layer, codes[0], eps, call, kv_is_float);
   if (operands.ok() && (call->dim != 2 * codes[3] || call->dim % keys->group)) {
     operands.fail("keys of " + std::to_string(2 * codes[3]) + " values for d " + std::to_string(call->dim), "the same");

@@ -81,40 +81,50 @@ cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cud
   if (status != cudaSuccess || slices == 1) return status;
   const int64_t size = static_cast<int64_t>(call.tokens) * call.rows;
   return launch(kernels::sum_parts_kernel, dim3(static_cast<unsigned>((size / 4 + 255) / 256)), 256, 0, stream, true,
-                static_cast<const float*>(parts), slices, size, call.y);
+                call, static_cast<const float*>(parts), slices);
 }
 
 template <int kTokens>
-cudaError_t run_many(const kernels::Call& call, __half* packed, float* inverse, cudaStream_t stream) {
+cudaError_t run_many(kernels::Call call, __half* packed, float* inverse, cudaStream_t stream) {
   const auto kernel = kernels::many_tokens_kernel<kTokens>;
   const int shared = kProductShared<Codes::kE4M3, kTokens> + kTokens * 4;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
   pack_kernel<Codes::kE4M3><<<call.tokens * call.groups, 256, 0, stream>>>(call.x, call.columns, packed, inverse);
-  kernel<<<dim3(call.rows / kernels::kManyRows, 1, (call.tokens + kTokens - 1) / kTokens), kProductThreads, shared,
-           stream>>>(call, packed, inverse, nullptr);
+  for (int i = 0; i < call.number; ++i) {
+    kernels::Call one = call;
+    one.weights[0] = call.weights[i], one.number = 1, one.rows = call.weights[i].rows;
+    kernel<<<dim3(one.rows / kernels::kManyRows, 1, (call.tokens + kTokens - 1) / kTokens), kProductThreads, shared,
+             stream>>>(one, packed, inverse, nullptr);
+  }
   return cudaGetLastError();
 }
 
+// Operands: x, then codes and scale of each weight. Results: y of each weight, scratch.
 ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t slice) {
   Projection bound;
-  const ffi::Error error = bind_projection(args, results, &bound);
-  if (error.failure()) return error;
-  if (bound.is_float || bound.columns % 512 || bound.rows / bound.groups % kernels::kManyRows) {
-    return ffi::Error::InvalidArgument(
-        "project: on CUDA expected bfloat16, a multiple of 512 columns and one of 256 rows in "
-        "every group.");
+  Operands operands("project", args);
+  kernels::Call call = {};
+  bind_input(operands, &bound);
+  while (operands.ok() && operands.left()) {
+    if (call.number == kernels::kMostWeights || (call.number && bound.groups > 1)) {
+      operands.fail("too many weights", "up to 3, and one where x has groups");
+      break;
+    }
+    bind_weight(operands, results, call.number, &bound);
+    if (bound.is_float || bound.columns % 512 || bound.rows / bound.groups % kernels::kManyRows)
+      operands.fail("another size or dtype", "bfloat16, a multiple of 512 columns and of 256 rows in every group");
+    const int rows = static_cast<int>(bound.rows);
+    call.weights[call.number++] = {bound.codes, bound.scale, static_cast<__nv_bfloat16*>(bound.y), call.rows, rows};
+    call.rows += rows;
   }
+  if (!operands.ok()) return operands.error();
+  if (!call.number) return ffi::Error::InvalidArgument("project: got no weight; expected one.");
   if (!bound.tokens) return ffi::Error::Success();
-  kernels::Call call = {static_cast<const __nv_bfloat16*>(bound.x),
-                        bound.codes,
-                        bound.scale,
-                        static_cast<__nv_bfloat16*>(bound.y),
-                        static_cast<int>(bound.tokens),
-                        static_cast<int>(bound.groups),
-                        static_cast<int>(bound.rows),
-                        static_cast<int>(bound.columns)};
-  auto scratch = results.get<ffi::AnyBuffer>(1);
+  bound.rows = call.rows;
+  call.x = static_cast<const __nv_bfloat16*>(bound.x), call.tokens = static_cast<int>(bound.tokens);
+  call.groups = static_cast<int>(bound.groups), call.columns = static_cast<int>(bound.columns);
+  auto scratch = results.get<ffi::AnyBuffer>(call.number);
   if (!scratch.has_value()) return ffi::Error::InvalidArgument("project: got no scratch; expected one.");
   void* data = (*scratch)->untyped_data();
   const int64_t have = static_cast<int64_t>((*scratch)->size_bytes());

@@ -18,12 +18,30 @@ constexpr int kStageCodes = 32768;  // bytes of a stage without its pads
 constexpr int kPad = 64;
 constexpr int kFewTokens = 8;
 
+constexpr int kMostWeights = 3;
+
+// A weight of the call; its rows are first … first + rows - 1 of all.
+struct Weight {
+  const uint8_t* codes;  // (rows, columns)
+  const uint8_t* scale;  // (rows / 128, columns / 128)
+  __nv_bfloat16* y;      // (T, rows)
+  int first, rows;
+};
+
 struct Call {
   const __nv_bfloat16* x;  // (T, groups, columns)
-  const uint8_t* codes;    // (rows, columns)
-  const uint8_t* scale;    // (ceil(rows / 128), columns / 128)
-  __nv_bfloat16* y;        // (T, rows)
+  Weight weights[kMostWeights];
+  int number;  // of weights; with more than one there is one group
   int tokens, groups, rows, columns;
+
+  __device__ __forceinline__ Weight of_row(int row) const {
+    Weight found = weights[0];
+#pragma unroll
+    for (int i = 1; i < kMostWeights; ++i) {
+      if (i < number && row >= weights[i].first) found = weights[i];
+    }
+    return found;
+  }
 };
 
 __device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
@@ -65,6 +83,8 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
 
   if (warp == kConsumers / 32) {
     for (; item < last; ++item) {
+      const Weight weight = call.of_row(item * F::kRows);
+      const uint8_t* codes = weight.codes + static_cast<int64_t>(item * F::kRows - weight.first) * call.columns;
       for (int step = 0; step < steps; ++step, next()) {
         barrier_wait(empty + stage, phase ^ 1);
         if (lane == 0) barrier_expect(full + stage, kStageCodes);
@@ -72,8 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
 #pragma unroll
         for (int row = lane; row < F::kRows; row += 32) {
           bulk_copy(shared + stage * F::kStageBytes + row * F::kPitch,
-                    call.codes + static_cast<int64_t>(item * F::kRows + row) * call.columns + step * kColumns, kColumns,
-                    full + stage);
+                    codes + static_cast<int64_t>(row) * call.columns + step * kColumns, kColumns, full + stage);
         }
       }
     }
@@ -115,11 +134,12 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
       }
       consumers_sync();
     }
+    const Weight weight = call.of_row(first_row);
     float sum[4] = {};
     for (int step = 0; step < steps; ++step, next()) {
-      const int64_t first_scale =
-          static_cast<int64_t>(first_row + row) / 128 * (call.columns / 128) + step * (kColumns / 128) + part * 2;
-      const uint16_t scales = __ldg(reinterpret_cast<const uint16_t*>(call.scale + first_scale));
+      const int64_t first_scale = static_cast<int64_t>(first_row - weight.first + row) / 128 * (call.columns / 128) +
+                                  step * (kColumns / 128) + part * 2;
+      const uint16_t scales = __ldg(reinterpret_cast<const uint16_t*>(weight.scale + first_scale));
       barrier_wait(full + stage, phase);
       const uint8_t* codes = shared + stage * F::kStageBytes + (row + lane / 4) * F::kPitch + part * kPart + c * 16;
       const uint4* a = activations + static_cast<int64_t>(step * (kColumns / 64) + part * (kPart / 64)) * 8 * kPlaces;
@@ -163,7 +183,8 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
       float total = 0.0f;
 #pragma unroll
       for (int w = 0; w < F::kWarps; ++w) total += sums[((buffer * F::kWarps + w) * F::kRows + r) * 8 + token];
-      call.y[static_cast<int64_t>(token) * call.rows + first_row + r] = __float2bfloat16_rn(total * inverse[token]);
+      weight.y[static_cast<int64_t>(token) * weight.rows + first_row - weight.first + r] =
+          __float2bfloat16_rn(total * inverse[token]);
     }
   }
 }

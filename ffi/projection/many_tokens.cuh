@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   WeightTile<Codes::kE4M3> tiles[2];
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
-    tiles[t].init(call.codes, call.scale, first_row + t * 64, call.columns, first_chunk, last_chunk);
+    tiles[t].init(call.weights[0].codes, call.weights[0].scale, first_row + t * 64, call.columns, first_chunk, last_chunk);
   }
   float sum[2][kTokens / 2];
   multiply_tiles<Codes::kE4M3, kTokens>(tiles, packed + first_chunk * kChunk, call.columns, last_chunk - first_chunk,
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
           const float y = sum[t][4 * j + 2 * h + i] * factor * inverse[rows[token]];
           const int64_t at = static_cast<int64_t>(first_token + token) * call.rows + row;
           if (gridDim.y == 1) {
-            call.y[at] = __float2bfloat16_rn(y);
+            call.weights[0].y[at] = __float2bfloat16_rn(y);
           } else {
             parts[static_cast<int64_t>(blockIdx.y) * call.tokens * call.rows + at] = y;
           }
@@ -57,18 +57,21 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   }
 }
 
-__global__ void __launch_bounds__(256)
-    sum_parts_kernel(const float* parts, int number, int64_t size, __nv_bfloat16* y) {
+__global__ void __launch_bounds__(256) sum_parts_kernel(const Call call, const float* parts, int number) {
   asm volatile("griddepcontrol.wait;" ::: "memory");
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) * 4;
+  const int64_t size = static_cast<int64_t>(call.tokens) * call.rows;
   if (at >= size) return;
+  const int token = static_cast<int>(at / call.rows), row = static_cast<int>(at % call.rows);
+  const Weight weight = call.of_row(row);
   float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 4
   for (int i = 0; i < number; ++i) {
     const float4 v = *reinterpret_cast<const float4*>(parts + i * size + at);
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
   }
-  __nv_bfloat162* to = reinterpret_cast<__nv_bfloat162*>(y + at);
+  __nv_bfloat162* to = reinterpret_cast<__nv_bfloat162*>(weight.y + static_cast<int64_t>(token) * weight.rows + row -
+                                                         weight.first);
   to[0] = __floats2bfloat162_rn(sum.x, sum.y);
   to[1] = __floats2bfloat162_rn(sum.z, sum.w);
 }

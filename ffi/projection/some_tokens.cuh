@@ -77,16 +77,18 @@ __global__ void __launch_bounds__(kSomeThreads, 1)
   uint32_t next_scale;
   const int own_row = threadIdx.x / 32 * 16 + lane / 4;
   const auto load = [&](int i) {
-    const int block = first_block + i / steps, column = first_column + i % steps * kStep;
+    const int column = first_column + i % steps * kStep;
+    const Weight weight = call.of_row((first_block + i / steps) * kSomeRows);
+    const int block = first_block + i / steps - weight.first / kSomeRows;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint8_t* from =
-          call.codes + static_cast<int64_t>(block * kSomeRows + own_row + 8 * h) * call.columns + column + c * 16;
+          weight.codes + static_cast<int64_t>(block * kSomeRows + own_row + 8 * h) * call.columns + column + c * 16;
 #pragma unroll
       for (int u = 0; u < 4; ++u) next[h][u] = __ldcs(reinterpret_cast<const uint4*>(from + u * 64));
     }
     next_scale = __ldg(reinterpret_cast<const uint16_t*>(
-        call.scale + static_cast<int64_t>(block) * (call.columns / 128) + column / 128));
+        weight.scale + static_cast<int64_t>(block) * (call.columns / 128) + column / 128));
   };
   load(0);
 
@@ -190,6 +192,8 @@ __global__ void __launch_bounds__(kSomeThreads, 1)
       }
     }
     if (i % steps == steps - 1) {
+      const int first_row = (first_block + i / steps) * kSomeRows;
+      const Weight weight = call.of_row(first_row);
 #pragma unroll
       for (int j = 0; j < kTokens / 4; ++j) {
         const int t = j * 4 + c;
@@ -197,12 +201,11 @@ __global__ void __launch_bounds__(kSomeThreads, 1)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const float y = sum[h][j] * inverse[t];
-            const int64_t at =
-                static_cast<int64_t>(t) * call.rows + (first_block + i / steps) * kSomeRows + own_row + 8 * h;
+            const int row = first_row + own_row + 8 * h;
             if (gridDim.y == 1) {
-              call.y[at] = __float2bfloat16_rn(y);
+              weight.y[static_cast<int64_t>(t) * weight.rows + row - weight.first] = __float2bfloat16_rn(y);
             } else {
-              parts[static_cast<int64_t>(blockIdx.y) * call.tokens * call.rows + at] = y;
+              parts[(static_cast<int64_t>(blockIdx.y) * call.tokens + t) * call.rows + row] = y;
             }
           }
         }

@@ -5,6 +5,7 @@
 #include "common/parallel_for.h"
 #include "common/vector_clones.h"
 #include "formats/dequantise.h"
+#include "formats/key_rows.h"
 #include "read/op.h"
 
 namespace dsv4 {
@@ -36,20 +37,6 @@ void decode_record(const ReadRecords& call, int64_t row, Out* out) {
   }
   const BFloat16* rope = call.rope + row * call.rope_width;
   for (int64_t i = 0; i < call.rope_width; ++i) store(to_float(rope[i]), out + call.nope_width + i);
-}
-
-DSV4_VECTOR_CLONES void decode_key(const ReadKeys& call, int64_t row, float* out) {
-  const int64_t groups = call.dim / call.group;
-  const uint8_t *codes = call.keys + row * (call.dim / 2), *scales = call.scale + row * groups;
-  // In two passes, whose loops are long enough for vectors.
-  for (int64_t i = 0; i < call.dim / 2; ++i) {
-    out[2 * i] = e2m1_value(codes[i]);
-    out[2 * i + 1] = e2m1_value(static_cast<uint32_t>(codes[i]) >> 4);
-  }
-  for (int64_t g = 0; g < groups; ++g) {
-    const float scale = call.group == 16 ? e4m3_value(scales[g]) : e8m0_value(scales[g]);
-    for (int64_t i = g * call.group; i < (g + 1) * call.group; ++i) out[i] *= scale;
-  }
 }
 
 // decode(row, out) fills one of call.vectors() vectors of `width` values each.
@@ -94,7 +81,9 @@ ffi::Error read_keys(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaini
   EntryRows rows;
   const ffi::Error error = bind_read_keys(args, results, layer, &call, &rows);
   if (error.success()) {
-    read_all(pool, call, rows, call.dim, call.out, [&](int64_t row, float* out) { decode_key(call, row, out); });
+    read_all(pool, call, rows, call.dim, call.out, [&](int64_t row, float* out) { 
+      decode_key(call.keys + row * (call.dim / 2), call.scale + row * (call.dim / call.group), call.dim, call.group, out);
+    });
   }
   return error;
 }

@@ -90,18 +90,23 @@ inline void* take_result(ffi::RemainingRets results, const Operands::Shape& expe
   return (*result)->untyped_data();
 }
 
-// Takes nope, rope and inv_scale, arrays (L, R, W, ...) or (L, N, E, ...), and points `call` at the layer.
+// Takes nope, rope and inv_scale, arrays (L, R, W, ...) or (L, N, E, ...), and points `call` at the layer; answers with the
+// shape of nope, whose second size are the layer's slots or blocks.
 inline Operands::Shape take_records(Operands& operands, int64_t layer, ReadRecords* call) {
-  const Operands::Shape nope = operands.shape_of_next(), rope = operands.shape_of_next(1), scale = operands.shape_of_next(2);
+  Operands::Shape nope = operands.shape_of_next();
+  const Operands::Shape rope = operands.shape_of_next(1), scale = operands.shape_of_next(2);
   if (nope.size() != 4 || rope.size() != 4) return operands.fail("nope or rope of another rank", "4 axes"), nope;
-  if (layer < 0 || layer >= nope[0]) operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(nope[0] - 1));
+  if (!LayerOf::exists(layer, nope[0])) {
+    operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(nope[0] - 1));
+  }
   if (nope[2] < 1 || nope[2] > INT32_MAX) operands.fail("nope " + Operands::text(nope), "1 to 2^31 - 1 rows");
   const bool grouped = scale.size() == 4;  // a scale per group of 64 values
   call->nope_width = nope[3], call->rope_width = rope[3], call->scale_width = grouped ? scale[3] : 0;
   if (grouped && (nope[3] % 64 || 64 * scale[3] < nope[3])) {
     operands.fail("inv_scale " + Operands::text(scale), "one for every 64 of " + std::to_string(nope[3]) + " values");
   }
-  const int64_t first = layer * nope[1] * nope[2];
+  const LayerOf part(layer, nope[0], nope[1]);
+  const int64_t first = part.index * nope[1] * nope[2];
   const uint8_t* codes = operands.take<uint8_t>("nope", {ffi::DataType::U8}, nope);
   const BFloat16* plain = operands.take<BFloat16>("rope", {ffi::DataType::BF16}, {nope[0], nope[1], nope[2], rope[3]});
   if (grouped) {
@@ -112,6 +117,7 @@ inline Operands::Shape take_records(Operands& operands, int64_t layer, ReadRecor
     call->scale = scales + first;
   }
   call->nope = codes + first * nope[3], call->rope = plain + first * rope[3];
+  nope[1] = part.length;
   return nope;
 }
 
@@ -170,9 +176,10 @@ inline ffi::Error bind_read_entries(ffi::RemainingArgs args, ffi::RemainingRets 
 inline ffi::Error bind_read_keys(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, ReadKeys* call,
                                  EntryRows* rows) {
   Operands operands("read_keys", args);
-  const Operands::Shape keys = operands.shape_of_next(), scale = operands.shape_of_next(1);
+  Operands::Shape keys = operands.shape_of_next();
+  const Operands::Shape scale = operands.shape_of_next(1);
   if (keys.size() != 4 || scale.size() != 4) operands.fail("keys or scale of another rank", "4 axes");
-  if (operands.ok() && (layer < 0 || layer >= keys[0])) {
+  if (operands.ok() && !LayerOf::exists(layer, keys[0])) {
     operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(keys[0] - 1));
   }
   if (operands.ok() && (scale[3] < 1 || (scale[3] != keys[3] / 8 && scale[3] != keys[3] / 16))) {
@@ -181,10 +188,12 @@ inline ffi::Error bind_read_keys(ffi::RemainingArgs args, ffi::RemainingRets res
   if (!result_table(results, &call->requests, &call->per_request)) operands.fail("a result of another rank", "3 axes");
   if (!operands.ok()) return operands.error();
   call->dim = 2 * keys[3], call->group = call->dim / scale[3];
-  const int64_t first = layer * keys[1] * keys[2];
+  const LayerOf part(layer, keys[0], keys[1]);
+  const int64_t first = part.index * keys[1] * keys[2];
   const uint8_t* codes = operands.take<uint8_t>("keys", {ffi::DataType::U8}, keys);
   const uint8_t* scales = operands.take<uint8_t>("scale", {ffi::DataType::U8}, {keys[0], keys[1], keys[2], scale[3]});
   call->keys = codes + first * keys[3], call->scale = scales + first * scale[3];
+  keys[1] = part.length;
   take_entry_rows(operands, keys, call->per_request, rows);
   bool is_float = false;
   call->out = static_cast<float*>(take_result(results, {call->requests, call->per_request, call->dim}, operands, &is_float));

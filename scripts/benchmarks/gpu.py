@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 import gpu_attend
 import gpu_reads
+import gpu_select
+import gpu_slice
 import gpu_step
 import gpu_timing
 import gpu_writes
@@ -65,6 +67,7 @@ def rows() -> list[functools.partial[gpu_timing.Row]]:
     row(gpu_reads.window, "fp8", bf16)
     row(gpu_reads.all_keys, "mxfp4")
     made.extend(gpu_attend.rows())
+    made.extend(gpu_select.rows())
     for options in gpu_step.CACHES:
         for one_launch in (False, True):
             row(gpu_step.all_writes, steps=1, options=options, one_launch=one_launch, target=200.0)
@@ -75,7 +78,12 @@ def rows() -> list[functools.partial[gpu_timing.Row]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=os.environ.get("OUT", "gpu_results"), help="folder of the JSON file")
-    parser.add_argument("--only", choices=["attend", "reads", "step", "writes"], help="the rows of this part alone")
+    parser.add_argument(
+        "--only",
+        choices=["attend", "reads", "select", "slice", "step", "writes"],
+        help="the rows of this part alone",
+    )
+    gpu_slice.add_options(parser)
     options = parser.parse_args()
     if jax.default_backend() != "gpu" or "cuda" not in dispatch.available():
         sys.exit("bench gpu: needs an NVIDIA GPU, JAX with CUDA and the native library for it (scripts/build_ffi)")
@@ -85,6 +93,8 @@ def main() -> None:
     if options.only in (None, "step"):
         gpu_step.report_program()
         gpu_step.report_bytes()
+    if options.only == "slice":
+        gpu_slice.run(options)
     gpu_timing.fact("this benchmark", time.perf_counter() - start, "s")
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True

@@ -44,7 +44,7 @@ def test_a_slot_is_its_number():
     ],
 )
 def test_a_stale_handle_is_an_error(make, call):
-    manager = make()
+    manager = make(max_concurrent_requests=1)
     old = manager.admit_request()
     manager.release_request(old)
     with pytest.raises(ValueError, match="slot 0 holds no request"):
@@ -106,7 +106,7 @@ def test_a_plan_that_is_gone_keeps_nothing(make):
     assert manager.num_free_blocks("csa") == 3
     del plan
     assert manager.num_free_blocks("csa") == 4
-    assert manager.admit_request() == 0
+    assert {manager.admit_request(), manager.admit_request()} == {0, 1}
     manager.check()
 
 

@@ -97,6 +97,14 @@ def test_a_budget_is_of_whole_tokens_and_requests(tokens, requests):
         compute_block_budget(FLASH, SCHEDULE, tokens, requests)
 
 
+def test_a_budget_depends_on_no_format():
+    """Widths that only the exact formats store; blocks are counted all the same."""
+    config = FLASH.replace(index_head_dim=96, head_dim=100)
+    assert compute_block_budget(config, build_schedule(config), 1000, 2) == compute_block_budget(
+        FLASH, SCHEDULE, 1000, 2
+    )
+
+
 def test_rollback_makes_room():
     schema = build_schema(FLASH, SCHEDULE[2], max_rollback=8)
     assert [schema.ring_rows, schema.tail_rows, schema.overlap_tail_rows] == [136, 11, 15]

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
+import jax
 import pytest
 from programs import start_command_line
 
 import dsv4_jax
 from dsv4_jax import cli
 from dsv4_jax.cli.errors import describe
+from dsv4_jax.cli.loading import keep_programs
 from dsv4_jax.files.written_whole import CannotWriteError, written_whole
 
 
@@ -350,3 +353,34 @@ def test_every_public_name_is_there():
         assert name in dir(dsv4_jax)
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         dsv4_jax.nonsense  # noqa: B018
+
+
+def test_a_platform_that_is_not_here_is_one_sentence(run, one_layer, monkeypatch):
+    monkeypatch.setattr("jax.devices", Mock(side_effect=AssertionError))
+    status, out, err = run("generate", "--checkpoint", one_layer, "-q", "a")
+    assert (status, out) == (2, "")
+    assert err.startswith("dsv4-jax: JAX")
+    assert "Assertion" in err or "finds no such device here: expected cpu" in err
+    assert err.count("\n") == 1
+
+
+def test_compiled_programs_are_kept_where_nothing_else_is_said(tmp_path, monkeypatch):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
+    folder = tmp_path / "dsv4_jax" / "compiled"
+    try:
+        for given, home, expected in (
+            ("elsewhere", tmp_path, "elsewhere"), (None, tmp_path, str(folder)), (None, tmp_path / "file", None),
+        ):  # fmt: skip
+            (tmp_path / "file").write_text("")
+            monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+            jax.config.update(names[0], given)
+            keep_programs(True)
+            assert getattr(jax.config, names[0]) == expected
+        assert folder.is_dir()
+        keep_programs(False)
+        assert not getattr(jax.config, names[2])
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

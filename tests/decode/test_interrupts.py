@@ -10,7 +10,6 @@ import pytest
 from loops import ask, assert_idle, make_loop
 
 import dsv4_jax.decode
-import dsv4_jax.decode.loop as module
 from dsv4_jax import PrefixPolicy
 
 FOLDER = str(Path(dsv4_jax.decode.__file__).parent)
@@ -101,15 +100,16 @@ def test_ctrl_c_at_every_line(model, scene, say):
     )
 
 
-@pytest.mark.parametrize("name", ["decode_steps", "prefill_step"])
+@pytest.mark.parametrize("name", ["decode", "prefill"])
 @pytest.mark.parametrize("lost", ["before", "donated", "poisoned"])
 def test_a_step_that_fails(model, alone, monkeypatch, caplog, name, lost):
     """Before it takes the cache; having taken it; and where the device says so only when results are asked for."""
-    requests, real = [ask(10, 52), ask(3, 49, start=4)], getattr(module, name)
+    requests = [ask(10, 52), ask(3, 49, start=4)]
     for call in (1, 2):
         loop, calls = make_loop(model), 0
+        real = getattr(loop._programs, name)
 
-        def step(*operands, call=call, **options):
+        def step(*operands, call=call, real=real, **options):
             nonlocal calls
             calls += 1
             if calls != call:
@@ -123,7 +123,7 @@ def test_a_step_that_fails(model, alone, monkeypatch, caplog, name, lost):
                 x.delete()  # whoever asks for it gets a RuntimeError
             return *results, cache
 
-        monkeypatch.setattr(module, name, step)
+        monkeypatch.setattr(loop._programs, name, step)
         numbers, tokens, failures = [r.submit(loop) for r in requests], {}, 0
         with caplog.at_level(logging.WARNING):
             caplog.clear()

@@ -215,7 +215,7 @@ def test_absurd_reals_are_refused(name, value):
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        (RELEASED, {"compress_ratios": [0, 0, 8] + [4] * 40}, r"compress_ratios\[2\] is 8: .*128"),
+        (RELEASED, {"compress_ratios": [0, 0, 8] + [4, 128] * 20}, r"compress_ratios\[2\] is 8: .*128; the keys csa_"),
         (RELEASED, {"compress_ratios": [0, 1.0] + [4] * 41}, r"compress_ratios\[1\] is 1.0"),
         (RELEASED, {"compress_ratios": [False] * 43}, r"compress_ratios\[0\] is False"),
         (RELEASED, {"compress_ratios": [0] * 42}, "compress_ratios has 42 entries: .*= 43"),

@@ -13,6 +13,7 @@ from dsv4_jax.files.safetensors_file import open_checkpoint
 from dsv4_jax.model.files.checkpoint import load_tensors, read_stored_tensors
 from dsv4_jax.model.files.released_form import quantise_checkpoint
 from dsv4_jax.model.files.weight_formats import scale_bytes
+from dsv4_jax.model.random_weights import random_model
 from dsv4_jax.model.transformer import DSV4Model
 from dsv4_jax.ops import dispatch
 
@@ -81,6 +82,26 @@ def test_scales_in_float32_must_be_powers_of_two_to_stay():
             scale_bytes("fp8", np.float32([[1.0, bad]]))
     with pytest.raises(ValueError, match="expected a number"):
         scale_bytes("fp4", np.float32([[np.nan]]))
+
+
+def test_random_weights_are_held_as_a_released_checkpoint_is(released):
+    held = arrays(from_pretrained(released))
+    model = random_model(DSV4Config.from_hf(released), seed=1, dtype=jnp.float32)
+    made = arrays(model)
+    assert {n: (a.shape, a.dtype) for n, a in made.items()} == {n: (a.shape, a.dtype) for n, a in held.items()}
+    for name, array in made.items():
+        if array.dtype == jnp.uint8 and ".experts." not in name and "scale" not in name:
+            assert np.isin(array, (127, 255)).sum() == 0, name  # E4M3's NaN
+    table = np.sort(made["layers.0.ffn.gate.tid2eid"])
+    assert (np.diff(table) > 0).all()
+    manager = KVCacheManager.from_memory(model.config, 1 << 22, max_concurrent_requests=2, max_context_len=128)
+    plan = manager.plan_step(
+        np.array([manager.admit_request(), manager.admit_request()], np.int32), np.zeros(2, np.int32)
+    )
+    logits, _ = nnx.jit(model)(jnp.array([5, 7], jnp.int32), manager.cache, plan)
+    assert np.isfinite(logits).all()
+    assert 0.3 < np.std(logits) < 30
+    assert not np.array_equal(logits[0], logits[1])
 
 
 def abstract(tree):

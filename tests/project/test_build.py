@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
+import subprocess
 import tomllib
 
 import pytest
@@ -29,6 +30,20 @@ def test_an_installation_on_a_machine_with_a_compiler_is_native():
     if not (shutil.which("c++") or shutil.which("g++") or os.environ.get("CXX")):
         pytest.skip("no C++ compiler")
     assert "cpu" in dispatch.available()
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+@pytest.mark.parametrize(("asked", "words"), [("AUTO", "No NVIDIA GPU here"), ("OFF", "DSV4_CUDA is OFF")])
+def test_cuda_is_built_where_there_is_a_gpu_or_where_it_is_asked_for(tmp_path, asked, words):
+    if any(pathlib.Path(p).exists() for p in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")):
+        pytest.skip("there is a GPU")
+    command = ["cmake", "-S", REPOSITORY / "ffi", "-B", tmp_path, f"-DDSV4_CUDA={asked}"]
+    result = subprocess.run(
+        [*command, f"-DDSV4_XLA_INCLUDE_DIR={tmp_path}"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert words in result.stdout or "No C++ compiler" in result.stderr
+    assert "CUDA compiler" not in result.stdout
 
 
 def test_the_version_is_said_once():

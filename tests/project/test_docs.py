@@ -77,7 +77,7 @@ def _code(page: str) -> list[str]:
 
 def test_the_tutorial_runs():
     blocks = _code("tutorial.md")
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     exec(compile("\n".join(blocks), "docs/tutorial.md", "exec"), {})
 
 

@@ -1,6 +1,5 @@
 """The examples run, and do what they say."""
 
-import ast
 import importlib.util
 import pathlib
 from collections import defaultdict
@@ -67,14 +66,15 @@ def test_the_flax_model_example_updates_in_place_and_requests_do_not_meet():
 def test_the_streaming_example_gives_every_prompt_its_own_text(one_layer, capsys):
     example = _load("streaming")
     example.main(one_layer, new_tokens=4)
-    texts = defaultdict(bytes)
-    for line in capsys.readouterr().out.splitlines():
-        index, piece = line.split(": ", 1)
-        texts[int(index)] += ast.literal_eval(piece)
+    texts = defaultdict(list)
+    for line in capsys.readouterr().out.removesuffix("\n").split("\n"):
+        index, text = line.split(" | ", 1)
+        texts[int(index)].append(text)
     model = dsv4_jax.from_pretrained(one_layer)
     prompts = [list(prompt.encode()) for prompt in example.PROMPTS]
     expected = dsv4_jax.generate(model, prompts, 4)
-    assert [list(texts[i]) for i in range(3)] == expected
+    for i, new in enumerate(expected):
+        assert "\n".join(texts[i]) == example.PROMPTS[i] + bytes(new).decode("latin-1")
 
 
 def test_the_planning_example_prints_what_the_caches_take(capsys):
@@ -84,3 +84,15 @@ def test_the_planning_example_prints_what_the_caches_take(capsys):
     assert "8 concurrent requests, one of them with 4,096 tokens" in out
     taken = int(out.split("took ")[1].split(":")[0].replace(",", ""))
     assert taken <= 9 << 20
+
+
+def test_the_two_processes_example_gives_what_one_process_gives(one_layer, capsys):
+    example = _load("two_processes")
+    example.main(str(one_layer), new_tokens=8)
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[Gloo]")]
+    model = dsv4_jax.from_pretrained(one_layer)
+    assert len(lines) == 4
+    for process, prompts in enumerate(example.PROMPTS):
+        expected = dsv4_jax.generate(model, [list(p.encode()) for p in prompts], 8, cache_dtype="fp32")
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            assert f"{process}: {prompt!r} {bytes(tokens)!r}" in lines

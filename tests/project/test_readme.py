@@ -1,5 +1,6 @@
 """The README: its code runs, its numbers are those of the code, its files are there."""
 
+import ast
 import pathlib
 import re
 import runpy
@@ -43,6 +44,8 @@ def test_text_from_the_packaged_checkpoint(capsys):
     _run(_one_with("from_pretrained"))
     lines = capsys.readouterr().out.splitlines()
     assert [line[:2] for line in lines] == ["b'", "b'"]
+    # They are prompts that this checkpoint continues with code, not with blanks.
+    assert all(len(ast.literal_eval(line).replace(b" ", b"")) > 8 for line in lines)
 
 
 def test_it_is_read_in_five_minutes():

@@ -98,6 +98,28 @@ def test_an_environment_is_made_again_only_when_something_changed(tmp_path):
     assert ensure("") == ["."]
 
 
+@pytest.mark.parametrize("name", ["bench", "soak", "fuzz"])
+def test_scripts_without_their_packages_run_in_an_environment_that_is_made_for_them(tmp_path, name):
+    fake, log = tmp_path / "python", tmp_path / "log"
+    fake.write_text(
+        "#!/usr/bin/env bash\n"
+        'if [ "$1" = -V ]; then echo Python 3.99; exit; fi\n'
+        'if [ "$1" = -c ]; then echo same; exit; fi\n'
+        f'if [ "$2" = venv ]; then mkdir -p {tmp_path}/env/bin; cp "$0" {tmp_path}/env/bin/python; exit; fi\n'
+        f'echo "$@" >>{log}\n'
+    )
+    fake.chmod(0o755)
+    arguments = {"bench": ["records", "--help"], "soak": ["--moves", "7"], "fuzz": []}[name]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(fake), "VENV": str(tmp_path / "env")}
+    script = str(ROOT / "scripts" / name)
+    # -S: without the packages that are installed beside this Python.
+    command = [sys.executable, "-S", script, *arguments]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Installing dsv4_jax[test]" in result.stderr
+    assert log.read_text().splitlines()[-1] == " ".join([script, *arguments])
+
+
 def test_a_python_that_is_too_old_is_named(tmp_path):
     code = f"set -euo pipefail; cd {ROOT}; . scripts/venv.sh; ensure_venv ''"
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": "/nowhere/python", "VENV": str(tmp_path / "env")}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..counts import count
+from ..counts import count, is_integer
 from ..new_blocks import NewBlocks
 from ..plan import StepPlan, group_tokens
 from .requests import RequestTable
@@ -110,6 +110,11 @@ def check_handles(requests: RequestTable, request_slots: Any) -> None:
 
 def check_tokens(requests: RequestTable, request_slots: Any, positions: Any) -> tuple[np.ndarray, np.ndarray]:
     """request_slots and positions as (T,) int32; ValueError for what no step can take."""
+    if is_integer(request_slots):  # one request's tokens, by its handle; a position below 0 is padding
+        requests.require(request_slots)
+        positions = np.asarray(positions)
+        request_slots = np.where(positions >= 0, int(request_slots), -1)
+        positions = np.maximum(positions, 0)
     check_handles(requests, request_slots)
     slots, positions = np.asarray(request_slots), np.asarray(positions)
     if slots.ndim != 1 or slots.shape != positions.shape:

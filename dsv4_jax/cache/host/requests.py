@@ -1,6 +1,6 @@
 """The running requests as the host knows them: their slots, lengths and blocks."""
 
-import heapq
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +11,8 @@ from .blocks import BlockLedger
 from .in_flight import Part, PendingSteps, PlannedStep, Released
 from .slot import Slot
 from .undo import Undo
+
+_TABLES = itertools.count(1)
 
 
 class RequestTable:
@@ -49,6 +51,7 @@ class RequestTable:
         self._settled: dict[int, int] = {}
         self._complete_from: dict[int, int] = {}
         self._generations = [-1] * num_slots
+        self._number = next(_TABLES)  # a handle knows whose it is
         self._released: list[Released] = []
 
     def emptied(self) -> "RequestTable":
@@ -65,6 +68,7 @@ class RequestTable:
             forget=self._holders[1],
         )
         fresh.plans_kept_blocks = self.plans_kept_blocks
+        fresh._number = self._number
         fresh._generations = [generation + 1 for generation in self._generations]
         return fresh
 
@@ -77,12 +81,14 @@ class RequestTable:
 
     def handle(self, slot: int) -> Slot:
         """The handle of the request that a slot holds."""
-        return Slot(slot, self._generations[slot])
+        return Slot(slot, self._generations[slot], self._number)
 
     def require(self, slot: int) -> None:
         """ValueError unless `slot` holds a request and, if it is a Slot, that very request."""
         if not is_integer(slot):
             raise ValueError(f"slot is {slot!r}: expected an integer, as admission returns it")
+        if isinstance(slot, Slot) and slot.table not in (0, self._number):
+            raise ValueError(f"slot {slot} is a handle of another manager: expected one that this manager gave out")
         if isinstance(slot, Slot) and 0 <= slot < self.num_slots and slot.generation != self._generations[slot]:
             raise ValueError(
                 f"slot {slot} was released and has been given out again: this handle's request has ended, use the one "
@@ -311,11 +317,14 @@ class RequestTable:
                 "max_concurrent_requests larger"
             )
         self.undo.elements(self.free_slots, slice(None))
-        return heapq.heappop(self.free_slots)
+        # That of the fewest requests: an old number, of an array that knows no handles, rarely means a new request.
+        slot = min(self.free_slots, key=lambda slot: (self._generations[slot], slot))
+        self.free_slots.remove(slot)
+        return slot
 
     def _give_slot(self, slot: int) -> None:
         self.undo.elements(self.free_slots, slice(None))
-        heapq.heappush(self.free_slots, slot)
+        self.free_slots.append(slot)
 
     def _begin(self, slot: int, length: int, settled: int) -> Slot:
         self._set(slot, length, settled)

@@ -24,7 +24,9 @@ _TAGS = {dtype: tag for tag, dtype in DTYPES.items() if tag != "F4"}
 
 def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
     """Writes a safetensors file, whole or not at all; its header has the geometry, its last tensor a checksum of
-    every other byte. Raises ValueError where no file can be written."""
+    every other byte. Raises ValueError where no file can be written, and for what is no snapshot."""
+    if not isinstance(snapshot, Snapshot):  # a path perhaps: the arguments in the other order
+        raise ValueError(f"save_snapshot: snapshot is {snapshot!r:.80}, expected a Snapshot, then the path")
     request = {
         "length": snapshot.length,
         "rollback": snapshot.rollback,

@@ -7,22 +7,24 @@ type, or held in memory as they are stored.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from dsv4_jax.files.safetensors_file import Checkpoint, open_checkpoint
-from dsv4_jax.files.untrusted_json import read_json_object, shorten
-from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
+from dsv4_jax.files.untrusted_json import shorten
+from dsv4_jax.model.config import DSV4Config
+from dsv4_jax.model.files.quantisation import check_quantisation
 from dsv4_jax.model.files.tensor_match import MatchedTensors, match_tensors
-from dsv4_jax.model.files.tensor_names import expected_tensors, keeps_float32, scale_name
-from dsv4_jax.model.files.weight_formats import BLOCK, dequantise, scale_bytes, scale_shape
+from dsv4_jax.model.files.tensor_names import expected_tensors, is_skipped, keeps_float32, scale_name
+from dsv4_jax.model.files.weight_formats import dequantise, scale_bytes, scale_shape
 
 _log = logging.getLogger(__name__)
 
@@ -83,9 +85,11 @@ def held_as_stored(
     return held
 
 
-def held_bytes(config: DSV4Config, held: Mapping[str, Held]) -> int:
-    """Bytes of tensors that are held like this, scales included."""
-    return sum(_nbytes(shape, held[name]) for name, shape in expected_tensors(config).items())
+def held_bytes(config: DSV4Config, held: Mapping[str, Held], devices: int = 1) -> int:
+    """Bytes of tensors that are held like this, scales included; on each of so many devices that share the experts."""
+    sizes = {name: _nbytes(shape, held[name]) for name, shape in expected_tensors(config).items()}
+    experts = sum(size for name, size in sizes.items() if _EXPERT.fullmatch(name))
+    return sum(sizes.values()) - experts + -(-experts // devices)
 
 
 def _nbytes(shape: tuple[int, ...], held: Held) -> int:
@@ -104,13 +108,16 @@ def read_tensors(
     config: DSV4Config | None = None,
     dtype: Any = np.float32,
     progress: Progress | None = None,
+    *,
+    experts: Container[int] | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of `load_tensors` one after the other, each as soon as it is read.
 
     Everything is checked, and refused, before the first is read. Files are mapped and let go of tensor by tensor: what
-    is held here is one tensor (one layer's stack of w1, w2 or w3 where experts are concerned).
+    is held here is one tensor (one layer's stack of w1, w2 or w3 where experts are concerned). experts: those that are
+    read, where others are not needed here; what the stacks have in place of these is not defined.
     """
-    return _open(path, config, dtype, progress, as_stored=False)[1]
+    return _open(path, config, dtype, progress, experts, as_stored=False)[1]
 
 
 def read_stored_tensors(
@@ -118,19 +125,30 @@ def read_stored_tensors(
     config: DSV4Config | None = None,
     dtype: Any = np.float32,
     progress: Progress | None = None,
+    *,
+    experts: Container[int] | None = None,
+    devices: int = 1,
 ) -> tuple[int, Iterator[tuple[str, np.ndarray]]]:
     """Like `read_tensors`, with weights held as they are stored (`held_as_stored`): bytes of all, and the tensors.
 
     Codes are uint8 under the name of the weight, scales follow them as E8M0 bytes: `layers.0.attn.wkv.weight` (out, in)
     and `layers.0.attn.wkv.scale`, `layers.0.ffn.experts.w1` (experts, out, in / 2) and `….experts.w1_scale` (experts,
-    out, in / 32).
+    out, in / 32). devices: the bytes are those of each of so many devices that share the experts.
     """
-    return _open(path, config, dtype, progress, as_stored=True)
+    held, tensors = _open(path, config, dtype, progress, experts, as_stored=True)
+    return held_bytes(*held, devices), tensors
 
 
 def _open(
-    path: str | os.PathLike[str], config: DSV4Config | None, dtype: Any, progress: Progress | None, *, as_stored: bool
-) -> tuple[int, Iterator[tuple[str, np.ndarray]]]:
+    path: str | os.PathLike[str],
+    config: DSV4Config | None,
+    dtype: Any,
+    progress: Progress | None,
+    experts: Container[int] | None,
+    *,
+    as_stored: bool,
+) -> tuple[tuple[DSV4Config, dict[str, Held]], Iterator[tuple[str, np.ndarray]]]:
+    """How tensors are held, as `held_bytes` takes it, and the tensors."""
     try:
         dtype = np.dtype(dtype)
     except TypeError:
@@ -139,18 +157,18 @@ def _open(
         raise ValueError(f"dtype is {dtype}: expected float32 or bfloat16")
     if config is None:
         config = DSV4Config.from_hf(path)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, functools.partial(is_skipped, config=config))
+    check_quantisation(checkpoint, config)
     matched = match_tensors(checkpoint, config)
-    if matched.forms:
-        check_quantisation(checkpoint.path)
-    if matched.skipped:
-        _log.info("skipped %d tensors of draft layers", len(matched.skipped))
+    for what, names in (("draft layers", matched.skipped), ("vision parts", matched.vision)):
+        if names:
+            _log.info("skipped %d tensors of %s", len(names), what)
     if as_stored:
         held = held_as_stored(checkpoint, matched, config, dtype)
     else:
         held = {name: Held(None, _result_dtype(name, dtype)) for name in expected_tensors(config)}
-    total = held_bytes(config, held)
-    return total, _read_all(checkpoint, matched, config, held, total, progress or (lambda done, total: None))
+    report = progress or (lambda done, total: None)
+    return (config, held), _read_all(checkpoint, matched, config, held, experts, report)
 
 
 def load_tensors(
@@ -180,8 +198,8 @@ def load_tensors(
     Raises:
       FileNotFoundError: no checkpoint, no config.json, or a shard missing.
       ValueError: files that `open_checkpoint` refuses, tensors that `match_tensors` refuses, a
-        tid2eid that names experts the model does not have, scales that are not finite, blocks of a
-        size other than 128x128, more bytes than the machine has, or an unknown dtype.
+        tid2eid that names experts the model does not have, scales that are not finite, weights
+        quantised in another way, more bytes than the machine has, or an unknown dtype.
     """
     if config is None:
         config = DSV4Config.from_hf(path)
@@ -190,12 +208,10 @@ def load_tensors(
     return dict(tensors)
 
 
-def result_bytes(config: DSV4Config, dtype: Any) -> int:
-    """Bytes of what `load_tensors` returns."""
-    sizes = (
-        math.prod(shape) * _result_dtype(n, np.dtype(dtype)).itemsize for n, shape in expected_tensors(config).items()
-    )
-    return sum(sizes)
+def result_bytes(config: DSV4Config, dtype: Any, devices: int = 1) -> int:
+    """Bytes of what `load_tensors` returns; on each of so many devices that share the experts."""
+    held = {name: Held(None, _result_dtype(name, np.dtype(dtype))) for name in expected_tensors(config)}
+    return held_bytes(config, held, devices)
 
 
 def check_memory(needed: int, what: str) -> None:
@@ -222,10 +238,10 @@ def _read_all(
     matched: MatchedTensors,
     config: DSV4Config,
     held: Mapping[str, Held],
-    total: int,
+    experts: Container[int] | None,
     progress: Progress,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    done = 0
+    done, total = 0, held_bytes(config, held)
     stacks: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     embedding: np.ndarray | None = None
 
@@ -248,7 +264,9 @@ def _read_all(
             stack, index = "", 0
             out, out_scale = empty((), shape, how)
         assert out is not None
-        if name in matched.forms:
+        if expert and experts is not None and index not in experts:
+            pass  # others read it
+        elif name in matched.forms:
             scales = matched.stored[scale_name(name)]
             try:
                 if out_scale is None:
@@ -287,20 +305,6 @@ def _read_all(
                 "same, as tie_word_embeddings is true"
             )
         yield "head.weight", embedding
-
-
-def check_quantisation(folder: str) -> None:
-    """ValueError where the folder's config.json, if there is one, says that weights are quantised in another way."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        return
-    quantised = read_json_object(path, max_bytes=MAX_CONFIG_BYTES).get("quantization_config")
-    if not isinstance(quantised, Mapping):
-        return
-    for key, expected in (("quant_method", "fp8"), ("fmt", "e4m3"), ("weight_block_size", [BLOCK, BLOCK])):
-        got = quantised.get(key)
-        if got is not None and got != expected:
-            raise ValueError(f"{path}: quantization_config.{key} is {shorten(got)}: expected {expected!r}")
 
 
 def _same(checkpoint: Checkpoint, left: str, right: str) -> bool:

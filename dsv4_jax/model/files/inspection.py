@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -12,9 +13,10 @@ from typing import Any
 from dsv4_jax.files.safetensors_file import Checkpoint, open_checkpoint
 from dsv4_jax.files.system_errors import in_words
 from dsv4_jax.model.config import DSV4Config
-from dsv4_jax.model.files.checkpoint import check_quantisation, held_as_stored, held_bytes, result_bytes
+from dsv4_jax.model.files.checkpoint import held_as_stored, held_bytes, result_bytes
+from dsv4_jax.model.files.quantisation import check_quantisation
 from dsv4_jax.model.files.tensor_match import compare_tensors
-from dsv4_jax.model.files.tensor_names import canonical_name, is_draft
+from dsv4_jax.model.files.tensor_names import canonical_name, expected_tensors, is_draft, is_skipped, is_vision
 
 #: Parts of the model, each with what its canonical names look like; the first that fits counts.
 _PARTS = {
@@ -26,7 +28,7 @@ _PARTS = {
     "attention": r".*\.attn\..*",
     "residual streams and norms": r".*(hc_|norm).*",
 }
-DRAFT, OTHER = "draft layers", "other"
+DRAFT, VISION, OTHER = "draft layers", "vision parts", "other"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,8 @@ class CheckpointReport:
       problems: what keeps it from loading, a sentence each; empty where it loads.
       missing, surplus, misshapen, unsupported: names of tensors, as `compare_tensors` has them.
       draft: tensors of draft (MTP) layers; they are skipped.
+      vision: tensors of what reads pictures; they are skipped.
+      absent: how many of these are in files that are not there, because nothing else is in them.
     """
 
     path: str
@@ -77,11 +81,13 @@ class CheckpointReport:
     misshapen: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
     draft: int = 0
+    vision: int = 0
+    absent: int = 0
 
     @property
     def parameters(self) -> int:
-        """Of all parts, draft layers not counted."""
-        return sum(part.parameters for name, part in self.parts.items() if name != DRAFT)
+        """Of all parts, those that are skipped not counted."""
+        return sum(part.parameters for name, part in self.parts.items() if name not in (DRAFT, VISION))
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +102,6 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
       FileNotFoundError: no checkpoint there, or a shard missing.
       ValueError: a file that `open_checkpoint` refuses.
     """
-    checkpoint = open_checkpoint(path)
     config, problems = None, []
     if os.path.isfile(path):
         problems.append(f"{os.fspath(path)}: a file by itself: give its folder to compare it with its config.json")
@@ -107,10 +112,17 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
             problems.append(in_words(error))
         except ValueError as error:
             problems.append(str(error))
-    found: dict[str, Any] = {}
+    checkpoint = open_checkpoint(path, functools.partial(is_skipped, config=config) if config else lambda name: False)
+    found: dict[str, Any] = {"absent": len(checkpoint.absent)}
     loaded = {}
-    if config is not None:
+    if config is None:
         try:
+            check_quantisation(checkpoint)
+        except ValueError as error:
+            problems.append(str(error))
+    else:
+        try:
+            check_quantisation(checkpoint, config)
             compared = compare_tensors(checkpoint, config)
         except ValueError as error:
             problems.append(str(error))
@@ -119,25 +131,21 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
                 found[field] = getattr(compared, field)
                 if count := len(found[field]):
                     problems.append(f"{count} tensor{'s are' if count > 1 else ' is'} {field}")
-            found["draft"] = len(compared.matched.skipped)
-            if compared.matched.forms:
-                try:
-                    check_quantisation(checkpoint.path)
-                except ValueError as error:
-                    problems.append(str(error))
+            found |= {"draft": len(compared.matched.skipped), "vision": len(compared.matched.vision)}
             if not (found["missing"] or found["unsupported"] or found["misshapen"]):
                 held = held_as_stored(checkpoint, compared.matched, config)
                 loaded["as stored"] = held_bytes(config, held)
             loaded |= {dtype: result_bytes(config, dtype) for dtype in ("bfloat16", "float32")}
     canonical = {name: canonical_name(name) for name in checkpoint}
+    values = _values(checkpoint, canonical, expected_tensors(config) if config and "missing" in found else {})
     return CheckpointReport(
         path=os.fspath(path),
         kind=_kind(checkpoint),
         names="Hugging Face" if any(name.startswith("model.") for name in checkpoint) else "release",
         config=config,
         files={name: sum(file.info(t).nbytes for t in file) for name, file in checkpoint.files.items()},
-        parts=_sizes(checkpoint, {name: _part(c, config) for name, c in canonical.items()}, canonical),
-        dtypes=_sizes(checkpoint, {name: checkpoint.info(name).dtype for name in checkpoint}, canonical),
+        parts=_sizes(checkpoint, {name: _part(c, config) for name, c in canonical.items()}, values),
+        dtypes=_sizes(checkpoint, {name: checkpoint.info(name).dtype for name in checkpoint}, values),
         result_bytes=loaded,
         problems=tuple(problems),
         **found,
@@ -145,7 +153,9 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
 
 
 def _kind(checkpoint: Checkpoint) -> str:
-    types = Counter(checkpoint.info(name).dtype for name in checkpoint)
+    types = Counter(
+        checkpoint.info(name).dtype for name in checkpoint if not canonical_name(name).endswith((".scale", "_scale_2"))
+    )
     packed = sum(types[dtype] for dtype in ("I8", "U8", "F4"))
     if types["F8_E4M3"]:
         return "FP8 weights and FP4 experts, as released" if packed else "FP8 weights"
@@ -157,6 +167,8 @@ def _kind(checkpoint: Checkpoint) -> str:
 
 
 def _part(canonical: str, config: DSV4Config | None) -> str:
+    if is_vision(canonical):
+        return VISION
     if canonical.startswith("mtp.") or (config is not None and is_draft(canonical, config)):
         return DRAFT
     for part, pattern in _PARTS.items():
@@ -165,16 +177,21 @@ def _part(canonical: str, config: DSV4Config | None) -> str:
     return OTHER
 
 
-def _sizes(checkpoint: Checkpoint, group_of: dict[str, str], canonical: dict[str, str]) -> dict[str, Part]:
+def _values(checkpoint: Checkpoint, canonical: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """How many parameters each tensor has; scales are none, a byte of FP4 is two."""
+    values = {}
+    for name, short in canonical.items():
+        info = checkpoint.info(name)
+        values[name] = 0 if short.endswith(".scale") else math.prod(info.shape)
+        if info.dtype in ("I8", "U8") and short.endswith(".weight") and info.shape != shapes.get(short):
+            values[name] *= 2
+    return values
+
+
+def _sizes(checkpoint: Checkpoint, group_of: dict[str, str], values: dict[str, int]) -> dict[str, Part]:
     totals: dict[str, list[int]] = {}
     for name, group in group_of.items():
-        info = checkpoint.info(name)
-        values = math.prod(info.shape)
-        if canonical[name].endswith(".scale"):
-            values = 0
-        elif info.dtype in ("I8", "U8") and canonical[name].endswith(".weight"):
-            values *= 2
         total = totals.setdefault(group, [0, 0, 0])
-        for i, more in enumerate((1, values, info.nbytes)):
+        for i, more in enumerate((1, values[name], checkpoint.info(name).nbytes)):
             total[i] += more
     return {group: Part(*total) for group, total in sorted(totals.items(), key=lambda item: -item[1][2])}

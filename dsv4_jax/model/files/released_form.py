@@ -28,6 +28,7 @@ from dsv4_jax.files.untrusted_json import read_json_object, shorten
 from dsv4_jax.files.written_whole import CannotWriteError
 from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
 from dsv4_jax.model.files.checkpoint import Progress
+from dsv4_jax.model.files.quantisation import check_quantisation
 from dsv4_jax.model.files.tensor_match import match_tensors
 from dsv4_jax.model.files.tensor_names import canonical_name, expected_tensors, keeps_float32, released_name, scale_name
 from dsv4_jax.model.files.weight_formats import BLOCK, quantise, scale_shape
@@ -76,20 +77,24 @@ class WeightBytes:
     held: int
 
 
-def released_bytes(config: DSV4Config) -> WeightBytes:
-    """What the weights of this configuration take in the released form; no file is needed."""
-    stored, held = 0, 0
+def released_bytes(config: DSV4Config, devices: int = 1) -> WeightBytes:
+    """What the weights of this configuration take in the released form; no file is needed.
+
+    devices: what is held is that of each of so many devices that share the routed experts.
+    """
+    stored, held, experts = 0, 0, 0
     for name, shape in expected_tensors(config).items():
         form = released_type(name)
         if form in ("fp8", "fp4"):
             rows, columns = shape
             nbytes = rows * columns // (2 if form == "fp4" else 1) + math.prod(scale_shape(form, (rows, columns)))
             stored, held = stored + nbytes, held + nbytes
+            experts += nbytes if form == "fp4" else 0
         else:
             size = math.prod(shape)
             stored += size * DTYPES[form].itemsize
             held += size * (4 if name.endswith(".tid2eid") or keeps_float32(name) else DTYPES[form].itemsize)
-    return WeightBytes(stored, held)
+    return WeightBytes(stored, held - experts + -(-experts // devices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +190,7 @@ def quantise_checkpoint(
 
 
 def _plan(checkpoint: Checkpoint, config: DSV4Config) -> list[_Job]:
+    check_quantisation(checkpoint, config)
     matched = match_tensors(checkpoint, config)
     if matched.forms:
         name = matched.stored[next(iter(matched.forms))]
@@ -193,7 +199,7 @@ def _plan(checkpoint: Checkpoint, config: DSV4Config) -> list[_Job]:
             f"tensors in {', '.join(_FLOATS)}"
         )
     jobs = []
-    for name in (*matched.stored.values(), *matched.skipped):
+    for name in (*matched.stored.values(), *matched.skipped, *matched.vision):
         canonical, info = canonical_name(name), checkpoint.info(name)
         form = released_type(canonical)
         if info.dtype not in (_INTEGERS if form == "I64" else _FLOATS):

@@ -8,14 +8,20 @@ from collections.abc import Mapping
 from dsv4_jax.files.safetensors_file import Checkpoint, TensorInfo
 from dsv4_jax.files.untrusted_json import shorten
 from dsv4_jax.model.config import DSV4Config
-from dsv4_jax.model.files.tensor_names import canonical_name, expected_tensors, is_draft, scale_name
-from dsv4_jax.model.files.weight_formats import GROUP, scale_shape
+from dsv4_jax.model.files.tensor_names import (
+    canonical_name,
+    expected_tensors,
+    is_draft,
+    is_vision,
+    least_tensors,
+    scale_name,
+)
+from dsv4_jax.model.files.weight_formats import GROUP, form_of, scale_shape
 
 _FLOATS = ("F32", "F16", "BF16")
 _INTEGERS = ("I32", "I64")
-#: safetensors' types of weights with scales -> the form. Releases tag FP4 pairs as I8.
-_FORM_OF_TYPE = {"F8_E4M3": "fp8", "I8": "fp4", "U8": "fp4", "F4": "fp4"}
-_SCALES = ("F8_E8M0", "F32")
+#: U8 and I8 are E8M0 of writers that do not know the type.
+_SCALES = ("F8_E8M0", "F32", "BF16", "U8", "I8")
 _SHOWN = 5
 
 
@@ -28,11 +34,13 @@ class MatchedTensors:
         that are quantised.
       forms: canonical name -> "fp8" or "fp4", for every weight that is quantised.
       skipped: names in the checkpoint of tensors of draft (MTP) layers, which are not loaded.
+      vision: names in the checkpoint of tensors of what reads pictures, which are not loaded either.
     """
 
     stored: Mapping[str, str]
     forms: Mapping[str, str]
     skipped: tuple[str, ...]
+    vision: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +69,20 @@ def compare_tensors(checkpoint: Checkpoint, config: DSV4Config) -> Comparison:
       ValueError: one tensor under two names, or far fewer tensors than the configuration's experts alone.
     """
     # Before the expected names are listed: the configuration may be the one that lies.
-    at_least = config.num_hidden_layers * config.n_routed_experts * 3
-    if len(checkpoint) < at_least:
+    if len(checkpoint) < least_tensors(config):
         raise ValueError(
-            f"{checkpoint.path}: holds {len(checkpoint)} tensors: expected more than {at_least} "
+            f"{checkpoint.path}: holds {len(checkpoint)} tensors: expected more than {least_tensors(config)} "
             f"for {config.num_hidden_layers} layers of {config.n_routed_experts} experts"
         )
     model = expected_tensors(config)
     stored: dict[str, str] = {}
     skipped: list[str] = []
-    for name in checkpoint:
+    vision: list[str] = []
+    for name in (*checkpoint, *checkpoint.absent):
         canonical = canonical_name(name)
-        if is_draft(canonical, config):
+        if is_vision(canonical):
+            vision.append(name)
+        elif is_draft(canonical, config):
             skipped.append(name)
         elif stored.setdefault(canonical, name) != name:
             raise ValueError(
@@ -108,7 +118,7 @@ def compare_tensors(checkpoint: Checkpoint, config: DSV4Config) -> Comparison:
         if got != shape:
             misshapen.append(f"{stored[canonical]} is {got} instead of {shape}")
     return Comparison(
-        MatchedTensors(stored, forms, tuple(skipped)),
+        MatchedTensors(stored, forms, tuple(skipped), tuple(vision)),
         unsupported=tuple(unsupported),
         missing=tuple(name for name in expected if name not in stored),
         surplus=tuple(shorten(name) for c, name in stored.items() if c not in expected and c not in tied_head),
@@ -150,7 +160,7 @@ def _form(canonical: str, shape: tuple[int, ...], info: TensorInfo) -> str | Non
         return "plain" if info.dtype in _INTEGERS else None
     if info.dtype in _FLOATS:
         return "plain"
-    form = _FORM_OF_TYPE.get(info.dtype)
-    if len(shape) != 2 or not canonical.endswith(".weight") or (form == "fp4" and shape[1] % GROUP):
+    if len(shape) != 2 or not canonical.endswith(".weight"):
         return None
-    return form
+    form = form_of(info.dtype, info.shape, (shape[0], shape[1]))
+    return None if form == "fp4" and shape[1] % GROUP else form

@@ -20,9 +20,20 @@ _RENAMED = {
     "hc_head_base": "hc_head.hc_base",
     "hc_head_scale": "hc_head.hc_scale",
 }
-_ENDINGS = {".attn.kv_norm.weight": ".attn.norm.weight", ".weight_scale_inv": ".scale"}
+_ENDINGS = {
+    ".attn.kv_norm.weight": ".attn.norm.weight",
+    ".weight_scale_inv": ".scale",
+    ".weight_scale": ".scale",
+    ".weight_packed": ".weight",
+}
+#: What stands before the names of a model, and before those of a text model beside a vision tower.
+_PREFIXES = ("model.", "language_model.", "language.", "model.")
+_VISION = re.compile(
+    r"(vision|visual|vision_(tower|model|encoder)|aligner|((multi_modal|mm)_)?projector|image_[a-z_]+|"
+    r"view_sep[ae]rator|audio_tower)(\..*)?|.*\.ffn\.gate\.bias_vl"
+)
 _LAYER = re.compile(r"layers\.(\d{1,9})\.")
-_FLOAT32 = re.compile(r"(^|.*[._])norm\.weight|.*\.?hc_[a-z_]+|.*\.(attn_sink|ape)|.*\.gate\.bias")
+_FLOAT32 = re.compile(r"(^|.*[._])norm\.weight|.*\.?hc_[a-z_]+|.*\.(attn_sink|ape)|.*\.gate\.bias(_vl)?")
 
 
 def canonical_name(name: str) -> str:
@@ -31,9 +42,10 @@ def canonical_name(name: str) -> str:
     `model.layers.0.attn.wq_a.weight` -> `layers.0.attn.wq_a.weight`,
     `model.embed_tokens.weight` -> `embed.weight`,
     `layers.0.attn.kv_norm.weight` -> `layers.0.attn.norm.weight`.
-    The scales of a weight are its name with `.scale`, in files also `.weight_scale_inv`.
+    The scales of a weight are its name with `.scale`, in files also `.weight_scale_inv` or `.weight_scale`.
     """
-    name = name.removeprefix("model.")
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
     for ending, canonical in _ENDINGS.items():
         if name.endswith(ending):
             return name.removesuffix(ending) + canonical
@@ -57,10 +69,26 @@ def is_draft(name: str, config: DSV4Config) -> bool:
     return beyond or name.startswith("mtp.")
 
 
+def is_vision(name: str) -> bool:
+    """Whether the tensor with this canonical name belongs to what reads pictures, which text needs not."""
+    return _VISION.fullmatch(name) is not None
+
+
+def is_skipped(name: str, config: DSV4Config) -> bool:
+    """Whether a checkpoint's tensor of this name, as files have it, is no part of the model that makes text."""
+    canonical = canonical_name(name)
+    return is_draft(canonical, config) or is_vision(canonical)
+
+
 def keeps_float32(name: str) -> bool:
     """Whether the tensor with this canonical name stays float32 whatever type the model computes
     in: norms, the residual streams' weights (hc_*), sinks, ape, the router's bias."""
     return _FLOAT32.fullmatch(name) is not None
+
+
+def least_tensors(config: DSV4Config) -> int:
+    """Fewer tensors than this no checkpoint of the model has: its experts alone are as many."""
+    return config.num_hidden_layers * config.n_routed_experts * 3
 
 
 def expected_tensors(config: DSV4Config) -> dict[str, tuple[int, ...]]:

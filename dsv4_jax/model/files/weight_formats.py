@@ -41,6 +41,23 @@ def scale_shape(form: str, shape: tuple[int, int]) -> tuple[int, int]:
     return rows, columns // GROUP
 
 
+def form_of(dtype: str, stored: tuple[int, ...], shape: tuple[int, int]) -> str | None:
+    """The form of a weight of `shape` that a file has in this type and shape: "fp8", "fp4", or None for neither.
+
+    Some writers know no type of 8-bit floats, or of pairs of 4-bit ones, and tag them as integers of a byte.
+    """
+    if dtype == "U8":
+        return "fp8" if stored == shape else "fp4"
+    return {"F8_E4M3": "fp8", "I8": "fp4", "F4": "fp4"}.get(dtype)
+
+
+def _scale_values(scales: np.ndarray) -> np.ndarray:
+    """Scales as float32; integers of a byte are E8M0 by another tag."""
+    if scales.dtype in (np.uint8, np.int8):
+        scales = scales.view(ml_dtypes.float8_e8m0fnu)
+    return scales.astype(np.float32)
+
+
 def _stripes(rows: int) -> range:
     # Temporaries stay as small as 128 rows, whatever the size of the tensor.
     return range(0, rows, BLOCK)
@@ -52,12 +69,12 @@ def dequantise(form: str, codes: np.ndarray, scales: np.ndarray, out: np.ndarray
     Args:
       form: "fp8" or "fp4".
       codes: one byte each: (out, in) of E4M3, or (out, in / 2) of E2M1 pairs, whatever their dtype.
-      scales: E8M0 or float32, of `scale_shape`.
+      scales: E8M0 (also as bytes), float32 or bfloat16, of `scale_shape`.
 
     Raises:
       ValueError: a scale that is not a number, or so large that values overflow.
     """
-    scales = scales.astype(np.float32)
+    scales = _scale_values(scales)
     _check_magnitudes(scales, _MAX_SCALE[form], "scale ", 0)
     codes = codes.view(np.uint8)
     rows, columns = out.shape
@@ -78,9 +95,9 @@ def scale_bytes(form: str, scales: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: a scale that `dequantise` refuses, or that is no power of two.
     """
-    values = scales.astype(np.float32)
+    values = _scale_values(scales)
     _check_magnitudes(values, _MAX_SCALE[form], "scale ", 0)
-    if scales.dtype == ml_dtypes.float8_e8m0fnu:
+    if scales.dtype.itemsize == 1:
         return scales.view(np.uint8)
     mantissa, exponent = np.frexp(values)
     stored = exponent + (_E8M0_BIAS - 1)

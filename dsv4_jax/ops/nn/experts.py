@@ -73,7 +73,7 @@ def apply_experts(
         result = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
         def on_cpu(*operands: Array) -> Array:
-            return jax.ffi.ffi_call("dsv4_experts", result)(*operands, limit=np.float32(limit))
+            return dispatch.ffi_call("dsv4_experts", result)(*operands, limit=np.float32(limit))
 
         def on_cuda(*operands: Array) -> Array:
             scratch = jax.ShapeDtypeStruct(
@@ -84,10 +84,10 @@ def apply_experts(
                 ),
                 jnp.uint8,
             )
-            return jax.ffi.ffi_call("dsv4_experts", (result, scratch))(*operands, limit=np.float32(limit))[0]
+            return dispatch.ffi_call("dsv4_experts", (result, scratch))(*operands, limit=np.float32(limit))[0]
 
         operands = (x, picks, weights, *experts.w1, *experts.w2, *experts.w3)
-        return jax.lax.platform_dependent(*operands, cpu=on_cpu, cuda=on_cuda)
+        return dispatch.on_platform(*operands, default=on_cpu, cuda=on_cuda)
 
     def cannot(platform: str) -> str | None:
         if platform == "cpu":

@@ -1,5 +1,6 @@
 """A product with weights in the released FP8 form: E4M3 codes with a power-of-two scale per block of 128x128."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,9 @@ Array = jax.Array
 
 BLOCK = 128
 """Rows and columns that share a scale."""
+
+MOST_WEIGHTS = 3
+"""Weights that the CUDA form multiplies with in one launch."""
 
 
 class BlockScaledWeight(NamedTuple):
@@ -53,12 +57,34 @@ def project(x: Array, weight: BlockScaledWeight, *, implementation: str | None =
     Raises:
       ValueError: shapes that do not fit, or an implementation that cannot be used.
     """
-    if not x.ndim or x.shape[-1:] != weight.codes.shape[1:]:
-        raise ValueError(
-            f"project: x has shape {x.shape} and the weight {weight.codes.shape}, expected (..., K) and (N, K)"
-        )
-    flat = x.reshape(-1, 1, x.shape[-1])
-    return _grouped(flat, weight, implementation).reshape(*x.shape[:-1], weight.codes.shape[0])
+    return project_each(x, (weight,), implementation=implementation)[0]
+
+
+def project_each(
+    x: Array, weights: Sequence[BlockScaledWeight], *, implementation: str | None = None
+) -> tuple[Array, ...]:
+    """As `project`, with each of several weights of the same input; on a GPU in one launch.
+
+    Args:
+      x: (..., K) bfloat16 or float32.
+      weights: codes (N, K) each.
+      implementation: as in `project`.
+
+    Returns:
+      A result (..., N) for each weight.
+
+    Raises:
+      ValueError: as in `project`.
+    """
+    for weight in weights:
+        if not x.ndim or x.shape[-1:] != weight.codes.shape[1:]:
+            raise ValueError(
+                f"project: x has shape {x.shape} and the weight {weight.codes.shape}, expected (..., K) and (N, K)"
+            )
+    results: list[Array] = []
+    for first in range(0, len(weights), MOST_WEIGHTS):
+        results += _grouped(x.reshape(-1, 1, x.shape[-1]), weights[first : first + MOST_WEIGHTS], implementation)
+    return tuple(y.reshape(*x.shape[:-1], w.codes.shape[0]) for y, w in zip(results, weights, strict=True))
 
 
 def project_groups(x: Array, weight: BlockScaledWeight, *, implementation: str | None = None) -> Array:
@@ -80,40 +106,45 @@ def project_groups(x: Array, weight: BlockScaledWeight, *, implementation: str |
             f"project_groups: x has shape {x.shape} and the weight {weight.codes.shape}, "
             "expected (..., G, K) and (G * N, K)"
         )
-    y = _grouped(x.reshape(-1, *x.shape[-2:]), weight, implementation)
+    (y,) = _grouped(x.reshape(-1, *x.shape[-2:]), (weight,), implementation)
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _grouped(x: Array, weight: BlockScaledWeight, implementation: str | None) -> Array:
-    """x (T, G, K), weight (G * N, K) -> (T, G, N)."""
-    rows, columns = weight.codes.shape
+def _grouped(x: Array, weights: Sequence[BlockScaledWeight], implementation: str | None) -> tuple[Array, ...]:
+    """x (T, G, K), weights (G * N, K) -> (T, G, N) each; with more than one G is 1."""
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"project: x is {x.dtype}, expected bfloat16 or float32")
-    expected = (-(-rows // BLOCK), -(-columns // BLOCK))
-    if weight.codes.dtype != jnp.uint8 or weight.scale.dtype != jnp.uint8 or weight.scale.shape != expected:
-        raise ValueError(
-            f"project: the weight has codes {weight.codes.dtype} {weight.codes.shape} and scale {weight.scale.dtype} "
-            f"{weight.scale.shape}, expected uint8 and a scale of shape {expected}"
-        )
-    groups = x.shape[1]
+    groups, columns = x.shape[1:]
+    for codes, scale in weights:
+        expected = (-(-codes.shape[0] // BLOCK), -(-columns // BLOCK))
+        if codes.dtype != jnp.uint8 or scale.dtype != jnp.uint8 or scale.shape != expected:
+            raise ValueError(
+                f"project: the weight has codes {codes.dtype} {codes.shape} and scale {scale.dtype} {scale.shape}, "
+                f"expected uint8 and a scale of shape {expected}"
+            )
+    rows = [weight.codes.shape[0] // groups for weight in weights]
 
-    def in_jnp(x: Array, weight: BlockScaledWeight) -> Array:
-        values = dequantise_weight(weight).reshape(groups, -1, columns)
-        y = jnp.einsum("tgk,gnk->tgn", x.astype(jnp.float32), values, precision=jax.lax.Precision.HIGHEST)
-        return y.astype(x.dtype)
+    def in_jnp(x: Array, *weights: BlockScaledWeight) -> tuple[Array, ...]:
+        def product(weight: BlockScaledWeight) -> Array:
+            values = dequantise_weight(weight).reshape(groups, -1, columns)
+            y = jnp.einsum("tgk,gnk->tgn", x.astype(jnp.float32), values, precision=jax.lax.Precision.HIGHEST)
+            return y.astype(x.dtype)
 
-    def in_native(x: Array, weight: BlockScaledWeight) -> Array:
-        result = jax.ShapeDtypeStruct((*x.shape[:2], rows // groups), x.dtype)
+        return tuple(map(product, weights))
 
-        def on_cpu(x: Array, codes: Array, scale: Array) -> Array:
-            return jax.ffi.ffi_call("dsv4_project", result)(x, codes, scale)
+    def in_native(x: Array, *weights: BlockScaledWeight) -> tuple[Array, ...]:
+        results = [jax.ShapeDtypeStruct((*x.shape[:2], n), x.dtype) for n in rows]
 
-        def on_cuda(x: Array, codes: Array, scale: Array) -> Array:
-            columns_at_once, scratch = _plan(x.shape[0], groups, rows, columns)
-            call = jax.ffi.ffi_call("dsv4_project", (result, jax.ShapeDtypeStruct((scratch,), jnp.uint8)))
-            return call(x, codes, scale, slice=np.int64(columns_at_once))[0]
+        def on_cpu(x: Array, *weights: BlockScaledWeight) -> tuple[Array, ...]:
+            calls = [dispatch.ffi_call("dsv4_project", result) for result in results]
+            return tuple(call(x, *weight) for call, weight in zip(calls, weights, strict=True))
 
-        return jax.lax.platform_dependent(x, *weight, cpu=on_cpu, cuda=on_cuda)
+        def on_cuda(x: Array, *weights: BlockScaledWeight) -> tuple[Array, ...]:
+            columns_at_once, scratch = _plan(x.shape[0], groups, groups * sum(rows), columns)
+            call = dispatch.ffi_call("dsv4_project", (*results, jax.ShapeDtypeStruct((scratch,), jnp.uint8)))
+            return tuple(call(x, *jax.tree.leaves(weights), slice=np.int64(columns_at_once))[:-1])
+
+        return dispatch.on_platform(x, *weights, default=on_cpu, cuda=on_cuda)
 
     def limit(platform: str) -> str | None:
         if platform == "cpu":
@@ -122,17 +153,17 @@ def _grouped(x: Array, weight: BlockScaledWeight, implementation: str | None) ->
             return "it is for GPUs of compute capability 9.0"
         if x.dtype != jnp.bfloat16:
             return f"it takes bfloat16, not {x.dtype}"
-        if columns % 512 or (rows // groups) % 256:
-            return f"it takes multiples of 512 columns and of 256 rows in a group, not {columns} and {rows // groups}"
+        if columns % 512 or any(n % 256 for n in rows):
+            return f"it takes multiples of 512 columns and of 256 rows in a group, not {columns} and {rows}"
         return None
 
-    return dispatch.call("project", implementation, limit, in_native, in_jnp, x, weight)
+    return dispatch.call("project", implementation, limit, in_native, in_jnp, x, *weights)
 
 
 def _plan(tokens: int, groups: int, rows: int, columns: int) -> tuple[int, int]:
     """How the CUDA form multiplies: columns that a block sums (0: all of them), and bytes of scratch."""
     large = rows * columns >= 2**24
-    if tokens <= 2 and not large:
+    if tokens <= 2 and rows * columns <= 2**24:
         return 0, 0
     if tokens <= 64:
         at_once = 1024 if large and columns % 1024 == 0 else 512

@@ -36,7 +36,7 @@ def sinkhorn(matrices: Array, *, iterations: int, eps: float, implementation: st
 
     def in_native(x: Array) -> Array:
         result = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return jax.ffi.ffi_call("dsv4_sinkhorn", result)(x, iterations=np.int64(iterations), eps=np.float32(eps))
+        return dispatch.ffi_call("dsv4_sinkhorn", result)(x, iterations=np.int64(iterations), eps=np.float32(eps))
 
     def limit(platform: str) -> str | None:
         if platform == "cuda" and matrices.shape[1] > _MAX_STREAMS_CUDA:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import dispatch
+from ..every_layer import attribute, is_static, segments_of, slots_of, table_of
 from ..formats.record import Record
 from ..segments import Segments
 from .attend_jnp import attend_in_jnp
@@ -48,7 +49,7 @@ def attend(
     fresh: Fresh | None = None,
     raw: RawQuery | None = None,
     *,
-    layer: int,
+    layer: int | Array,
     window: int,
     scale: float,
     ratio: int = 0,
@@ -80,7 +81,7 @@ def attend(
         as none, one that comes twice counts twice. None: every visible entry.
       fresh: the step's tokens where they are not in the ring yet; several of a slot see each other by position.
       raw: norms q per head (no weight), rotates its last 2 * cos.shape[1] dimensions, and rotates the output back.
-      layer: index into L.
+      layer: index into L; an array () int32 must be one.
       window: positions a token sees in the ring, at most W.
       scale: factor of the scores.
       ratio: tokens per entry.
@@ -109,10 +110,10 @@ def attend(
     def in_native(*operands: Any) -> Array:
         parts = {"has_entries": entries, "has_selected": selected, "has_fresh": fresh, "raw": raw}
         attributes: dict[str, Any] = {name: np.int64(part is not None) for name, part in parts.items()}
-        for name, value in options.items():
+        for name, value in {**options, "layer": attribute(layer)}.items():
             attributes[name] = (np.float32 if name in ("scale", "eps") else np.int64)(value)
-        call = jax.ffi.ffi_call("dsv4_attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
-        return call(*jax.tree.leaves(operands), **attributes)
+        call = dispatch.ffi_call("dsv4_attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
+        return call(*jax.tree.leaves(_addressed(*operands, layer=layer)), **attributes)
 
     return dispatch.call(
         "attend",
@@ -122,6 +123,29 @@ def attend(
         in_jnp,
         *(q, sink, slots, positions, ring, entries, table, selected, fresh, angles),
     )
+
+
+def _addressed(
+    q: Array,
+    sink: Array,
+    slots: Array,
+    positions: Array,
+    ring: Record,
+    entries: Record | None,
+    table: Array | None,
+    selected: Array | None,
+    fresh: Fresh | None,
+    angles: Any,
+    *,
+    layer: int | Array,
+) -> tuple[Any, ...]:
+    """The operands as the native form takes them with `attribute(layer)`."""
+    num_slots = ring.nope.shape[1]
+    if entries is not None and table is not None:
+        table = table_of(table, layer, *entries.nope.shape[:2])
+    if fresh is not None:
+        fresh = Fresh(fresh[0], segments_of(fresh[1], layer, num_slots))
+    return q, sink, slots_of(slots, layer, num_slots), positions, ring, entries, table, selected, fresh, angles
 
 
 def _native_limit(platform: str, heads: int, ring: Record, entries: Record | None) -> str | None:
@@ -162,7 +186,7 @@ def _check(
     selected: Array | None,
     fresh: Fresh | None,
     raw: RawQuery | None,
-    layer: int,
+    layer: int | Array,
     window: int,
     ratio: int,
     max_entries: int | None,
@@ -178,7 +202,7 @@ def _check(
     for name, record in stacks:
         if record.nope.ndim != 4:
             raise ValueError(f"attend: {name}.nope has shape {record.nope.shape}, expected 4 axes")
-        if not 0 <= layer < record.nope.shape[0]:
+        if is_static(layer) and not 0 <= layer < record.nope.shape[0]:
             raise ValueError(f"attend: got layer {layer}; {name} has layers 0 to {record.nope.shape[0] - 1}")
         _expect_record(name, record, record.nope.shape[:3], ring)
     if not 1 <= window <= ring.nope.shape[2]:

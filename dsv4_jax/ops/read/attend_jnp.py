@@ -54,7 +54,7 @@ def attend_in_jnp(
     fresh: tuple[Record, Segments] | None,
     angles: tuple[Array, Array] | None,
     *,
-    layer: int,
+    layer: int | Array,
     window: int,
     ratio: int,
     max_entries: int,
@@ -90,7 +90,11 @@ def attend_in_jnp(
             kv, rows = read_window(
                 ring, segments.slots, at[:, 0], layer=layer, window=window, implementation=readers
             )  # what a padding token reads is zero
-            rows = rows[:, None]
+            # By position: sums do not depend on where the ring begins, nor on how many rows it has.
+            back = jnp.arange(1 - window, 1, dtype=jnp.int32)[None]
+            order = (at[:, :1] + back) % ring.nope.shape[2]
+            kv = jnp.take_along_axis(kv, order[..., None], axis=1)
+            rows = jnp.take_along_axis(rows, order, axis=1)[:, None]
         else:
             kv = jax.lax.dynamic_slice_in_dim(line, first, at.shape[1] + window - 1, axis=1)
             rows = (segments.starts - (window - 1) + first)[:, None] + jnp.arange(kv.shape[1], dtype=jnp.int32)[None]
@@ -152,7 +156,7 @@ def _split(x: Array, tiles: int) -> Array:
 
 
 def _line(
-    ring: Record, fresh: tuple[Record, Segments], size: int, *, layer: int, window: int, readers: str | None
+    ring: Record, fresh: tuple[Record, Segments], size: int, *, layer: int | Array, window: int, readers: str | None
 ) -> Array:
     """The window - 1 positions before each segment, from the ring, then its own: (S, window - 1 + size, d) float32."""
     record, segments = fresh
@@ -176,7 +180,7 @@ def _entry_pieces(
     selected: Array | None,
     *,
     heads: int,
-    layer: int,
+    layer: int | Array,
     ratio: int,
     max_entries: int,
     of_a_token: bool,

@@ -4,10 +4,10 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from .. import dispatch
+from ..every_layer import attribute, slots_of, table_of
 from ..formats.fp4 import GROUP_SIZE, dequantise_fp4
 from ..formats.record import Record, decode_record, native_read_limit
 from ..write.compress import IndexerKeys
@@ -23,15 +23,16 @@ def read_entries(
     counts: Array,
     selected: Array | None = None,
     *,
-    layer: int,
+    layer: int | Array,
     max_blocks: int | None = None,
     dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Array:
     """The entries of each slot, or of each token those selected.
 
-    entries: Record arrays (L, N, E, ...). table (R, blocks of a request) int32, -1 where no block is given. slots (S,)
-    int32 (-1: nothing). counts (S,) int32: entries 0 … count - 1 may be read. selected (S, K) int32: entries by index
+    entries: Record arrays (L, N, E, ...); layer: an int, or an array () int32 that is one of L.
+    table (R, blocks of a request) int32, -1 where no block is given. slots (S,) int32 (-1: nothing).
+    counts (S,) int32: entries 0 … count - 1 may be read. selected (S, K) int32: entries by index
     in the request, -1: none; without it entries 0 … max_blocks * E - 1 (by default as many as the table has). Returns
     (S, K, d) of `dtype`, zero where an entry may not be read or has no block. `implementation`: "jnp", "cpu" or "cuda",
     which return the same bits; None takes the native one where there is one. It reads no row that it does not return.
@@ -45,7 +46,8 @@ def read_entries(
     def in_native(entries: Record, *where: Array) -> Array:
         width = entries.nope.shape[-1] + entries.rope.shape[-1]
         result = jax.ShapeDtypeStruct((*_shape(entries, *where, max_blocks=max_blocks), width), dtype)
-        return jax.ffi.ffi_call("dsv4_read_entries", result)(*entries, *where, layer=np.int64(layer))
+        where = _where_of(entries, layer, *where)
+        return dispatch.ffi_call("dsv4_read_entries", result)(*entries, *where, layer=attribute(layer))
 
     return dispatch.call(
         "read_entries",
@@ -64,7 +66,7 @@ def read_keys(
     counts: Array,
     *,
     format: str,
-    layer: int,
+    layer: int | Array,
     max_blocks: int | None = None,
     implementation: str | None = None,
 ) -> Array:
@@ -79,8 +81,8 @@ def read_keys(
 
     def in_native(keys: IndexerKeys, *where: Array) -> Array:
         shape = (*_shape(keys, *where, max_blocks=max_blocks), 2 * keys.keys.shape[-1])
-        call = jax.ffi.ffi_call("dsv4_read_keys", jax.ShapeDtypeStruct(shape, jnp.float32))
-        return call(*keys, *where, layer=np.int64(layer))
+        call = dispatch.ffi_call("dsv4_read_keys", jax.ShapeDtypeStruct(shape, jnp.float32))
+        return call(*keys, *_where_of(keys, layer, *where), layer=attribute(layer))
 
     def limit(platform: str) -> str | None:
         if format not in GROUP_SIZE:
@@ -90,6 +92,12 @@ def read_keys(
         return None
 
     return dispatch.call("read_keys", implementation, limit, in_native, in_jnp, keys, table, slots, counts)
+
+
+def _where_of(stored: NamedTuple, layer: int | Array, table: Array, slots: Array, *others: Array) -> tuple[Array, ...]:
+    """Table, slots and so on as native calls take them with `attribute(layer)`."""
+    num_layers, num_blocks = jax.tree.leaves(stored)[0].shape[:2]
+    return table_of(table, layer, num_layers, num_blocks), slots_of(slots, layer, table.shape[0]), *others
 
 
 def _shape(
@@ -115,7 +123,7 @@ def _gather(
     counts: Array,
     selected: Array | None = None,
     *,
-    layer: int,
+    layer: int | Array,
     max_blocks: int | None,
 ) -> tuple[Stored, Array]:
     """Arrays (L, N, E, ...) -> (S, K, ...) as stored, and which of them are entries: (S, K) bool."""

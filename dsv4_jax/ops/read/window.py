@@ -6,6 +6,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from .. import dispatch
+from ..every_layer import attribute, slots_of
 from ..formats.record import Record, decode_record, native_read_limit
 from ..write.append_swa import SWARing
 
@@ -27,14 +28,15 @@ def read_window(
     slots: Array,
     newest: Array,
     *,
-    layer: int,
+    layer: int | Array,
     window: int,
     dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """The last `window` tokens up to `newest` of each slot, in ring order.
 
-    ring: arrays (L, R, W, ...). slots (S,) int32 (-1: nothing), newest (S,) int32 (-1: nothing written yet). Returns
+    ring: arrays (L, R, W, ...); layer: an int, or an array () int32 that is one of L.
+    slots (S,) int32 (-1: nothing), newest (S,) int32 (-1: nothing written yet). Returns
     kv (S, W, d) of `dtype`, zero where a row is not part of the window, and positions (S, W) int32, -1 there.
     `implementation`: "jnp", "cpu" or "cuda", which return the same bits; None takes the native one where there is one.
     It does not read rows outside the window. ValueError for an implementation that cannot be used.
@@ -51,8 +53,9 @@ def read_window(
     def in_native(record: Record, slots: Array, newest: Array, inside: Array) -> Array:
         width = record.nope.shape[-1] + record.rope.shape[-1]
         result = jax.ShapeDtypeStruct((*inside.shape, width), dtype)
-        call = jax.ffi.ffi_call("dsv4_read_window", result)
-        return call(*record, slots, newest, layer=np.int64(layer), window=np.int64(window))
+        call = dispatch.ffi_call("dsv4_read_window", result)
+        slots = slots_of(slots, layer, record.nope.shape[1])
+        return call(*record, slots, newest, layer=attribute(layer), window=np.int64(window))
 
     kv = dispatch.call(
         "read_window",

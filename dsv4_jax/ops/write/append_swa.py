@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from .. import dispatch
+from ..every_layer import attribute, is_static, slots_of
 from ..formats.record import Record, encode_record
 from ..formats.ue8m0 import scale_bytes
 from .ordering import after
@@ -45,7 +45,7 @@ def append_swa(
     slots: Array,
     positions: Array,
     *,
-    layer: int | None = None,
+    layer: int | Array | None = None,
     one_token_per_slot: bool = False,
     implementation: str | None = None,
 ) -> SWARing:
@@ -61,7 +61,7 @@ def append_swa(
       kv: (T, n + r) float32 or bfloat16, the part without position first.
       slots: (T,) int32.
       positions: (T,) int32.
-      layer: which layer to write, for a stacked ring.
+      layer: which layer to write, for a stacked ring; an array () int32 must be one of its layers.
       one_token_per_slot: a promise that no slot comes twice, as in a decode step; saves the ordering of tokens.
       implementation: "jnp", "cpu" or "cuda"; None takes the native one where there is one.
     Returns:
@@ -81,7 +81,7 @@ def append_swa(
         return in_native(*operands)
     in_jnp = functools.partial(_append_jnp, layer=layer, write=set_rows)
     choices = {platform: in_native for platform in dispatch.available() if native_limit(platform, ring) is None}
-    return lax.platform_dependent(*operands, **choices, default=in_jnp) if choices else in_jnp(*operands)
+    return dispatch.on_platform(*operands, default=in_jnp, **choices)
 
 
 def resolve_writes(
@@ -121,7 +121,7 @@ def _append_jnp(
     positions: Array,
     roles: Array,
     *,
-    layer: int | None,
+    layer: int | Array | None,
     write: Callable[[Array, tuple, Array], Array],
 ) -> SWARing:
     num_slots, num_rows = ring.nope.shape[-3:-1]
@@ -154,14 +154,14 @@ def _next_row(positions: Array, num_rows: int) -> Array:
 
 
 def _append_native(
-    ring: SWARing, kv: Array, slots: Array, positions: Array, roles: Array, *, layer: int | None
+    ring: SWARing, kv: Array, slots: Array, positions: Array, roles: Array, *, layer: int | Array | None
 ) -> SWARing:
     arrays = jax.tree.leaves(ring)
-    results = jax.ffi.ffi_call(
+    results = dispatch.ffi_call(
         "dsv4_append_swa",
         tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays),
         input_output_aliases={i: i for i in range(len(arrays))},
-    )(*arrays, kv, slots, positions, roles, layer=np.int64(-1 if layer is None else layer))
+    )(*arrays, kv, slots_of(slots, layer, ring.head.shape[-1]), positions, roles, layer=attribute(layer))
     return SWARing(*results)
 
 
@@ -178,7 +178,7 @@ def native_limit(platform: str, ring: SWARing) -> str | None:
 
 
 def _check(
-    ring: SWARing, kv: Array, slots: Array, positions: Array, layer: int | None, implementation: str | None
+    ring: SWARing, kv: Array, slots: Array, positions: Array, layer: int | Array | None, implementation: str | None
 ) -> None:
     stack_and_ring = ring.nope.shape[:-1]
     if len(stack_and_ring) not in (2, 3):
@@ -217,7 +217,7 @@ def _check(
         raise ValueError(f"append_swa: the ring is stacked over {stack_and_ring[0]} layers; give layer.")
     if not stacked and layer is not None:
         raise ValueError(f"append_swa: got layer {layer} with a ring that is not stacked over layers; leave it out.")
-    if layer is not None and not 0 <= layer < stack_and_ring[0]:
+    if layer is not None and is_static(layer) and not 0 <= layer < stack_and_ring[0]:
         raise ValueError(f"append_swa: got layer {layer}; expected 0 to {stack_and_ring[0] - 1}.")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"append_swa: got implementation {implementation!r}; expected None, 'jnp', 'cpu' or 'cuda'.")

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from .. import dispatch
+from ..every_layer import attribute, slots_of
 from ..nn.rms_norm import rms_norm
 from ..nn.rope import apply_rope
 from .append_swa import SWARing, append_swa, native_limit, resolve_writes
@@ -25,7 +26,7 @@ def append_swa_fused(
     positions: Array,
     *,
     eps: float,
-    layer: int | None = None,
+    layer: int | Array | None = None,
     one_token_per_slot: bool = False,
     implementation: str | None = None,
 ) -> SWARing:
@@ -43,7 +44,7 @@ def append_swa_fused(
       slots: (T,) int32.
       positions: (T,) int32.
       eps: of the RMSNorm.
-      layer: which layer to write, for a stacked ring.
+      layer: which layer to write, for a stacked ring; an array () int32 must be one of its layers.
       one_token_per_slot: a promise that no slot comes twice, as in a decode step; saves the ordering of tokens.
       implementation: "jnp", "cpu" or "cuda"; None takes the native one where there is one.
     Returns:
@@ -68,7 +69,7 @@ def append_swa_fused(
     if implementation is not None:
         return in_native(*operands)
     choices = {platform: in_native for platform in dispatch.available() if native_limit(platform, ring) is None}
-    return lax.platform_dependent(*operands, **choices, default=in_jnp) if choices else in_jnp(*operands)
+    return dispatch.on_platform(*operands, default=in_jnp, **choices)
 
 
 def _in_native(
@@ -81,16 +82,16 @@ def _in_native(
     positions: Array,
     *,
     eps: float,
-    layer: int | None,
+    layer: int | Array | None,
     one_token_per_slot: bool,
 ) -> SWARing:
-    inputs = fused_operands(ring, kv, norm, cos, sin, slots, positions, one_token_per_slot=one_token_per_slot)
+    inputs = fused_operands(ring, kv, norm, cos, sin, slots, positions, layer, one_token_per_slot=one_token_per_slot)
     arrays = jax.tree.leaves(ring)
-    results = jax.ffi.ffi_call(
+    results = dispatch.ffi_call(
         "dsv4_append_swa_fused",
         tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays),
         input_output_aliases={i: i for i in range(len(arrays))},
-    )(*arrays, *inputs, layer=np.int64(-1 if layer is None else layer), eps=np.float32(eps))
+    )(*arrays, *inputs, layer=attribute(layer), eps=np.float32(eps))
     return SWARing(*results)
 
 
@@ -102,12 +103,13 @@ def fused_operands(
     sin: Array,
     slots: Array,
     positions: Array,
+    layer: int | Array | None,
     *,
     one_token_per_slot: bool,
 ) -> list[Array]:
     """The native operation's operands after the ring's arrays."""
     roles = resolve_writes(slots, positions, ring.head.shape[-1], ring.pos.shape[-1], one_token_per_slot)
-    return [kv, slots, positions, roles, norm, cos, sin]
+    return [kv, slots_of(slots, layer, ring.head.shape[-1]), positions, roles, norm, cos, sin]
 
 
 def _check(ring: SWARing, kv: Array, norm: Array, cos: Array, sin: Array) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import dispatch
+from ..every_layer import attribute, segments_of, table_of
 from ..formats.fp4 import GROUP_SIZE, hadamard, quantise_fp4
 from ..formats.record import Record, encode_record
 from ..nn.rms_norm import rms_norm
@@ -62,7 +63,7 @@ def _compress(
     positions: Array,
     segments: Segments,
     table: Array,
-    layer: int,
+    layer: int | Array,
     eps: float,
 ) -> tuple[Any, Tail]:
     ratio = weights.ape.shape[0]
@@ -89,15 +90,28 @@ def _compress_native(
     table: Array,
     *,
     name: str,
+    layer: int | Array,
     **attributes: Any,
 ) -> tuple[Any, Tail]:
     state, structure = jax.tree.flatten((stored, tail))
-    results = jax.ffi.ffi_call(
+    results = dispatch.ffi_call(
         name,
         tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state),
         input_output_aliases={i: i for i in range(len(state))},
-    )(*state, *compress_operands(kv, gate, weights, segments, table), **attributes)
+    )(
+        *state,
+        *compress_operands(kv, gate, weights, *addresses(stored, tail, segments, table, layer)),
+        layer=attribute(layer),
+        **attributes,
+    )
     return jax.tree.unflatten(structure, results)
+
+
+def addresses(stored: Any, tail: Tail, segments: Segments, table: Array, layer: int | Array) -> tuple[Segments, Array]:
+    """Segments and table as the native operations take them with `attribute(layer)`."""
+    num_layers, num_slots = tail[0].shape[:2]
+    num_blocks = jax.tree.leaves(stored)[0].shape[1]
+    return segments_of(segments, layer, num_slots), table_of(table, layer, num_layers, num_blocks)
 
 
 def compress_operands(
@@ -135,11 +149,13 @@ def _dispatch(
             raise ValueError(f"{name}: implementation {implementation!r} cannot be used: {reason}; leave it to None.")
         return in_native(*operands)
     choices = {} if implementation else {p: in_native for p in dispatch.available() if limit(p) is None}
-    if not choices:
-        return in_jnp(*operands, *tokens)
-    choices = {platform: lambda operands, tokens: in_native(*operands) for platform in choices}
-    return jax.lax.platform_dependent(
-        operands, tokens, **choices, default=lambda operands, tokens: in_jnp(*operands, *tokens)
+
+    def native(operands: tuple, tokens: tuple) -> tuple[Any, Any]:
+        return in_native(*operands)
+
+    choices = dict.fromkeys(choices, native)
+    return dispatch.on_platform(
+        operands, tokens, default=lambda operands, tokens: in_jnp(*operands, *tokens), **choices
     )
 
 
@@ -172,7 +188,7 @@ def compress(
     segments: Segments,
     table: Array,
     *,
-    layer: int,
+    layer: int | Array,
     eps: float,
     implementation: str | None = None,
 ) -> tuple[Record, Tail]:
@@ -181,9 +197,11 @@ def compress(
     entries: Record arrays (L, blocks, entries per block, ...). tail: a full one, or a running one where there is no
     overlap. kv, gate: raw projections (T, lanes * d) float32 | bfloat16, lane a first. slots, positions (T,) int32 with
     the segments made of them. table (R, blocks of a request) int32. A padding token changes nothing; an entry whose
-    block is not in the table is dropped. `implementation`: "jnp", "cpu" or "cuda"; None takes the native one where
-    there is one. The native ones agree bit for bit with each other; before it is quantised, an entry is that of the
-    jax.numpy form, with either tail, within 1e-6.
+    block is not in the table is dropped.
+    layer: an int, or an array () int32 that is one of L.
+    `implementation`: "jnp", "cpu" or "cuda"; None takes the native one where there is one. The native ones agree bit
+    for bit with each other; before it is quantised, an entry is that of the jax.numpy form, with either tail, within
+    1e-6.
     Returns the new entries and tail; ValueError for an implementation that cannot be used.
     """
 
@@ -198,7 +216,7 @@ def compress(
         implementation,
         lambda platform: native_limit(platform, entries, tail, weights),
         in_jnp,
-        functools.partial(_compress_native, name="dsv4_compress", layer=np.int64(layer), eps=np.float32(eps)),
+        functools.partial(_compress_native, name="dsv4_compress", layer=layer, eps=np.float32(eps)),
         (entries, tail, kv, gate, weights, segments, table),
         (slots, positions),
     )
@@ -226,7 +244,7 @@ def compress_indexer(
     table: Array,
     *,
     format: str,
-    layer: int,
+    layer: int | Array,
     eps: float,
     rotate: bool = True,
     implementation: str | None = None,
@@ -257,7 +275,7 @@ def compress_indexer(
         lambda platform: native_limit(platform, keys, tail, weights),
         in_jnp,
         functools.partial(
-            _compress_native, name="dsv4_compress_indexer", layer=np.int64(layer), eps=np.float32(eps), rotate=rotate
+            _compress_native, name="dsv4_compress_indexer", layer=layer, eps=np.float32(eps), rotate=rotate
         ),
         (keys, tail, kv, gate, weights, segments, table),
         (slots, positions),

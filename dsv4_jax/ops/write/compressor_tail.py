@@ -33,7 +33,7 @@ class ClosedWindows(NamedTuple):
     entries: Array  # (M,) int32, index of the entry within its request
 
 
-def _rows_up_to(old: Array, fresh: Array, layer: int, segments: Segments, reach: int) -> Array:
+def _rows_up_to(old: Array, fresh: Array, layer: int | Array, segments: Segments, reach: int) -> Array:
     """The `reach` rows before each segment from the tail old (L, R, rows, d), then its own fresh (S, C, d)."""
     past = segments.starts[:, None] - reach + jnp.arange(reach, dtype=jnp.int32)[None]
     slots = jnp.maximum(segments.slots, 0)[:, None]
@@ -56,7 +56,9 @@ def closed_windows(pooled: Array, last: Array, closes: Array, segments: Segments
     return ClosedWindows(pooled.reshape(-1, pooled.shape[-1]), slots, (last // ratio).reshape(-1))
 
 
-def _pool(tail: CompressorTail, kv: Array, gate: Array, layer: int, segments: Segments, ratio: int) -> ClosedWindows:
+def _pool(
+    tail: CompressorTail, kv: Array, gate: Array, layer: int | Array, segments: Segments, ratio: int
+) -> ClosedWindows:
     d = tail.ka.shape[-1]
     starts = segments.starts[:, None]
     last, closes = closing_positions(segments, ratio)
@@ -94,7 +96,7 @@ def _store_tail(
     tail: CompressorTail,
     kv: Array,
     gate: Array,
-    layer: int,
+    layer: int | Array,
     slots: Array,
     positions: Array,
     one_token_per_slot: bool,
@@ -120,7 +122,7 @@ def take_tokens(
     tail: CompressorTail,
     kv: Array,
     gate: Array,
-    layer: int,
+    layer: int | Array,
     slots: Array,
     positions: Array,
     segments: Segments,

@@ -15,7 +15,7 @@ def set_rows(array: Array, indices: tuple[Array | int, ...], values: Array) -> A
 
     Args:
       array: (n_0, …, n_{k-1}, *row) any dtype.
-      indices: k index arrays (T,) int32, or ints that stand for T equal ones; at least one is an array.
+      indices: k index arrays (T,) int32, or ints and arrays () that stand for T equal ones.
       values: (T, *row), of the array's dtype.
     Returns:
       The array after the writes.
@@ -31,11 +31,11 @@ def set_rows(array: Array, indices: tuple[Array | int, ...], values: Array) -> A
     for i, index in enumerate(indices):
         if not isinstance(index, int) and index.dtype != jnp.int32:
             raise TypeError(f"set_rows: got index {i} {index.dtype}; expected int32.")
-        if not isinstance(index, int) and index.shape != tokens:
+        if not isinstance(index, int) and index.shape not in ((), tokens):
             raise ValueError(f"set_rows: got index {i} {index.shape}; expected {tokens}.")
     columns = [jnp.broadcast_to(jnp.asarray(i, jnp.int32), tokens) for i in indices]
     if array.dtype == jnp.bfloat16 and "cpu" in dispatch.available():
-        return lax.platform_dependent(array, jnp.stack(columns, axis=-1), values, cpu=_native, default=_scatter)
+        return dispatch.on_platform(array, jnp.stack(columns, axis=-1), values, cpu=_native, default=_scatter)
     return _scatter(array, jnp.stack(columns, axis=-1), values)
 
 
@@ -49,4 +49,4 @@ def _scatter(array: Array, indices: Array, values: Array) -> Array:
 
 def _native(array: Array, indices: Array, values: Array) -> Array:
     result = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    return jax.ffi.ffi_call("dsv4_set_rows", result, input_output_aliases={0: 0})(array, indices, values)
+    return dispatch.ffi_call("dsv4_set_rows", result, input_output_aliases={0: 0})(array, indices, values)

@@ -72,7 +72,7 @@ def take_tokens(
     tail: RunningTail,
     kv: Array,
     gate: Array,
-    layer: int,
+    layer: int | Array,
     segments: Segments,
     ratio: int,
 ) -> tuple[ClosedWindows, RunningTail]:

@@ -9,12 +9,13 @@ import numpy as np
 from jax import Array
 
 from .. import dispatch
+from ..every_layer import attribute
 from ..formats.record import Record
 from ..segments import Segments
 from . import append_swa, compress
 from .append_swa import SWARing
 from .append_swa_fused import append_swa_fused, fused_operands
-from .compress import CompressorWeights, IndexerKeys, Tail, compress_indexer, compress_operands
+from .compress import CompressorWeights, IndexerKeys, Tail, addresses, compress_indexer, compress_operands
 from .compressor_tail import CompressorTail
 
 
@@ -55,7 +56,7 @@ def write_layer(
     segments: Segments,
     table: Array | None,
     *,
-    layer: int,
+    layer: int | Array,
     eps: float,
     format: str | None = None,
     implementation: str | None = None,
@@ -72,7 +73,7 @@ def write_layer(
       positions: (T,) int32.
       segments: one segment a token (``one_token_segments``).
       table: (R, blocks of a request) int32; None for an SWA layer.
-      layer: which layer of the stacks to write.
+      layer: which layer of the stacks to write; an array () int32 must be one of them.
       eps: of every RMSNorm.
       format: of the indexer keys, as for ``compress_indexer``.
       implementation: "jnp", "cpu" or "cuda"; None takes the native one where there is one.
@@ -144,20 +145,22 @@ def _in_native(
     segments: Segments,
     table: Array,
     *,
-    layer: int,
+    layer: int | Array,
     eps: float,
 ) -> LayerState:
     if len({part.kv.dtype for part in (window, compressor, indexer) if part is not None}) > 1:
         window, compressor, indexer = jax.tree.map(
             lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (window, compressor, indexer)
         )
+    assert state.tail is not None  # of layers with a compressor
+    where = addresses(state.entries, state.tail, segments, table, layer)
     # Each part's state, then its inputs: the operands of the three operations, one after the other.
     parts: list[tuple[Any, list[Array]]] = [
-        (state.ring, fused_operands(state.ring, *window, slots, positions, one_token_per_slot=True)),
-        ((state.entries, state.tail), compress_operands(*compressor, segments, table)),
+        (state.ring, fused_operands(state.ring, *window, slots, positions, layer, one_token_per_slot=True)),
+        ((state.entries, state.tail), compress_operands(*compressor, *where)),
     ]
     if indexer is not None:
-        parts.append(((state.keys, state.keys_tail), compress_operands(*indexer, segments, table)))
+        parts.append(((state.keys, state.keys_tail), compress_operands(*indexer, *where)))
     operands: list[Array] = []
     aliases: dict[int, int] = {}
     counts: list[int] = []
@@ -166,11 +169,11 @@ def _in_native(
         aliases |= {len(operands) + i: len(aliases) + i for i in range(len(leaves))}
         operands += [*leaves, *inputs]
         counts.append(len(leaves) + len(inputs))
-    results = jax.ffi.ffi_call(
+    results = dispatch.ffi_call(
         "dsv4_write_layer",
         [jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in aliases],
         input_output_aliases=aliases,
-    )(*operands, layer=np.int64(layer), eps=np.float32(eps), of_entries=np.int64(counts[1]))
+    )(*operands, layer=attribute(layer), eps=np.float32(eps), of_entries=np.int64(counts[1]))
     return jax.tree.unflatten(jax.tree.structure(state), results)
 
 

@@ -181,7 +181,8 @@ def test_state_is_kept_where_the_policy_says():
             manager.plan_step([admitted.slot], [admitted.start]),
         ):
             kept = None if plan.kept_blocks is None else plan.kept_blocks.tolist()
-            assert kept == ([5, 0] if policy == "zero" else None)
+            expected = [5 if slot == admitted.slot else 0 for slot in range(2)]
+            assert kept == (expected if policy == "zero" else None)
         assert (manager._prefix.state_bytes == 0) == (policy == "zero")
 
 

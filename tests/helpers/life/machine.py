@@ -26,7 +26,9 @@ class Life(RuleBasedStateMachine):
 
     @initialize(policy=st.sampled_from(["full", "periodic", "zero"]))
     def begin(self, policy):
-        self.session = Session(self.world, slots=SLOTS, blocks=6, prefix=PrefixPolicy(policy, period=24))
+        self.session = getattr(self.world, "session_type", Session)(
+            self.world, slots=SLOTS, blocks=getattr(self.world, "blocks", 6), prefix=PrefixPolicy(policy, period=24)
+        )
         self.session.admit(0)
         self.session.admit(1)
 

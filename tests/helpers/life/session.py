@@ -62,7 +62,7 @@ class Session:
     def __init__(self, world: World, *, slots: int = 4, blocks: int = 8, **options: Any):
         self.world, self.slots, self.num_blocks = world, slots, blocks
         self.config, self.limit, self.width = world.fill.config, world.fill.length, world.fill.width
-        self.manager = world.fill.new_manager(slots=slots, blocks=blocks, **options)
+        self.manager = self.new_manager(**options)
         if world.reach is not None and self.manager._prefix is not None:
             self.manager._prefix._reach = world.reach
         self.texts = np.zeros((slots, self.limit), np.int32)
@@ -75,6 +75,10 @@ class Session:
         self.shelf: list[tuple[Snapshot, np.ndarray]] = []  # snapshots and their texts
         self.stale: list[int] = []  # handles of requests that ended
         self.moves = self.hits = self.lost = 0
+
+    def new_manager(self, **options: Any) -> Any:
+        """The manager of the session."""
+        return self.world.fill.new_manager(slots=self.slots, blocks=self.num_blocks, **options)
 
     # Moves. A number that says which slot means the one of that rank among the running ones.
 
@@ -125,8 +129,7 @@ class Session:
         if not self.shelf:
             return
         snapshot, text = self.shelf[which % len(self.shelf)]
-        room = all(n <= self._free(kind) for kind, n in self._blocks_for(snapshot.length).items())
-        if len(self.lengths) == self.slots or not room:
+        if not self._fits(snapshot.length):
             self._refused(lambda: self.manager.restore(snapshot), RuntimeError)
             return
         slot = self.manager.restore(snapshot)
@@ -380,8 +383,7 @@ class Session:
         running = [s for s, n in self.lengths.items() if n + steps <= self.limit and not self._is_incomplete(s)]
         if not running:
             return
-        slots, positions = np.full(self.slots, -1, np.int32), np.zeros(self.slots, np.int32)
-        slots[: len(running)], positions[: len(running)] = running, [self.lengths[s] for s in running]
+        slots, positions = self._tokens(dict.fromkeys(running, 1), self.slots, None)
 
         def plan():
             return self.manager.plan_step(slots, positions, lookahead=steps - 1)
@@ -391,7 +393,7 @@ class Session:
             return
         planned = plan()
         for i in range(steps):
-            part = planned if i == 0 else StepPlan(slots, positions + np.int32(i), None, _no_blocks(planned))
+            part = planned if i == 0 else StepPlan(planned.slots, positions + np.int32(i), None, _no_blocks(planned))
             self.world.step(self, part)
         for slot in running:
             self.lengths[slot] += steps
@@ -423,9 +425,7 @@ class Session:
             child = self.manager.fork(slot)
         except RuntimeError:
             assert self.book() == before
-            owned = self.manager.blocks(slot)
-            full = any(self._free(kind) < len(owned[kind]) for kind in owned)
-            assert len(self.lengths) == self.slots or full, "a fork was refused that would have fitted"
+            assert not self._fits_beside(slot), "a fork was refused that would have fitted"
         else:
             assert child not in self.lengths
             self.texts[child] = self.texts[slot]
@@ -549,10 +549,7 @@ class Session:
         """Tokens in any order, padding anywhere; None where there are none, or after a refusal for want of blocks."""
         if not sum(new.values()):
             return None
-        slots, positions = np.full(total, -1, np.int32), np.zeros(total, np.int32)
-        place = np.random.default_rng(seed).permutation(total)[: sum(new.values())]
-        slots[place] = [s for s, n in new.items() for _ in range(n)]
-        positions[place] = [self.lengths[s] + i for s, n in new.items() for i in range(n)]
+        slots, positions = self._tokens(new, total, seed)
 
         def plan():
             return self.manager.plan_step(slots, positions, **shape)
@@ -561,6 +558,25 @@ class Session:
             self._refused(plan, RuntimeError)
             return None
         return plan()
+
+    def _tokens(self, new: dict[int, int], total: int, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Slots and positions (total,) of new[slot] tokens each, in any order and at any place if there is a seed."""
+        slots, positions = np.full(total, -1, np.int32), np.zeros(total, np.int32)
+        place = np.arange(total) if seed is None else np.random.default_rng(seed).permutation(total)
+        place = place[: sum(new.values())]
+        slots[place] = [s for s, n in new.items() for _ in range(n)]
+        positions[place] = [self.lengths[s] + i for s, n in new.items() for i in range(n)]
+        return slots, positions
+
+    def _fits(self, length: int) -> bool:
+        """Whether there is a slot and blocks for a request of so many tokens."""
+        room = all(n <= self._free(kind) for kind, n in self._blocks_for(length).items())
+        return len(self.lengths) < self.slots and room
+
+    def _fits_beside(self, slot: int) -> bool:
+        """Whether there is a slot and, shared ones not considered, blocks for another request like this one."""
+        room = all(len(ids) <= self._free(kind) for kind, ids in self.manager.blocks(slot).items())
+        return len(self.lengths) < self.slots and room
 
     def _refused(self, call: Callable[[], Any], error: type[Exception]) -> None:
         before = self.book()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsv4_jax.ops import dispatch
-from dsv4_jax.ops.nn.projection import BlockScaledWeight, project, project_groups
+from dsv4_jax.ops.nn.projection import BlockScaledWeight, project, project_each, project_groups
 
 LIMIT = {jnp.float32: 1e-5, jnp.bfloat16: 2e-3}
 # A native form runs where the arrays are.
@@ -40,6 +40,20 @@ def test_project(tokens, rows, columns, implementation, dtype, rng):
     assert got.dtype == dtype
     assert got.shape == (tokens, rows)
     assert error(got, np.asarray(x, np.float64) @ values.T) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("implementation", ["jnp", *NATIVE])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 70])
+def test_several_weights_of_one_input(tokens, implementation, rng):
+    if implementation != "cuda" and tokens > 7:
+        pytest.skip("a size for kernels of many tokens")
+    rows = (512, 256, 768, 256)
+    weights, values = zip(*(random_weight(rng, n, 512) for n in rows), strict=True)
+    x = jnp.asarray(rng.normal(size=(tokens, 512)), jnp.bfloat16)
+    got = jax.jit(lambda x, w: project_each(x, w, implementation=implementation))(x, weights)
+    for y, of, n in zip(got, values, rows, strict=True):
+        assert y.shape == (tokens, n)
+        assert error(y, np.asarray(x, np.float64) @ of.T) < 2e-3
 
 
 @pytest.mark.parametrize("implementation", ["jnp", *NATIVE])

@@ -604,3 +604,25 @@ def test_the_cpu_form_refuses_segments_of_other_tokens(rng):
         fresh = Fresh(*jax.tree.map(jnp.asarray, (case.fresh, wrong)))
         with jax.default_device(jax.devices("cpu")[0]), pytest.raises(jax.errors.JaxRuntimeError, match="other tokens"):
             jax.block_until_ready(attend(*operands, fresh=fresh, layer=1, window=128, scale=1.0, implementation="cpu"))
+
+
+def test_the_size_of_the_ring_changes_no_bit(implementation, rng):
+    """Rows more, as `max_rollback` asks for, move every row: sums go by position."""
+    window, tokens = 16, 40
+    stream = new_records(rng, tokens)
+    call = {
+        "q": rng.standard_normal((3, 2, 512)).astype(np.float32), "sink": np.zeros(2, np.float32),
+        "slots": np.int32([0, 1, 2]), "positions": np.int32([39, 20, 5]),
+    }  # fmt: skip
+    outs = []
+    for rows in (window, window + 5, 37):
+        ring = jax.tree.map(lambda x, rows=rows: np.zeros((LAYERS, 3, rows, *x.shape[1:]), x.dtype), stream)
+        for slot, newest in enumerate(call["positions"]):
+            for p in range(max(0, newest - rows + 1), newest + 1):
+                for part, values in zip(ring[:3], stream[:3], strict=True):
+                    part[LAYER, slot, p % rows] = values[p]
+        outs.append(
+            run({**call, "ring": ring}, layer=LAYER, window=window, scale=0.05, eps=0.0, implementation=implementation)
+        )
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out, outs[0])

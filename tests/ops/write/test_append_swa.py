@@ -372,6 +372,7 @@ def test_wrong_layers_are_named(layer, message):
 @pytest.mark.parametrize(("nope", "rope", "native_form"), [(448, 64, True), (32, 16, False)])
 def test_widths_that_the_gpu_form_does_not_serve_fall_back(monkeypatch, nope, rope, native_form):
     monkeypatch.setattr(dispatch, "available", lambda: frozenset({"cuda"}))
+    monkeypatch.setattr(dispatch, "platforms", lambda: frozenset({"cpu", "cuda"}))
     ring = jax.tree.map(jnp.asarray, new_ring(2, 8, nope=nope, rope=rope))
     program = jax.make_jaxpr(append_swa)(ring, jnp.zeros((4, nope + rope)), *[jnp.zeros(4, jnp.int32)] * 2)
     assert ("dsv4_append_swa" in str(program)) == native_form

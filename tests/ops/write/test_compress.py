@@ -389,6 +389,7 @@ def test_an_implementation_that_cannot_serve_is_refused_by_name(rng, monkeypatch
 def test_a_geometry_no_native_form_serves_falls_back(rng, monkeypatch, platform, g, native_form):
     """The program calls the native form where it serves the geometry, and has nothing but jax.numpy elsewhere."""
     monkeypatch.setattr(dispatch, "available", lambda: frozenset({platform}))
+    monkeypatch.setattr(dispatch, "platforms", lambda: frozenset({platform}))
     state, weights, lengths = new_state(rng, g), new_weights(rng, g), np.zeros(2, np.int64)
     step = new_step(rng, g, lengths, np.array([1, 1]), np.float32)
     op = compress if g.key_format is None else functools.partial(compress_indexer, format=g.key_format)

@@ -1,0 +1,180 @@
+"""Where a loop's steps run: on one device, or on all devices of a mesh at once."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..cache.kv_cache import KVCache
+from ..cache.plan import StepPlan
+from ..cache.sharding import DATA, cache_specs, shard_devices
+from ..model.transformer import DSV4Model
+from .sampling import Draws
+from .steps import TOKENS, WITH_LOGITS, LoopState, Structure, Wanted, decode_steps, prefill_step, split_model
+
+Array = jax.Array
+Specs = tuple[PartitionSpec, ...]
+
+OWN = PartitionSpec(DATA)
+"""Of what every shard has its own part of, on the first axis."""
+
+
+class OneDevice:
+    """The steps of `steps.py` as they are."""
+
+    def __init__(self, model: DSV4Model):
+        self.structure, self.weights = split_model(model)
+        self.prefill: Callable[..., Any] = prefill_step
+        self.decode: Callable[..., Any] = decode_steps
+        self.key: Any = None  # tells programs apart that differ in nothing else
+
+    def put(self, tree: Any) -> Any:
+        """Host arrays of a call that stay on the device for the next; others go as they are."""
+        return jax.device_put(tree)
+
+    def operands(self, tree: Any) -> Any:
+        """Host arrays as a call takes them."""
+        return tree
+
+    def fetch(self, array: Array) -> np.ndarray:
+        """A result on the host."""
+        return np.asarray(array)
+
+    def agree(self, wishes: Sequence[int]) -> list[int]:
+        """The largest of what each process wishes, number by number."""
+        return list(wishes)
+
+    def shapes(self, cache: KVCache) -> KVCache:
+        """What `compile` takes for a cache."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
+
+    def compile(self, step: partial, *operands: Any) -> Any:
+        """Compiles a step for operands of these shapes."""
+        jitted: Any = step.func
+        return jitted.lower(*operands, **step.keywords).compile()
+
+
+class OverMesh(OneDevice):
+    """The same steps inside one `jax.shard_map`: every device runs them on its own tokens, plan and cache.
+
+    Host arrays are those of this process's shards, one after the other.
+    """
+
+    def __init__(self, model: DSV4Model, mesh: Mesh):
+        super().__init__(model)
+        specs: Specs = tuple(weight.sharding.spec for weight in self.weights)  # type: ignore[attr-defined]
+        self.prefill = partial(_prefill_over_mesh, mesh=mesh, specs=specs)
+        self.decode = partial(_decode_over_mesh, mesh=mesh, specs=specs)
+        self.key = mesh
+        self._own = NamedSharding(mesh, OWN)
+
+    def put(self, tree: Any) -> Any:
+        """Host arrays, each shard's part on its device."""
+        if self._own.is_fully_addressable:
+            return jax.device_put(tree, self._own)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._own, np.asarray(x)), tree)
+
+    def operands(self, tree: Any) -> Any:
+        """As `put`."""
+        return self.put(tree)
+
+    def shapes(self, cache: KVCache) -> KVCache:
+        """What `compile` takes for a cache."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), cache)
+
+    def agree(self, wishes: Sequence[int]) -> list[int]:
+        """The largest of what each process wishes, number by number; every process asks at the same time."""
+        if self._own.is_fully_addressable:
+            return list(wishes)
+        own = np.tile(np.array(wishes, np.int32), (len(shard_devices(self.key)), 1))
+        return np.asarray(_largest(self.put(own), mesh=self.key)).tolist()
+
+    def fetch(self, array: Array) -> np.ndarray:
+        """What this process's shards have of a result, on the host."""
+        if array.is_fully_addressable:
+            return np.asarray(array)
+        axis = array.sharding.spec.index(DATA)  # type: ignore[attr-defined]
+        parts = {piece.index[axis].start or 0: piece.data for piece in array.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=axis)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _largest(wishes: Array, *, mesh: Mesh) -> Array:
+    """wishes (shards, n) int32, of every shard -> the largest (n,)."""
+    return jax.shard_map(
+        lambda own: jax.lax.pmax(jnp.max(own, axis=0), mesh.axis_names),
+        mesh=mesh,
+        in_specs=OWN,
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(wishes)
+
+
+@partial(jax.jit, static_argnames=("structure", "mesh", "specs", "wanted"), donate_argnames="cache")
+def _prefill_over_mesh(
+    structure: Structure,
+    weights: list[Array],
+    cache: KVCache,
+    plan: StepPlan,
+    token_ids: Array,
+    rows: Array,
+    draws: Draws,
+    hook_states: Any = None,
+    *,
+    mesh: Mesh,
+    specs: Specs,
+    wanted: Wanted = WITH_LOGITS,
+) -> tuple[list[Array], list[Array]]:
+    """`prefill_step` on every shard: T tokens, N rows each; arrays have those of all shards, one after the other."""
+    caches = cache_specs(cache)
+
+    def local(*operands: Any) -> tuple[list[Array], list[Array]]:
+        return prefill_step(structure, *operands, wanted=wanted)
+
+    inside = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(list(specs), caches, OWN, OWN, OWN, OWN, OWN),
+        out_specs=(OWN, jax.tree.leaves(caches)),
+        check_vma=False,
+    )
+    return inside(weights, cache, plan, token_ids, rows, draws, hook_states)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("structure", "mesh", "specs", "steps", "max_blocks", "wanted"),
+    donate_argnames="cache",
+)
+def _decode_over_mesh(
+    structure: Structure,
+    weights: list[Array],
+    cache: KVCache,
+    loop: LoopState,
+    new_blocks: dict[str, Array],
+    draws: Draws,
+    *,
+    mesh: Mesh,
+    specs: Specs,
+    steps: int,
+    max_blocks: int | None,
+    wanted: Wanted = TOKENS,
+) -> tuple[list[Array], list[Array], list[Array]]:
+    """`decode_steps` on every shard, of R slots each; arrays have those of all shards, one after the other."""
+    caches = cache_specs(cache)
+
+    def local(*operands: Any) -> tuple[list[Array], list[Array], list[Array]]:
+        return decode_steps(structure, *operands, steps=steps, max_blocks=max_blocks, wanted=wanted)
+
+    inside = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(list(specs), caches, OWN, OWN, OWN),
+        out_specs=(PartitionSpec(None, DATA), OWN, jax.tree.leaves(caches)),
+        check_vma=False,
+    )
+    return inside(weights, cache, loop, new_blocks, draws)

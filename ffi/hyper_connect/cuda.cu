@@ -1,0 +1,109 @@
+// hyper_connect on Hopper GPUs. Contract and jax.numpy form: dsv4_jax/ops/nn/hyper_connect.py.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "common/export.h"
+#include "common/launched.h"
+#include "common/operands.h"
+#include "hyper_connect/kernel.cuh"
+
+namespace dsv4 {
+namespace {
+
+namespace kernels = hyper_connect;
+
+constexpr int kBlocks = 132;  // a Hopper's multiprocessors
+
+template <int kTokens, bool kStaged>
+cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
+  const auto kernel = kernels::hyper_connect_kernel<kTokens, kStaged>;
+  const int shared = kernels::shared_bytes<kTokens, kStaged>(call.dim, call.rows);
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (status != cudaSuccess) return status;
+  // Where tokens leave multiprocessors idle, these ask ahead too.
+  int clusters = (call.tokens + kTokens - 1) / kTokens;
+  if (call.number_ahead) clusters = std::max(clusters, kBlocks / kernels::kCluster);
+  const int blocks = clusters * kernels::kCluster;
+  kernel<<<blocks, call.dim / kernels::kCluster + kernels::kWarp, shared, stream>>>(call);
+  return cudaGetLastError();
+}
+
+// A few tokens have a cluster each; of many some share what is read of `fn`.
+cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
+  return call.tokens <= 8 ? run<1, true>(call, stream) : run<4, false>(call, stream);
+}
+
+template <typename T>
+T* result_data(ffi::RemainingRets results, size_t at, size_t count, Operands& operands) {
+  auto result = results.get<ffi::AnyBuffer>(at);
+  if (result.has_value() && (*result)->size_bytes() == count * sizeof(T))
+    return static_cast<T*>((*result)->untyped_data());
+  operands.fail("result " + std::to_string(at) + " of another size", std::to_string(count) + " values");
+  return nullptr;
+}
+
+// Operands: streams (T, n, d); of an update output (T, d), post (T, n), comb (T, n, n) and, as a fourth part, what is
+// added to the output (T, d); fn, base, scale, norm (d); what comes next.
+// Results: with an update the new streams; x (T, d); but of the head post and comb.
+ffi::Error hyper_connect_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results,
+                                   int64_t update_parts, int64_t head, int64_t iterations, float hc_eps, float rms_eps) {
+  Operands operands("hyper_connect", args);
+  const Operands::Shape shape = operands.shape_of_next();
+  if (shape.size() != 3 || shape[1] != kernels::kStreams || shape[2] % 512 ||
+      shape[2] < kernels::kLeastColumns * kernels::kCluster || shape[2] > kernels::kMostColumns * kernels::kCluster) {
+    operands.fail("streams " + Operands::text(shape), "(T, 4, d), d a multiple of 512 from 3584 to 7168");
+    return operands.error();
+  }
+  constexpr int64_t n = kernels::kStreams;
+  const int64_t tokens = shape[0], dim = shape[2], rows = head ? n : kernels::kMixes;
+  constexpr auto kBf16 = ffi::DataType::BF16, kF32 = ffi::DataType::F32;
+  kernels::Call call = {};
+  call.streams = operands.take<const __nv_bfloat16>("streams", {kBf16}, shape);
+  if (update_parts) {
+    call.output = operands.take<const __nv_bfloat16>("output", {kBf16}, {tokens, dim});
+    call.old_post = operands.take<const float>("post", {kF32}, {tokens, n});
+    call.old_comb = operands.take<const float>("comb", {kF32}, {tokens, n, n});
+    if (update_parts > 3) call.extra = operands.take<const __nv_bfloat16>("extra", {kBf16}, {tokens, dim});
+  }
+  call.fn = operands.take<const float>("fn", {kF32}, {rows, n * dim});
+  call.base = operands.take<const float>("base", {kF32}, {rows});
+  call.scale = operands.take<const float>("scale", {kF32}, {head ? 1 : 3});
+  call.norm = operands.take<const float>("norm", {kF32}, {dim});
+  for (size_t i = args.size() - operands.left(); i < args.size() && call.number_ahead < kernels::kMostAhead; ++i) {
+    const auto next = args.get<ffi::AnyBuffer>(i);
+    if (next.has_value())
+      call.ahead[call.number_ahead++] = {static_cast<const uint8_t*>(next->untyped_data()),
+                                         static_cast<int64_t>(next->size_bytes())};
+  }
+  size_t at = 0;
+  if (update_parts) call.new_streams = result_data<__nv_bfloat16>(results, at++, tokens * n * dim, operands);
+  call.x = result_data<__nv_bfloat16>(results, at++, tokens * dim, operands);
+  if (!head) {
+    call.post = result_data<float>(results, at++, tokens * n, operands);
+    call.comb = result_data<float>(results, at++, tokens * n * n, operands);
+  }
+  if (!operands.ok()) return operands.error();
+  if (!tokens) return ffi::Error::Success();
+  call.tokens = static_cast<int>(tokens), call.dim = static_cast<int>(dim);
+  call.rows = static_cast<int>(rows), call.iterations = static_cast<int>(iterations), call.hc_eps = hc_eps, call.rms_eps = rms_eps;
+  call.of_values = 1.0f / static_cast<float>(n * dim), call.of_columns = 1.0f / static_cast<float>(dim);
+  return launched("hyper_connect", run(call, stream));
+}
+
+}  // namespace
+}  // namespace dsv4
+
+DSV4_EXPORT_HANDLER(Dsv4HyperConnect);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4HyperConnect, dsv4::hyper_connect_on_device,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("update_parts")
+                                  .Attr<int64_t>("head")
+                                  .Attr<int64_t>("iterations")
+                                  .Attr<float>("hc_eps")
+                                  .Attr<float>("rms_eps"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});

@@ -1,0 +1,128 @@
+// choose_experts on CUDA: a warp a token. Contract and jax.numpy form: dsv4_jax/ops/nn/router.py.
+#include <cuda_runtime.h>
+
+#include "common/export.h"
+#include "common/launched.h"
+#include "common/operands.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr int kWarp = 32, kWarps = 4;  // of a block
+constexpr int kMostExperts = 1024, kMostPicks = 32;
+constexpr unsigned kAll = 0xFFFFFFFFu;
+
+struct RouteCall {
+  const float* logits;  // (T, experts)
+  const float* bias;    // (experts), or null
+  const int* table;     // (vocabulary, k), or null
+  const int* tokens;    // (T) rows of the table
+  int* picks;           // (T, k)
+  float* weights;       // (T, k)
+  int number, experts, k, vocabulary;
+  float scaling;
+};
+
+// Greater for what top_k puts first; a NaN is the greatest, and both zeros are one.
+__device__ unsigned rank_of(float score) {
+  if (score != score) return kAll;
+  const unsigned bits = __float_as_uint(score + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// sqrt(log(1 + exp(x))).
+__device__ float score_of(float logit) { return sqrtf(fmaxf(logit, 0.0f) + log1pf(expf(-fabsf(logit)))); }
+
+__global__ void __launch_bounds__(kWarp * kWarps) route_kernel(const RouteCall call) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, token = blockIdx.x * kWarps + warp;
+  if (token >= call.number) return;
+  const float* logits = call.logits + static_cast<int64_t>(token) * call.experts;
+  int pick = 0;
+  if (call.table) {
+    const int row = min(max(call.tokens[token], 0), call.vocabulary - 1);
+    if (lane < call.k) pick = call.table[static_cast<int64_t>(row) * call.k + lane];
+  } else {
+    unsigned ranks[kMostExperts / kWarp];
+#pragma unroll
+    for (int i = 0; i < kMostExperts / kWarp; ++i) {
+      const int e = i * kWarp + lane;
+      ranks[i] = 0;
+      if (i * kWarp >= call.experts) break;
+      if (e < call.experts) ranks[i] = max(1u, rank_of(score_of(logits[e]) + call.bias[e]));
+    }
+#pragma unroll 1
+    for (int k = 0; k < call.k; ++k) {
+      unsigned best = 0;
+      int at = 0;
+#pragma unroll
+      for (int i = 0; i < kMostExperts / kWarp; ++i) {
+        if (i * kWarp >= call.experts) break;
+        if (ranks[i] > best) best = ranks[i], at = i;
+      }
+      const unsigned most = __reduce_max_sync(kAll, best);
+      const int chosen = __reduce_min_sync(kAll, best == most ? at * kWarp + lane : kMostExperts);
+      if (lane == k) pick = chosen;
+#pragma unroll
+      for (int i = 0; i < kMostExperts / kWarp; ++i) {
+        if (i * kWarp >= call.experts) break;
+        if (i * kWarp + lane == chosen) ranks[i] = 0;
+      }
+    }
+  }
+  const float score = lane < call.k ? score_of(logits[min(max(pick, 0), call.experts - 1)]) : 0.0f;
+  float sum = 0.0f;
+  for (int k = 0; k < call.k; ++k) sum += __shfl_sync(kAll, score, k);
+  if (lane < call.k) {
+    const int64_t to = static_cast<int64_t>(token) * call.k + lane;
+    call.picks[to] = pick;
+    call.weights[to] = score / (sum + 1e-20f) * call.scaling;
+  }
+}
+
+// Operands: logits (T, experts), then bias (experts), or table (vocabulary, k) and tokens (T). Results: picks, weights.
+ffi::Error route_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t k,
+                           float scaling) {
+  constexpr auto kF32 = ffi::DataType::F32, kS32 = ffi::DataType::S32;
+  Operands operands("choose_experts", args);
+  const Operands::Shape shape = operands.shape_of_next(), second = operands.shape_of_next(1);
+  if (shape.size() != 2 || shape[1] < 1 || shape[1] > kMostExperts || k < 1 || k > kMostPicks || k > shape[1]) {
+    operands.fail("logits " + Operands::text(shape), "(T, up to 1024 experts), and up to 32 picks");
+    return operands.error();
+  }
+  RouteCall call = {};
+  call.logits = operands.take<const float>("logits", {kF32}, shape);
+  if (second.size() == 1) {
+    call.bias = operands.take<const float>("bias", {kF32}, {shape[1]});
+  } else {
+    call.table = operands.take<const int>("table", {kS32}, {-1, k});
+    call.tokens = operands.take<const int>("tokens", {kS32}, {shape[0]});
+    call.vocabulary = second.empty() ? 0 : static_cast<int>(second[0]);
+  }
+  auto picks = results.get<ffi::Buffer<ffi::S32>>(0);
+  auto weights = results.get<ffi::Buffer<ffi::F32>>(1);
+  const size_t size = static_cast<size_t>(shape[0] * k);
+  if (!picks.has_value() || !weights.has_value() || (*picks)->element_count() != size ||
+      (*weights)->element_count() != size) {
+    operands.fail("other results", "picks and weights (T, k)");
+  }
+  if (!operands.ok()) return operands.error();
+  if (!shape[0]) return ffi::Error::Success();
+  call.picks = (*picks)->typed_data(), call.weights = (*weights)->typed_data();
+  call.number = static_cast<int>(shape[0]), call.experts = static_cast<int>(shape[1]), call.k = static_cast<int>(k);
+  call.scaling = scaling;
+  route_kernel<<<(call.number + kWarps - 1) / kWarps, kWarp * kWarps, 0, stream>>>(call);
+  return launched("choose_experts", cudaGetLastError());
+}
+
+}  // namespace
+}  // namespace dsv4
+
+DSV4_EXPORT_HANDLER(Dsv4Route);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4Route, dsv4::route_on_device,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("k")
+                                  .Attr<float>("scaling"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
