@@ -21,6 +21,11 @@ HEADS, TOP_K = 2, 2
 FIRST = {"swa": 0, "csa": 1, "hca": 2}
 
 
+def held(cache):
+    """All but which steps ran: each plan has a number of its own."""
+    return cache.state, cache.paged, cache.block_table
+
+
 def make(**options):
     return KVCacheManager.create(GEOMETRY, max_concurrent_requests=3, max_context_len=48, **options)
 
@@ -101,7 +106,7 @@ def test_a_scan_over_layers_stores_and_reads_the_same_bits(rng, same):
             outs.append(out)
         manager.check()
         results.append((manager.cache, outs))
-    assert same(results[0][0], results[1][0])
+    assert same(held(results[0][0]), held(results[1][0]))
     for one, other in zip(jax.tree.leaves(results[0][1]), jax.tree.leaves(results[1][1]), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)  # sums of another program
 
@@ -133,9 +138,9 @@ def test_an_index_of_another_kind_or_beyond_the_layers_writes_nothing(rng, same)
 
     for index in (0, 2, -1, 6, 1000):
         cache, view = write(manager.cache, index)
-        assert same(cache, manager.cache)
+        assert same(held(cache), held(manager.cache))
         assert not view.valid.any()
-    assert not same(write(manager.cache, 4)[0], manager.cache)
+    assert not same(held(write(manager.cache, 4)[0]), held(manager.cache))
 
 
 def test_a_handle_with_a_traced_index_is_a_pytree():
