@@ -87,7 +87,8 @@ class World:
         """All that the host knows, and what it says the device holds."""
         manager = self.manager
         manager.check()
-        requests = [(int(s), manager.length(s), manager._requests.settled(s)) for s in manager.active_slots]
+        # Without the numbers of slots: a call that is made again may take another.
+        requests = [(manager.length(s), manager._requests.settled(s)) for s in manager.active_slots]
         written = [s for s in manager.active_slots if s != self.c and not manager._requests.pending.involves(s)]
         held = [
             [(name, x.tobytes()) for name, x in manager.snapshot(s).arrays.items()]
@@ -95,7 +96,7 @@ class World:
             if manager.length(s) >= manager._requests._complete_from[s]
         ]
         free = {kind: manager.num_free_blocks(kind) for kind in ("csa", "hca")}
-        owned = {int(s): {kind: len(ids) for kind, ids in manager.blocks(s).items()} for s in manager.active_slots}
+        owned = [{kind: len(ids) for kind, ids in manager.blocks(s).items()} for s in manager.active_slots]
         prefix = manager._prefix
         kept = sorted(prefix._nodes), prefix.state_bytes
         return (requests, owned, held, len(manager._requests.pending)), free, kept

@@ -1,5 +1,7 @@
 """Requests on several shards: where they go, what they may do, and that a refusal changes nothing on any."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,10 +45,9 @@ def bring(manager, lengths):
         used[shard] += n
     plan = manager.plan_step(where.reshape(-1), positions.reshape(-1), num_segments=slots, width=width)
     parts = split_cache(manager.cache, manager.mesh)
-    rows = [dict(zip(plan.new_blocks, new, strict=True)) for new in zip(
-        *(np.split(rows, shards) for rows in plan.new_blocks.values()), strict=True
-    )]  # fmt: skip
-    manager.cache = join_caches([part.with_blocks(new) for part, new in zip(parts, rows, strict=True)], manager.mesh)
+    rows = np.split(np.asarray(plan.new_blocks.rows), shards)
+    news = [replace(plan.new_blocks, rows=own) for own in rows]
+    manager.cache = join_caches([part.with_blocks(new) for part, new in zip(parts, news, strict=True)], manager.mesh)
     return plan
 
 

@@ -63,8 +63,9 @@ class Session:
         self.world, self.slots, self.num_blocks = world, slots, blocks
         self.config, self.limit, self.width = world.fill.config, world.fill.length, world.fill.width
         self.manager = self.new_manager(**options)
-        if world.reach is not None and self.manager._prefix is not None:
-            self.manager._prefix._reach = world.reach
+        for manager in getattr(self.manager, "shards", (self.manager,)):
+            if world.reach is not None and manager._prefix is not None:
+                manager._prefix._reach = world.reach
         self.texts = np.zeros((slots, self.limit), np.int32)
         self.expected: Any = None  # of the world: what the texts give
         self.lengths: dict[int, int] = {}

@@ -49,7 +49,7 @@ def _on_host(plan: StepPlan) -> StepPlan:
     return jax.tree.map(np.asarray, StepPlan(plan.slots, plan.positions, plan.grouped))
 
 
-def _unlike(session: "Session", plan: StepPlan) -> np.ndarray:
+def unlike_before(session: "Session", plan: StepPlan) -> np.ndarray:
     """(T,) bool: tokens that a prefix hit computes again, without the state that they had the first time."""
     ends = np.array([session.complete.get(slot, 0) for slot in range(session.slots)])
     return (plan.slots >= 0) & (plan.positions < ends[plan.slots])
@@ -76,7 +76,7 @@ class Views:
     def step(self, session: "Session", plan: StepPlan) -> None:
         on_host = _on_host(plan)
         session.manager.cache, seen = self.fill.step(session.manager.cache, plan, _tokens(session, on_host))
-        self.fill.compare(seen, session.expected, on_host, _unlike(session, on_host))
+        self.fill.compare(seen, session.expected, on_host, unlike_before(session, on_host))
 
     def check(self, session: "Session") -> None:
         slots, positions = np.full(session.slots, -1, np.int32), np.zeros(session.slots, np.int32)
@@ -115,7 +115,7 @@ class Model:
             self.graphdef, self.weights, session.manager.cache, plan, _tokens(session, on_host)
         )
         plan = on_host
-        live = (plan.slots >= 0) & ~_unlike(session, plan)
+        live = (plan.slots >= 0) & ~unlike_before(session, plan)
         want = session.expected[plan.slots[live], plan.positions[live]]
         np.testing.assert_allclose(np.asarray(logits)[live], want, rtol=0, atol=5e-5)
 
