@@ -127,49 +127,6 @@ __device__ __forceinline__ const uint8_t* part_at(const ReadRecords& records, in
   return static_cast<const uint8_t*>(records.scale) + index * (records.scale_width ? 8 : 4);
 }
 
-// Looking up where a row is takes two loads that depend on each other. A lookup takes three steps, which a loop can take an
-// iteration apart, so that none waits for a load.
-struct Lookup {
-  int32_t entry = -1;  // after the first step; -1: none, or not one
-  int32_t place = -1;  // block of the pool, after the second
-
-  __device__ __forceinline__ Lookup() = default;
-  __device__ __forceinline__ Lookup(const AttendCall& call, const Token& token, int64_t t, int block, int row) {
-    if (block < token.window_blocks || block >= token.blocks) return;
-    const int64_t i = static_cast<int64_t>(block - token.window_blocks) * kRows + row;
-    if (!call.selected) {
-      entry = static_cast<int32_t>(i);
-    } else if (i < call.chosen) {
-      entry = __ldg(call.selected + t * call.chosen + i);
-    }
-  }
-  __device__ __forceinline__ void look_up(const AttendCall& call, const Token& token) {
-    if (entry < 0 || entry >= token.visible) return;
-    // In 32 bits: a division of 64 takes as long as the load that follows.
-    const uint32_t column = static_cast<uint32_t>(entry) / static_cast<uint32_t>(call.per_block);
-    if (column < call.columns) place = __ldg(call.table + token.slot * call.columns + column);
-  }
-  // Null: not visible.
-  __device__ __forceinline__ const uint8_t* finish(const AttendCall& call, const Token& token, int block, int row,
-                                                   Part part) const {
-    if (block >= token.blocks) return nullptr;
-    if (block >= token.window_blocks) {
-      if (place < 0 || place >= call.num_blocks) return nullptr;
-      const uint32_t per_block = static_cast<uint32_t>(call.per_block), at = static_cast<uint32_t>(entry) % per_block;
-      return part_at(call.pool, static_cast<int64_t>(place) * per_block + at, part);
-    }
-    const int64_t back = call.window - 1 - (static_cast<int64_t>(block) * kRows + row);
-    const int64_t position = token.position - back;
-    if (back < 0 || position < 0) return nullptr;
-    if (position < token.first_fresh) {
-      const uint32_t at = modulo(static_cast<uint32_t>(position), static_cast<uint32_t>(call.ring_rows));
-      return part_at(call.ring, token.slot * call.ring_rows + at, part);
-    }
-    const int32_t index = token.fresh_rows[position - token.first_fresh];
-    return index < 0 || index >= call.tokens ? nullptr : part_at(call.fresh, index, part);
-  }
-};
-
 __device__ __forceinline__ uint32_t word_of(const uint4& four, int i) {
   return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
 }
@@ -233,22 +190,68 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, SharedMemor
 }
 
 // The two warpgroups at the output fetch rows too, a warp four of each half block. Of the rows of two half blocks a lane
-// keeps where one part is: lane 8 part + 4 half + row.
+// looks up where one part is: lane 8 part + 4 half + row. That takes two loads that depend on each other, and so three
+// steps, which a loop takes an iteration apart: none waits for a load.
 struct Fetcher {
   int warp, lane;
-  __device__ __forceinline__ Fetcher() : warp(threadIdx.x / 32 - kWarpgroup / 32), lane(threadIdx.x % 32) {}
+  Part part;
+  const uint8_t* pool;  // this part of the pool, `size` bytes a row
+  uint32_t size, inverse;
 
-  // Of the n-th half block and the next.
-  __device__ __forceinline__ Lookup look(const AttendCall& call, const Token& token, int64_t t, int n) const {
-    n += (lane >> 2) & 1;
-    return Lookup(call, token, t, n / 2, row_of(n));
+  struct Lookup {
+    int32_t entry = -1;  // after the first step; after the second its row in the block
+    int32_t place = -1;  // block of the pool, after the second
+  };
+
+  __device__ __forceinline__ explicit Fetcher(const AttendCall& call)
+      : warp(threadIdx.x / 32 - kWarpgroup / 32), lane(threadIdx.x % 32), part(static_cast<Part>(min(lane / 8, 2))) {
+    pool = part_at(call.pool, 0, part);
+    size = static_cast<uint32_t>(part_at(call.pool, 1, part) - pool);
+    inverse = call.has_entries ? 0xFFFFFFFFu / static_cast<uint32_t>(call.per_block) : 0;
   }
+
+  // A row of the n-th half block or the next, counted over all blocks.
+  __device__ __forceinline__ int row_of(int n) const {
+    return (n + ((lane >> 2) & 1)) * kHalf + 4 * warp + lane % 4;
+  }
+  __device__ __forceinline__ Lookup look(const AttendCall& call, const Token& token, int64_t t, int n) const {
+    Lookup lookup;
+    const int i = row_of(n) - token.window_blocks * kRows;
+    if (i < 0 || i >= (token.blocks - token.window_blocks) * kRows) return lookup;
+    if (!call.selected) {
+      lookup.entry = i;
+    } else if (i < static_cast<int>(call.chosen)) {
+      lookup.entry = __ldg(call.selected + t * call.chosen + i);
+    }
+    return lookup;
+  }
+  __device__ __forceinline__ void look_up(const AttendCall& call, const Token& token, Lookup& lookup) const {
+    if (static_cast<uint32_t>(lookup.entry) >= static_cast<uint32_t>(token.visible)) return;
+    // By the inverse, one too little at most: a division takes as long as the load that follows.
+    const uint32_t entry = static_cast<uint32_t>(lookup.entry), per_block = static_cast<uint32_t>(call.per_block);
+    uint32_t column = __umulhi(entry, inverse);
+    if (entry - column * per_block >= per_block) ++column;
+    lookup.entry = static_cast<int32_t>(entry - column * per_block);
+    if (column < static_cast<uint32_t>(call.columns)) lookup.place = __ldg(call.table + token.slot * call.columns + column);
+  }
+  // Null: not visible.
   __device__ __forceinline__ const uint8_t* finish(const AttendCall& call, const Token& token, const Lookup& lookup,
                                                    int n) const {
-    n += (lane >> 2) & 1;
-    return lookup.finish(call, token, n / 2, row_of(n), static_cast<Part>(min(lane / 8, 2)));
+    const int row = row_of(n);
+    if (row >= token.window_blocks * kRows) {
+      if (static_cast<uint32_t>(lookup.place) >= static_cast<uint32_t>(call.num_blocks)) return nullptr;
+      const uint32_t at = static_cast<uint32_t>(lookup.place) * static_cast<uint32_t>(call.per_block) + lookup.entry;
+      return pool + static_cast<uint64_t>(at) * size;
+    }
+    const int64_t back = call.window - 1 - row, position = token.position - back;
+    if (back < 0 || position < 0) return nullptr;
+    if (position < token.first_fresh) {
+      const uint32_t at = modulo(static_cast<uint32_t>(position), static_cast<uint32_t>(call.ring_rows));
+      return part_at(call.ring, token.slot * call.ring_rows + at, part);
+    }
+    const int32_t index = token.fresh_rows[position - token.first_fresh];
+    return index < 0 || index >= call.tokens ? nullptr : part_at(call.fresh, index, part);
   }
-  __device__ __forceinline__ int row_of(int n) const { return n % 2 * kHalf + 4 * warp + lane % 4; }  // in its block
 
   // The rows of one of the two half blocks, to `place`. What is not visible is filled with zeros: its probability is 0, and
   // 0 times what lies there must be 0.
@@ -257,31 +260,29 @@ struct Fetcher {
                                         const AttendCall& call) const {
     const int first = place * kHalf + 4 * warp;
     const uint32_t to = ptx::shared_address(shared.rows + first * kPitch);
-    const uint64_t own = reinterpret_cast<uint64_t>(from);
+    const uint32_t seen = __ballot_sync(0xFFFFFFFFu, from != nullptr) >> (4 * half);
+    // To copy nothing from, any address does.
+    const uint64_t own = reinterpret_cast<uint64_t>(from ? from : call.ring.nope);
     constexpr int kPieces = kNope / 16;  // a row's codes in 16 bytes; with them come four pieces of its RoPE half
+    const bool codes = lane < kPieces;
+    const int source = (codes ? 0 : 8) + 4 * half, piece = 16 * (codes ? lane : lane - kPieces);
 #pragma unroll
     for (int row = 0; row < 4; ++row) {
-      const bool codes = lane < kPieces;
-      const uint64_t at = __shfl_sync(0xFFFFFFFFu, own, (codes ? 0 : 8) + 4 * half + row);
-      ptx::copy_16(to + row * kPitch + 16 * lane, at ? at + 16 * (codes ? lane : lane - kPieces) : any(call), at != 0);
+      const uint64_t at = __shfl_sync(0xFFFFFFFFu, own, source + row);
+      ptx::copy_16(to + row * kPitch + 16 * lane, at + piece, seen & (1 << row));
     }
-    const uint64_t at = __shfl_sync(0xFFFFFFFFu, own, 8 + 4 * half + lane / 4 % 4);  // the other four of four rows
+    const int row = lane / 4 % 4;  // the other four of four rows
+    const uint64_t at = __shfl_sync(0xFFFFFFFFu, own, 8 + 4 * half + row);
     if (lane < 16) {
-      ptx::copy_16(to + (lane / 4) * kPitch + kNope + 64 + 16 * (lane % 4), at ? at + 64 + 16 * (lane % 4) : any(call), at != 0);
+      ptx::copy_16(to + row * kPitch + kNope + 64 + 16 * (lane % 4), at + 64 + 16 * (lane % 4), seen & (1 << row));
     } else if (lane / 4 == 4 + half) {
-      const int index = first + lane % 4;
-      shared.visible[index] = from != nullptr;
-      ptx::copy_small<kGroups ? 8 : 4>(ptx::shared_address(&shared.scale[index]), from ? own : any(call), from != nullptr);
+      shared.visible[first + lane % 4] = from != nullptr;
+      ptx::copy_small<kGroups ? 8 : 4>(ptx::shared_address(&shared.scale[first + lane % 4]), own, from != nullptr);
     }
     const uint32_t full = ptx::shared_address(&shared.full[place]);
     ptx::barrier_arrive_after_copies(full);
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(full);
-  }
-
-  // An address to copy nothing from.
-  static __device__ __forceinline__ uint64_t any(const AttendCall& call) {
-    return reinterpret_cast<uint64_t>(call.ring.nope);
   }
 };
 
@@ -589,7 +590,7 @@ __device__ __forceinline__ void add_values(const AttendCall& call, SharedMemory<
                                            int64_t t, int first, int blocks, float (&out)[4][32]) {
   constexpr int kPlaces = kHalves<kGroups>;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
-  const Fetcher fetcher;
+  const Fetcher fetcher(call);
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
 #pragma unroll
@@ -598,13 +599,13 @@ __device__ __forceinline__ void add_values(const AttendCall& call, SharedMemory<
   Place<kGroups> place(0);
   // After a half block its predecessor's place is refilled, with which both warpgroups are done by then.
   int before = kPlaces - 1;
-  Lookup looked = fetcher.look(call, token, t, 2 * first + kPlaces - 1);
-  looked.look_up(call, token);
-  Lookup next = fetcher.look(call, token, t, 2 * first + kPlaces + 1);
+  Fetcher::Lookup looked = fetcher.look(call, token, t, 2 * first + kPlaces - 1);
+  fetcher.look_up(call, token, looked);
+  Fetcher::Lookup next = fetcher.look(call, token, t, 2 * first + kPlaces + 1);
   for (int i = 0; i < blocks; ++i) {
     const int coming = 2 * i + kPlaces - 1;
     const uint8_t* ahead = fetcher.finish(call, token, looked, 2 * first + coming);
-    next.look_up(call, token);
+    fetcher.look_up(call, token, next);
     looked = next;
     next = fetcher.look(call, token, t, 2 * first + coming + 4);
     ptx::barrier_wait(ptx::shared_address(&shared.p_full), i & 1);
@@ -837,12 +838,12 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
   constexpr int kFirst = kHalves<kGroups> - 1, kPairs = (kFirst + 1) / 2;  // half blocks that are fetched before the loop
   const uint8_t* rows[kPairs];
   if (group > 0) {
-    const Fetcher fetcher;
-    Lookup lookups[kPairs];
+    const Fetcher fetcher(call);
+    Fetcher::Lookup lookups[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) lookups[i] = fetcher.look(call, token, t, 2 * first + 2 * i);
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) lookups[i].look_up(call, token);
+    for (int i = 0; i < kPairs; ++i) fetcher.look_up(call, token, lookups[i]);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) rows[i] = fetcher.finish(call, token, lookups[i], 2 * first + 2 * i);
     if (first < end) {
@@ -859,7 +860,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
   ptx::fence_shared_proxy();
   __syncthreads();
   if (group > 0) {
-    const Fetcher fetcher;
+    const Fetcher fetcher(call);
 #pragma unroll
     for (int n = 2; n < kFirst; ++n) {
       if (n < halves) fetcher.fetch(shared, n, n & 1, rows[n / 2], call);
