@@ -181,12 +181,12 @@ __device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at,
     uint32_t place = listed + sum_of_warp(lane < warp ? of_lane : 0) + to - mine;
     listed += sum_of_warp(of_lane);
     if (listed > kCandidates) break;
-    if (mine == 0) continue;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (v[i] <= bound) continue;
-      list[place] = v[i], list[kCandidates + place] = kEach * (round * kTopThreads + threadIdx.x) + i;
-      ++place;
+      const bool is_listed = v[i] > bound;
+      if (is_listed) list[place] = v[i];
+      if (is_listed) list[kCandidates + place] = kEach * (round * kTopThreads + threadIdx.x) + i;
+      place += is_listed;
     }
   }
   __syncthreads();
