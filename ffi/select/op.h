@@ -35,7 +35,7 @@ struct SelectCall {
   DSV4_HOST_DEVICE int32_t visible(int64_t token) const {
     const int32_t slot = slots[token], position = positions[token];
     if (slot < 0 || slot >= num_slots || position < 0) return 0;
-    const int64_t closed = (static_cast<int64_t>(position) + 1) / ratio;
+    const int64_t closed = (static_cast<uint32_t>(position) + 1) / static_cast<uint32_t>(ratio);
     return static_cast<int32_t>(closed < max_entries ? closed : max_entries);
   }
 
@@ -64,8 +64,8 @@ inline ffi::Error bind_select(ffi::RemainingArgs args, ffi::RemainingRets result
   if (operands.ok() && (scale[3] < 1 || (scale[3] * 8 != keys[3] && scale[3] * 16 != keys[3]))) {
     operands.fail(std::to_string(scale[3]) + " scales for " + std::to_string(2 * keys[3]) + " values", "one per 16 or 32");
   }
-  if (operands.ok() && (ratio < 1 || k < 1)) {
-    operands.fail("ratio " + std::to_string(ratio) + " and k " + std::to_string(k), "at least 1");
+  if (operands.ok() && (ratio < 1 || ratio > INT32_MAX || k < 1)) {
+    operands.fail("ratio " + std::to_string(ratio) + " and k " + std::to_string(k), "at least 1, and a ratio below 2^31");
   }
   if (!operands.ok()) return operands.error();
   *call = SelectCall{};

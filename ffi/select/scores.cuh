@@ -266,6 +266,8 @@ template <bool kPowers>
 struct Keys {
   const int32_t* table;        // of the slot
   const char *codes, *scales;  // what this thread takes of row 0
+  const char* line;            // of row 0, what this lane asks the L2 cache for
+  int32_t line_row;            // bytes from it to that of the next row; 0 if this lane asks for nothing
   int32_t entry;               // its first row of tile 0
   int32_t shift, num_blocks;
 
@@ -274,6 +276,11 @@ struct Keys {
     table = fixed(call.table + slot * call.columns);
     codes = fixed(reinterpret_cast<const char*>(call.keys) + 16 * quarter);
     scales = fixed(reinterpret_cast<const char*>(call.scale) + (kPowers ? 0 : 2 * quarter));
+    // A warp's 16 keys are eight lines of codes and one of scales.
+    const int lane = threadIdx.x % 32, of_scales = kPowers ? 4 : 8;
+    line_row = lane < 8 ? 64 : lane == 8 ? of_scales : 0;
+    line = lane < 8 ? reinterpret_cast<const char*>(call.keys) + 128 * lane : reinterpret_cast<const char*>(call.scale);
+    line = fixed(line - row * line_row);
     entry = threadIdx.x / 32 % 4 * kGroup + row;
     num_blocks = static_cast<int32_t>(call.num_blocks), shift = piece.shift;
   }
@@ -285,6 +292,13 @@ struct Keys {
     const int32_t block = __ldg(table + column);
     const int32_t row = ((block - column) << shift) + e;
     return static_cast<uint32_t>(block) < static_cast<uint32_t>(num_blocks) ? row : -1;
+  }
+
+  // Brings a warp's rows into the L2 cache; none for -1.
+  __device__ __forceinline__ void ask_for(int32_t row) const {
+    if (row >= 0 && line_row) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(line + static_cast<int64_t>(row) * line_row));
+    }
   }
 
   uint4 code[2] = {};
@@ -382,7 +396,9 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(SelectCall call, Pie
   int tile = share_of(tiles, blockIdx.x) + threadIdx.x / 128;
   Keys<kPowers> keys(call, piece, call.slots[token]);
   int32_t row = keys.find(tile, last), next_row = keys.find(tile + kWarpgroups, last);
+  int32_t row_after = keys.find(tile + 2 * kWarpgroups, last);
   keys.fetch(row);
+  keys.ask_for(next_row);
   query.store(call.is_float, shared);
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
@@ -395,9 +411,10 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(SelectCall call, Pie
     uint32_t a[32];
     const Keys<kPowers> mine = keys;
     const bool given = row >= 0;
-    row = next_row;
+    row = next_row, next_row = row_after;
     keys.fetch(row);
-    next_row = keys.find(tile + 2 * kWarpgroups, last);
+    keys.ask_for(next_row);
+    row_after = keys.find(tile + 3 * kWarpgroups, last);
     const float of_key = mine.decode(a);
     if (tile * kTile >= seen) break;  // never: ends a block of code, so that the loads above stay above the products
     const float score = score_of(a, b, weights);

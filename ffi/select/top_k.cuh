@@ -10,7 +10,7 @@ namespace dsv4::select_sm90 {
 
 constexpr int kTopThreads = 1024, kTopWarps = kTopThreads / 32;
 constexpr int kBins = 2 * kTopThreads;
-constexpr int kEach = 16;                        // values of a thread at a time: a group of scores
+constexpr int kEach = 16;                        // values of a thread at a time
 constexpr int kRound = kEach * kTopThreads;
 constexpr int kMostK = 2048;
 constexpr int kCandidates = 4096;
@@ -138,27 +138,36 @@ __device__ __forceinline__ Cut choose(int n, const At& at, Range range, uint32_t
   return cut;
 }
 
-// As `choose`, for values that are mostly far from being chosen: load(i, v) loads values kEach * i to kEach * i + 15 (0
-// from n on). At least k of them are above `bound`, and none is above *high; where *high is 0 both follow from the best
-// of every eight, and *high is it.
+// Four values from index i on, 0 from n on.
+__device__ __forceinline__ uint4 load_four(const uint32_t* from, int i, int n) {
+  uint4 four = i < n ? __ldcg(reinterpret_cast<const uint4*>(from + i)) : uint4{};
+  if (i + 1 >= n) four.y = 0;
+  if (i + 2 >= n) four.z = 0;
+  if (i + 3 >= n) four.w = 0;
+  return four;
+}
+
+// As `choose`, for values that are mostly far from being chosen: load(i) gives four from index i on (0 from n on). At
+// least k of them are above `bound`, and none is above *high; where *high is 0 both follow from the best of every eight.
 template <typename Load, typename At, typename Give>
 __device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at, uint32_t k, uint32_t bound,
                                           uint32_t* high, Choice& shared, uint32_t* list, int* chosen,
                                           const Give& give) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rounds = (n + kRound - 1) / kRound;
-  uint32_t v[kEach];
-  load(threadIdx.x, v);
-  if (*high == 0) {
-    uint32_t first = 0, second = 0;
-    for (int round = 0; round < rounds; ++round) {
-      uint32_t w[kEach];
-      if (round) load(round * kTopThreads + threadIdx.x, w);
+  // A warp's values are a run; of each quarter of it every lane has four.
+  const auto index = [&](int round, int quarter) {
+    return round * kRound + warp * 32 * kEach + quarter * 128 + 4 * lane;
+  };
+  uint4 v[4];
 #pragma unroll
-      for (int i = 0; i < kEach / 2; ++i) {
-        first = max(first, round ? w[i] : v[i]);
-        second = max(second, round ? w[i + kEach / 2] : v[i + kEach / 2]);
-      }
+  for (int i = 0; i < 4; ++i) v[i] = load(index(0, i));
+  if (*high == 0) {
+    const auto most_of = [](uint4 x) { return max(max(x.x, x.y), max(x.z, x.w)); };
+    uint32_t first = max(most_of(v[0]), most_of(v[1])), second = max(most_of(v[2]), most_of(v[3]));
+    for (int round = 1; round < rounds; ++round) {
+      first = max(first, max(most_of(load(index(round, 0))), most_of(load(index(round, 1)))));
+      second = max(second, max(most_of(load(index(round, 2))), most_of(load(index(round, 3)))));
     }
     const auto each = [&](const auto& f) { f(first), f(second); };
     const Range range = range_of(each, shared);
@@ -168,25 +177,34 @@ __device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at,
   uint32_t listed = 0;
   for (int round = 0; round < rounds; ++round) {
     if (round) {
-      load(round * kTopThreads + threadIdx.x, v);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = load(index(round, i));
       __syncthreads();
     }
-    uint32_t mine = 0;
+    uint32_t mine = 0;  // how many of the four quarters' values are listed, a byte each
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) mine += v[i] > bound;
-    const uint32_t to = sum_to_lane(mine);
-    if (lane == 31) shared.listed[warp] = to;
+    for (int i = 0; i < 4; ++i) {
+      mine += ((v[i].x > bound) + (v[i].y > bound) + (v[i].z > bound) + (v[i].w > bound)) << 8 * i;
+    }
+    const uint32_t to = sum_to_lane(mine), of_warp = __shfl_sync(0xFFFFFFFFu, to, 31);  // at most 128 a byte
+    if (lane == 0) shared.listed[warp] = __dp4a(of_warp, 0x01010101u, 0u);
     __syncthreads();
     const uint32_t of_lane = shared.listed[lane];
-    uint32_t place = listed + sum_of_warp(lane < warp ? of_lane : 0) + to - mine;
+    uint32_t quarter = listed + sum_of_warp(lane < warp ? of_lane : 0);
     listed += sum_of_warp(of_lane);
     if (listed > kCandidates) break;
-    if (mine == 0) continue;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (v[i] <= bound) continue;
-      list[place] = v[i], list[kCandidates + place] = kEach * (round * kTopThreads + threadIdx.x) + i;
-      ++place;
+    for (int i = 0; i < 4; ++i) {
+      uint32_t place = quarter + ((to - mine) >> 8 * i & 0xFF);
+      quarter += of_warp >> 8 * i & 0xFF;
+      const uint32_t each[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool is_listed = each[j] > bound;
+        if (is_listed) list[place] = each[j];
+        if (is_listed) list[kCandidates + place] = index(round, i) + j;
+        place += is_listed;
+      }
     }
   }
   __syncthreads();
@@ -200,15 +218,6 @@ __device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at,
   }
   return choose(listed, [&](int i) { return list[i]; }, {bound + 1, *high, listed}, k, shared, chosen,
                 [&](int rank, int i) { give(rank, list[kCandidates + i]); });
-}
-
-__device__ __forceinline__ void load_sixteen(const uint32_t* from, int left, uint32_t (&v)[kEach]) {
-#pragma unroll
-  for (int i = 0; i < kEach; i += 4) {
-    const uint4 four = i < left ? __ldcg(reinterpret_cast<const uint4*>(from + i)) : uint4{};
-    v[i] = four.x, v[i + 1] = i + 1 < left ? four.y : 0;
-    v[i + 2] = i + 2 < left ? four.z : 0, v[i + 3] = i + 3 < left ? four.w : 0;
-  }
 }
 
 // Chooses for a piece's tokens: one a block.
@@ -231,23 +240,22 @@ __global__ void __launch_bounds__(kTopThreads, 1) top_k_kernel(SelectCall call, 
   int found;
   if (n <= kRound) {
     choose_few(
-        n, [&](int i, auto& v) { load_sixteen(scores + kEach * i, n - kEach * i, v); },
+        n, [&](int i) { return load_four(scores, i, n); },
         [&](int i) { return __ldcg(scores + i); }, k, 0, &high, shared, list, &found,
         [&](int rank, int i) { out[rank] = i; });
   } else {
     // An entry among the k best is in one of the k groups with the best: each of these has one before it otherwise.
     int groups;
     const Cut cut = choose_few(
-        all, [&](int i, auto& v) { load_sixteen(best + kEach * i, all - kEach * i, v); },
+        all, [&](int i) { return load_four(best, i, all); },
         [&](int i) { return __ldcg(best + i); }, k, 0, &high, shared, list, &groups,
         [&](int rank, int i) { shared.groups[rank] = i; });
     __syncthreads();
     const auto place = [&](int i) { return shared.groups[i / kGroup] * kGroup + i % kGroup; };
     choose_few(
         groups * kGroup,
-        [&](int i, auto& v) {
-          const int group = i < groups ? shared.groups[i] : 0;
-          load_sixteen(scores + kGroup * group, i < groups ? kGroup : 0, v);
+        [&](int i) {
+          return i < groups * kGroup ? __ldcg(reinterpret_cast<const uint4*>(scores + place(i))) : uint4{};
         },
         [&](int i) { return __ldcg(scores + place(i)); }, k, cut.least - (cut.equal != 0), &high, shared, list, &found,
         [&](int rank, int i) { out[rank] = place(i); });
