@@ -18,6 +18,9 @@ GEOMETRY = CacheGeometry(
     csa_ratio=4, hca_ratio=6,
 )  # fmt: skip
 HEADS, TOP_K = 2, 2
+RELEASED = CacheGeometry(  # what native kernels take, to store and to read
+    layers=GEOMETRY.layers, head_dim=512, rope_dim=64, window=128, index_head_dim=128, csa_ratio=4, hca_ratio=128
+)
 FIRST = {"swa": 0, "csa": 1, "hca": 2}
 
 
@@ -26,33 +29,35 @@ def held(cache):
     return cache.state, cache.paged, cache.block_table
 
 
-def make(**options):
-    return KVCacheManager.create(GEOMETRY, max_concurrent_requests=3, max_context_len=48, **options)
+def make(geometry=GEOMETRY, max_context_len=48, **options):
+    return KVCacheManager.create(geometry, max_concurrent_requests=3, max_context_len=max_context_len, **options)
 
 
-def weights(ratio, dim, lanes):
-    return CompressorWeights(jnp.ones((ratio, lanes * dim)), jnp.ones(dim), jnp.linspace(1, 0.1, 16))
+def weights(ratio, dim, lanes, pairs):
+    return CompressorWeights(jnp.ones((ratio, lanes * dim)), jnp.ones(dim), jnp.linspace(1, 0.1, pairs))
 
 
 def layer(handle, x):
-    """All that a layer does with its cache; x (T, 192) stands for whatever a model would project."""
-    kind, tokens = handle.schema.kind, x.shape[0]
-    cos, sin = jnp.full((tokens, 16), 0.6), jnp.full((tokens, 16), 0.8)
-    indexer = Projections(x[:, :64], x[:, 64:128], weights(4, 32, 2)) if kind == "csa" else None
-    compressor = {
-        "csa": Projections(x, x + 1, weights(4, 96, 2)),
-        "hca": Projections(x[:, :96], x[:, 96:], weights(6, 96, 1)),
-    }.get(kind)
+    """All that a layer does with its cache; x (T, 2 * head_dim) stands for whatever a model would project."""
+    schema, tokens = handle.schema, x.shape[0]
+    kind, dim, wide, pairs = schema.kind, schema.head_dim, 2 * schema.index_head_dim, schema.rope_dim // 2
+    cos, sin = jnp.full((tokens, pairs), 0.6), jnp.full((tokens, pairs), 0.8)
+    indexer, compressor = None, None
+    if kind == "csa":
+        indexer = Projections(x[:, :wide], x[:, wide : 2 * wide], weights(4, schema.index_head_dim, 2, pairs))
+        compressor = Projections(x, x + 1, weights(4, dim, 2, pairs))
+    elif kind == "hca":
+        compressor = Projections(x[:, :dim], x[:, dim:], weights(schema.compress_ratio, dim, 1, pairs))
     fresh, selected = None, None
     if handle.plan.one_token_per_slot:
-        handle = handle.write_layer(RawWindow(x[:, :96], jnp.ones(96), cos, sin), compressor, indexer)
+        handle = handle.write_layer(RawWindow(x[:, :dim], jnp.ones(dim), cos, sin), compressor, indexer)
     else:
         handle = handle if indexer is None else handle.write_indexer(*indexer)
         handle = handle if compressor is None else handle.write_compressed(*compressor)
-        fresh = x[:, :96]
+        fresh = x[:, :dim]
     if kind == "csa":
-        selected = handle.select(x[:, :64].reshape(tokens, 2, 32), x[:, :2], TOP_K, raw=(cos, sin))
-    q = x.reshape(tokens, HEADS, 96)
+        selected = handle.select(x[:, :wide].reshape(tokens, 2, -1), x[:, :2], TOP_K, raw=(cos, sin))
+    q = x.reshape(tokens, HEADS, dim)
     out = handle.attend(q, jnp.zeros(HEADS), selected=selected, fresh=fresh, raw=RawQuery(cos, sin, 1e-6))
     if kind == "csa":
         out = out + jnp.sum(handle.read_indexer_view().keys) * 0.01
@@ -88,27 +93,40 @@ def scanned(cache, plan, x):
 in_scan = jax.jit(scanned, donate_argnums=0)
 
 
-def random(rng, tokens):
-    return rng.normal(size=(tokens, 192)).astype(np.float32)
+def random(rng, tokens, dim=96):
+    return rng.normal(size=(tokens, 2 * dim)).astype(np.float32)
 
 
-def test_a_scan_over_layers_stores_and_reads_the_same_bits(rng, same):
+def compare_scan(draws, chunk, same, **options):
+    """Steps of two requests, the first of `chunk`, then decode steps; one layer after the other, and in scans."""
     results = []
-    draws = [random(rng, 14), *(random(rng, 3) for _ in range(2))]
+    lengths = [chunk[0].count(i) for i in (0, 1)]
     for step in (one_by_one, in_scan):
-        manager, outs = make(), []
-        a, b = manager.admit_request(), manager.admit_request()
-        chunk = [a] * 9 + [b] * 4 + [-1], [*range(9), *range(4), 0]
-        for (slots, positions), x in zip(
-            (chunk, ([b, -1, a], [4, 0, 9]), ([a, b, -1], [10, 5, 0])), draws, strict=True
-        ):
-            manager.cache, out = step(manager.cache, manager.plan_step(slots, positions), x)
+        manager, outs = make(**options), []
+        slots = a, b = manager.admit_request(), manager.admit_request()
+        first = [-1 if i < 0 else slots[i] for i in chunk[0]], chunk[1]
+        steps = (first, ([b, -1, a], [lengths[1], 0, lengths[0]]), ([a, b, -1], [lengths[0] + 1, lengths[1] + 1, 0]))
+        for (where, positions), x in zip(steps, draws, strict=True):
+            manager.cache, out = step(manager.cache, manager.plan_step(where, positions), x)
             outs.append(out)
         manager.check()
         results.append((manager.cache, outs))
     assert same(held(results[0][0]), held(results[1][0]))
     for one, other in zip(jax.tree.leaves(results[0][1]), jax.tree.leaves(results[1][1]), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)  # sums of another program
+
+
+def test_a_scan_over_layers_stores_and_reads_the_same_bits(rng, same):
+    with jax.default_device(jax.devices("cpu")[0]):  # on a GPU this geometry has no native form
+        chunk = [0] * 9 + [1] * 4 + [-1], [*range(9), *range(4), 0]
+        compare_scan([random(rng, 14), *(random(rng, 3) for _ in range(2))], chunk, same)
+
+
+@pytest.mark.gpu
+def test_a_scan_over_layers_is_the_same_with_kernels(rng, same):
+    chunk = [0] * 140 + [1] * 4, [*range(140), *range(4)]
+    draws = [random(rng, 144, 512), *(random(rng, 3, 512) for _ in range(2))]
+    compare_scan(draws, chunk, same, geometry=RELEASED, max_context_len=256)
 
 
 @pytest.mark.skipif(

@@ -106,9 +106,12 @@ def test_rule_on_a_gpu(tokens, dim, first, head, rng):
     else:
         run = jax.jit(lambda *a: hyper_connect(*a, iterations=20, **EPS, implementation="cuda"))
         got = run(old, update, mixing, norm)
+    wanted = expected(old, update, mixing, norm, head=head)
+    if update is not None and not head:  # a stream's value may be rounded the other way, and the rest follows from it
+        wanted = (wanted[0], *expected(got[0], None, mixing, norm)[1:])
     # bfloat16 rounds to 1.7e-3; a value that falls on the other side of a tie does so by more.
-    for part, wanted in zip(got, expected(old, update, mixing, norm, head=head), strict=True):
-        close(part, wanted, 3e-3 if part.dtype == jnp.bfloat16 else 1e-5)
+    for part, of_rule in zip(got, wanted, strict=True):
+        close(part, of_rule, 3e-3 if part.dtype == jnp.bfloat16 else 1e-5)
 
 
 @pytest.mark.gpu
