@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .model.config import DSV4Config as DSV4Config
     from .model.layer_schedule import build_schedule as build_schedule
     from .model.pretrained import from_pretrained as from_pretrained
+    from .model.random_weights import random_model as random_model
     from .model.sharding import shard_model as shard_model
     from .ops.dispatch import native_calls as native_calls
     from .ops.formats.fp4 import hadamard as hadamard
@@ -88,6 +89,7 @@ _MODULES = {
     # Text from a checkpoint.
     "packaged_checkpoint": ".cli.options",
     "from_pretrained": ".model.pretrained",
+    "random_model": ".model.random_weights",
     "shard_model": ".model.sharding",
     "generate": ".decode.generate",
     "stream": ".decode.generate",

@@ -21,7 +21,7 @@ def make_weights(seed: int = 0) -> dict[str, jax.Array]:
 def attention(w, cache, plan, x):
     """x (T, HIDDEN), one token of every running request -> its output (T, HIDDEN), and the cache."""
     compressor = CompressorWeights(ape=jnp.zeros((128, DIM)), norm=jnp.ones(DIM), inv_freq=jnp.zeros(32))
-    handle = LayerCacheHandle(cache.with_blocks(plan.new_blocks), plan, LAYER)  # a view: it allocates nothing
+    handle = LayerCacheHandle(cache, plan, LAYER)  # a view: it allocates nothing
     handle = handle.write_swa(x @ w["kv"]).write_compressed(x @ w["ckv"], x @ w["cgate"], compressor)
     window, entries = handle.read_swa_view(), handle.read_classical_view()
     kv = jnp.concatenate([window.kv, entries.kv], axis=1)  # (T, N, DIM): keys are values
