@@ -88,6 +88,8 @@ serialisable(NewBlocks, list, lambda stored: (tuple((kind, n) for kind, n in sto
 
 def numbers_of(rows: Any) -> list[int]:
     """The numbers in rows (..., 3): several where plans were stacked or laid end to end. Waits for the array."""
+    if isinstance(rows, jax.Array) and not rows.is_fully_addressable:  # what this process's devices have of it
+        rows = np.concatenate([np.asarray(piece.data) for piece in rows.addressable_shards])
     rows = np.asarray(rows).reshape(-1, 3)
     return rows[(rows[:, 0] == -1) & (rows[:, 1] == -1) & (rows[:, 2] > 0), 2].tolist()
 

@@ -393,8 +393,12 @@ class ShardedKVCacheManager:
 
 def _require_room(shard: KVCacheManager, slots: np.ndarray, positions: np.ndarray, options: dict[str, Any]) -> None:
     """Raises what `plan_step` of the shard would raise; nothing changes."""
-    shard._settle()
-    step = planning.prepare_step(shard._requests, slots, positions, **options)
+    try:
+        step = planning.prepare_step(shard._requests, slots, positions, **options)
+    except ValueError:  # it may be that plans which are gone never ran: `length` asks
+        for slot in np.unique(slots[slots >= 0]).tolist():
+            shard.length(slot)
+        step = planning.prepare_step(shard._requests, slots, positions, **options)
     for kind, need in step.need.items():
         asked, free = sum(need.values()), shard.num_free_blocks(kind)
         if asked > free:

@@ -15,7 +15,6 @@ import numpy as np
 from ..cache.counts import count
 from ..cache.host.prefix import check_salt
 from ..cache.manager import KVCacheManager
-from ..cache.new_blocks import NewBlocks
 from ..cache.plan import StepPlan
 from ..cache.sharded_manager import ShardedKVCacheManager, ShardError
 from ..model.step_inputs import check_cache
@@ -367,7 +366,7 @@ class DecodeLoop:
         _compiled.add(known)
         loop, draws = programs.put(slot_arrays([], num_slots, self._wanted.hook))
         rows = num_slots * (-(-self.decode_chunk // size) + 1)  # as in a plan
-        new_blocks = programs.operands(NewBlocks.none(tuple(cache.block_table), rows))
+        new_blocks = programs.operands(self._schedule.no_blocks(rows // len(self._schedule.shards)))
         step = partial(programs.decode, steps=self.decode_chunk, max_blocks=max_blocks, wanted=self._wanted)
 
         def compile_it() -> None:

@@ -2,9 +2,13 @@
 
 import bisect
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ..cache.manager import KVCacheManager
+from ..cache.new_blocks import NewBlocks
 from ..cache.sharded_manager import ShardedKVCacheManager
 from .layout import Part
 from .request import Request, Sample, Stats
@@ -44,6 +48,11 @@ class Scheduler:
     def on(self, shard: int) -> list[Sample]:
         """Those that run on a shard, oldest first."""
         return [s for s in self.running if self.shard_of(s) == shard]
+
+    def no_blocks(self, rows: int) -> NewBlocks:
+        """What a step of no plan enters, `rows` of padding of each kind and shard, the shards' one after the other."""
+        none = NewBlocks.none(tuple(self.shards[0].cache.block_table), rows)
+        return replace(none, rows=np.concatenate([none.rows] * len(self.shards)))
 
     def by_shard(self, parts: Iterable[Part]) -> list[list[Part]]:
         """The parts of a step that each shard has, in their order."""
