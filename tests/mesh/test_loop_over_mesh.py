@@ -203,6 +203,28 @@ def test_the_compiled_step_updates_every_device_in_place(make_loop, say, shape):
         say(f"{shape}, {name}: {aliased}, exchanged {exchanged}")
 
 
+def test_the_program_compiled_ahead_is_that_of_the_call(make_loop, monkeypatch):
+    loop, asked, used = make_loop(FOUR), [], []
+    monkeypatch.setattr(loop._programs, "compile", lambda step, *operands: asked.append(operands[3:]))
+    dispatch = loop._dispatch
+
+    def spy(step, *operands):
+        if step.func.__name__ == "_decode_over_mesh":
+            used.append(operands)
+        dispatch(step, *operands)
+
+    monkeypatch.setattr(loop, "_dispatch", spy)
+    ASKS[0].submit(loop)
+    loop.compile_decode().join()
+    while not used:
+        loop.step()
+
+    def form(operands):
+        return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), operands)
+
+    assert form(asked[0]) == form(used[0])
+
+
 def test_a_loop_takes_a_model_and_a_cache_of_one_mesh(model, make_manager):
     for n, m in ((0, 2), (TWO, 0), (TWO, 2)):
         with pytest.raises(ValueError, match=r"^the model lies on .* and the cache on .*: expected shard_model"):
