@@ -1,5 +1,6 @@
 """Settings for every test: strict dtypes and ranks, fixed seeds, GPU tests only where there is a GPU."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="JAX has no GPU here"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Every compiled program takes mappings of memory, of which a process has 65,530: before a process comes near, it
+    forgets the programs it has."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
