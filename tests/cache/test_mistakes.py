@@ -32,18 +32,6 @@ def test_one_handle_for_all_positions_keeps_what_an_array_loses(make):
         manager.plan_step(slot, np.arange(3))
 
 
-def test_an_old_number_in_an_array_rarely_means_a_new_request(make):
-    """Slots are given out by how few requests they have held."""
-    manager = make(max_concurrent_requests=3)
-    old = manager.admit_request()
-    manager.release_request(old)
-    new = [manager.admit_request(), manager.admit_request()]
-    assert new == [1, 2]
-    with pytest.raises(ValueError, match="slot 0 holds no request"):
-        manager.plan_step(np.full(4, old), np.arange(4))
-    assert manager.admit_request() == old
-
-
 def test_a_schedule_of_another_configuration(config):
     sizes = {"max_concurrent_requests": 1, "num_blocks_per_csa_layer": 1, "num_blocks_per_hca_layer": 1}
     for schedule in (build_schedule(DSV4Config.pro()), config.schedule[:-1], config.schedule[::-1]):

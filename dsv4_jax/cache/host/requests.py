@@ -317,8 +317,7 @@ class RequestTable:
                 "max_concurrent_requests larger"
             )
         self.undo.elements(self.free_slots, slice(None))
-        # That of the fewest requests: an old number, of an array that knows no handles, rarely means a new request.
-        slot = min(self.free_slots, key=lambda slot: (self._generations[slot], slot))
+        slot = min(self.free_slots)
         self.free_slots.remove(slot)
         return slot
 
