@@ -63,7 +63,7 @@ def test_a_checkout_takes_the_libraries_of_an_installation_of_the_same_code(tmp_
         environment = {**os.environ, "PYTHONPATH": f"{checkout}:{installed}", "JAX_PLATFORMS": "cpu"}
         environment.pop(dispatch.LIBRARY_DIR_VARIABLE, None)
         result = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
         )
         return result.stdout, result.stderr
 
