@@ -4,13 +4,13 @@ After it the books are as before the call or as after it, and say what the devic
 """
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from interrupt import Interrupt
 from small_model import SMALL
 
 import dsv4_jax.cache
@@ -19,36 +19,10 @@ from dsv4_jax.cache.transfer import copies, slots
 
 BLOCK = 12
 ALL = bool(os.environ.get("DSV4_INTERRUPT_ALL"))  # at every line event instead of the first of every other line
-FOLDER = str(Path(dsv4_jax.cache.__file__).parent)
+FOLDER = Path(dsv4_jax.cache.__file__).parent
 TEXT = np.random.default_rng(0).integers(0, 64, 61)
 
 step = jax.jit(lambda cache, plan: cache.with_blocks(plan.new_blocks), donate_argnums=0)
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that runs in dsv4_jax/cache; without n counts them."""
-
-    def __init__(self, at=None):
-        self.at, self.count, self.lines = at, 0, []
-
-    def _line(self, frame, event, arg):
-        if event == "line":
-            self.count += 1
-            if self.at is None:
-                self.lines.append((frame.f_code.co_filename, frame.f_lineno))
-            elif self.count == self.at:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self._line
-
-    def __call__(self, frame, event, arg):
-        return self._line if frame.f_code.co_filename.startswith(FOLDER) else None
-
-    def __enter__(self):
-        sys.settrace(self)
-
-    def __exit__(self, *_):
-        sys.settrace(None)
 
 
 class World:
@@ -175,7 +149,7 @@ def test_every_call_at_every_point(monkeypatch, say):
         call(make())  # what it compiles is compiled
         world = make()
         before = None if world.cache else world.seen()  # with a step, it is not to be seen
-        watch = Interrupt()
+        watch = Interrupt(FOLDER)
         with watch:
             call(world)
         after = world.seen()
@@ -185,7 +159,7 @@ def test_every_call_at_every_point(monkeypatch, say):
         world = make()
         for at in range(1, watch.count + 1) if ALL else sorted(first.values())[len(name) % 2 :: 2]:
             try:
-                with Interrupt(at):
+                with Interrupt(FOLDER, at):
                     call(world)
             except KeyboardInterrupt:
                 points += 1

@@ -2,45 +2,18 @@
 
 import logging
 import os
-import sys
 from pathlib import Path
 
 import jax
 import pytest
+from interrupt import Interrupt
 from loops import ask, assert_idle, make_loop
 
 import dsv4_jax.decode
 from dsv4_jax import PrefixPolicy
 
-FOLDER = str(Path(dsv4_jax.decode.__file__).parent)
+FOLDER = Path(dsv4_jax.decode.__file__).parent
 ALL = bool(os.environ.get("DSV4_INTERRUPT_ALL"))  # at every line event instead of a sixth of the lines' first and last
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that runs in dsv4_jax/decode, as Ctrl-C does between two bytecodes."""
-
-    def __init__(self, at=None):
-        self.at, self.count, self.lines = at, 0, []
-
-    def _line(self, frame, event, arg):
-        if event == "line":
-            self.count += 1
-            if self.at is None:
-                self.lines.append((frame.f_code.co_filename, frame.f_lineno))
-            elif self.count == self.at:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self._line
-
-    def __call__(self, frame, event, arg):
-        return self._line if frame.f_code.co_filename.startswith(FOLDER) else None
-
-    def __enter__(self):
-        sys.settrace(self)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(None)
 
 
 def walk(loop, requests, interrupt):
@@ -76,8 +49,8 @@ SCENES = {
 @pytest.mark.parametrize("scene", SCENES)
 def test_ctrl_c_at_every_line(model, scene, say):
     requests, options = SCENES[scene]
-    expected = walk(make_loop(model, **options), requests, Interrupt())
-    watch = Interrupt()
+    expected = walk(make_loop(model, **options), requests, Interrupt(FOLDER))
+    watch = Interrupt(FOLDER)
     assert walk(make_loop(model, **options), requests, watch) == expected
     first, last = {}, {}
     for n, line in enumerate(watch.lines, 1):
@@ -90,7 +63,7 @@ def test_ctrl_c_at_every_line(model, scene, say):
         if options.get("prefix"):
             loop.manager.reset()  # what one run keeps, the next would find
         restarts -= loop.stats.restarts
-        tokens = walk(loop, requests, interrupt := Interrupt(at))
+        tokens = walk(loop, requests, interrupt := Interrupt(FOLDER, at))
         restarts += loop.stats.restarts
         assert interrupt.count >= at, f"{at} of {watch.count} was not reached"
         assert tokens == expected, f"interrupted at line event {at}: {watch.lines[at - 1]}"

@@ -1,10 +1,8 @@
 """Moves on a cache whose every promise is checked after each: the reference is a list of tokens per request."""
 
-import contextlib
 import copy
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interrupt import Interrupt
 from life.worlds import World
 
 import dsv4_jax.cache
@@ -27,28 +26,7 @@ COPIES: list[Callable[[StepPlan], StepPlan]] = [
     lambda plan: dataclasses.replace(plan),
     copy.deepcopy,
 ]
-FOLDER = str(Path(dsv4_jax.cache.__file__).parent)
-
-
-@contextlib.contextmanager
-def interrupted(at: int) -> Iterator[None]:
-    """KeyboardInterrupt at the at-th line that runs in dsv4_jax/cache, as Ctrl-C raises it between two bytecodes."""
-    count = 0
-
-    def line(frame: Any, event: str, arg: Any) -> Any:
-        nonlocal count
-        if event == "line":
-            count += 1
-            if count == at:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return line
-
-    sys.settrace(lambda frame, event, arg: line if frame.f_code.co_filename.startswith(FOLDER) else None)
-    try:
-        yield
-    finally:
-        sys.settrace(None)
+FOLDER = Path(dsv4_jax.cache.__file__).parent
 
 
 class Session:
@@ -346,7 +324,7 @@ class Session:
             lambda: manager.restore(self.shelf[0][0]) if self.shelf else manager.length(slot),
         ]
         try:
-            with interrupted(at):
+            with Interrupt(FOLDER, at):
                 calls[seed % len(calls)]()
         except (KeyboardInterrupt, ValueError, RuntimeError):
             pass
