@@ -16,7 +16,7 @@ from dsv4_jax.ops import dispatch
 def test_what_the_cache_shows(say):
     """10,000 moves and more; window rows, entries and keys bit for bit."""
     moves, hits = play(Views(small("fp8")), examples=185, steps=60)
-    say(f"{moves:,} moves, derandomised (the same in every run of one Hypothesis); {hits} prefix hits")
+    say(f"{moves:,} moves, derandomised; {hits} prefix hits")
     assert moves >= 10_000
     assert hits >= 100
 
