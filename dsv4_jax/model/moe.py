@@ -35,8 +35,8 @@ class Router(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((experts,), jnp.float32))
 
     @jax.named_scope("router")
-    def __call__(self, x: Array, token_ids: Array) -> tuple[Array, Array]:
-        """x (T, hidden), token_ids (T,) -> experts (T, k) int32, weights (T, k) float32."""
+    def __call__(self, x: Array, token_ids: Array, slots: Array | None = None) -> tuple[Array, Array]:
+        """x (T, hidden), token_ids and slots (T,) -> experts (T, k) int32, weights (T, k) float32; none for padding."""
         weight = self.weight[...]
         if x.dtype == weight.dtype == jnp.bfloat16:
             # Exact products, summed in float32: as good as float32 operands, and nothing is converted.
@@ -45,7 +45,7 @@ class Router(nnx.Module):
             x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
             logits = jnp.einsum("th,eh->te", x, weight, precision=jax.lax.Precision.HIGHEST)
         rule = ByToken(self.tid2eid[...], token_ids) if self.hashed else ByScore(self.bias[...])
-        return choose_experts(logits, rule, k=self.k, scaling=self.scaling)
+        return choose_experts(logits, rule, k=self.k, scaling=self.scaling, slots=slots)
 
 
 class Experts(nnx.Module):
@@ -181,9 +181,12 @@ class MoE(nnx.Module):
         routed, shared = self.parts(x, token_ids)
         return routed if shared is None else routed + shared
 
-    def parts(self, x: Array, token_ids: Array) -> tuple[Array, Array | None]:
-        """What routed experts and the shared one give, (T, hidden) each, to be added; or their sum, and None."""
-        routed, shared = self.experts(x, *self.gate(x, token_ids)), self.shared_experts(x)
+    def parts(self, x: Array, token_ids: Array, slots: Array | None = None) -> tuple[Array, Array | None]:
+        """What routed experts and the shared one give, (T, hidden) each, to be added; or their sum, and None.
+
+        Of padding, a token of a slot below 0, no routed expert is read.
+        """
+        routed, shared = self.experts(x, *self.gate(x, token_ids, slots)), self.shared_experts(x)
         if self.experts.axes[1:]:  # each device along them has a part of both
             return jax.lax.psum(routed + shared.astype(routed.dtype), self.experts.axes[1:]).astype(x.dtype), None
         return routed.astype(x.dtype), shared

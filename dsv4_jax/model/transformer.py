@@ -70,7 +70,7 @@ class Block(nnx.Module):
         streams, x, post, comb = self._connect("attn", streams, update)
         out, handle = self.attn(x, handle, angles)
         streams, x, post, comb = self._connect("ffn", streams, Update(out, post, comb))
-        routed, shared = self.ffn.parts(x, token_ids)
+        routed, shared = self.ffn.parts(x, token_ids, jnp.asarray(handle.plan.slots))
         return streams, Update(routed, post, comb, shared), handle
 
 

@@ -17,6 +17,7 @@ struct RouteCall {
   const float* bias;    // (experts), or null
   const int* table;     // (vocabulary, k), or null
   const int* tokens;    // (T) rows of the table
+  const int* slots;     // (T), below 0 for padding; or null
   int* picks;           // (T, k)
   float* weights;       // (T, k)
   int number, experts, k, vocabulary;
@@ -36,6 +37,11 @@ __device__ float score_of(float logit) { return sqrtf(fmaxf(logit, 0.0f) + log1p
 __global__ void __launch_bounds__(kWarp * kWarps) route_kernel(const RouteCall call) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, token = blockIdx.x * kWarps + warp;
   if (token >= call.number) return;
+  const int64_t to = static_cast<int64_t>(token) * call.k + lane;
+  if (call.slots && call.slots[token] < 0) {
+    if (lane < call.k) call.picks[to] = -1, call.weights[to] = 0.0f;
+    return;
+  }
   const float* logits = call.logits + static_cast<int64_t>(token) * call.experts;
   int pick = 0;
   if (call.table) {
@@ -73,15 +79,15 @@ __global__ void __launch_bounds__(kWarp * kWarps) route_kernel(const RouteCall c
   float sum = 0.0f;
   for (int k = 0; k < call.k; ++k) sum += __shfl_sync(kAll, score, k);
   if (lane < call.k) {
-    const int64_t to = static_cast<int64_t>(token) * call.k + lane;
     call.picks[to] = pick;
     call.weights[to] = score / (sum + 1e-20f) * call.scaling;
   }
 }
 
-// Operands: logits (T, experts), then bias (experts), or table (vocabulary, k) and tokens (T). Results: picks, weights.
+// Operands: logits (T, experts), then bias (experts), or table (vocabulary, k) and tokens (T), then perhaps slots (T).
+// Results: picks, weights.
 ffi::Error route_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t k,
-                           float scaling) {
+                           float scaling, int64_t has_slots) {
   constexpr auto kF32 = ffi::DataType::F32, kS32 = ffi::DataType::S32;
   Operands operands("choose_experts", args);
   const Operands::Shape shape = operands.shape_of_next(), second = operands.shape_of_next(1);
@@ -98,6 +104,7 @@ ffi::Error route_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::Re
     call.tokens = operands.take<const int>("tokens", {kS32}, {shape[0]});
     call.vocabulary = second.empty() ? 0 : static_cast<int>(second[0]);
   }
+  if (has_slots) call.slots = operands.take<const int>("slots", {kS32}, {shape[0]});
   auto picks = results.get<ffi::Buffer<ffi::S32>>(0);
   auto weights = results.get<ffi::Buffer<ffi::F32>>(1);
   const size_t size = static_cast<size_t>(shape[0] * k);
@@ -124,5 +131,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4Route, dsv4::route_on_device,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<int64_t>("k")
-                                  .Attr<float>("scaling"),
+                                  .Attr<float>("scaling")
+                                  .Attr<int64_t>("has_slots"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from dsv4_jax.model.config import DSV4Config
-from dsv4_jax.model.moe import Experts
+from dsv4_jax.model.moe import Experts, MoE
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5])
@@ -31,6 +31,21 @@ def test_forms_agree(num_tokens):
         for j in range(picks.shape[1])
     )
     np.testing.assert_allclose(dense[0], by_hand, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_padding_reads_no_expert(dense):
+    config = DSV4Config.flash().replace(
+        hidden_size=16, moe_intermediate_size=8, n_routed_experts=6, num_experts_per_tok=3, vocab_size=8
+    )
+    moe = MoE(config, config.schedule[0], dtype=jnp.float32, rngs=nnx.Rngs(0))
+    moe.experts.dense = dense
+    x, ids = jnp.ones((4, 16)), jnp.zeros(4, jnp.int32)
+    run = nnx.jit(MoE.parts)
+    whole, routed = run(moe, x, ids)[0], run(moe, x, ids, jnp.asarray([0, -1, -1, 2], jnp.int32))[0]
+    np.testing.assert_array_equal(routed[1:3], np.zeros((2, 16)))
+    np.testing.assert_array_equal(routed[::3], whole[::3])
+    assert float(jnp.abs(whole).min(axis=1).max()) > 0
 
 
 def _expert(experts, x, e, limit):

@@ -28,7 +28,13 @@ class ByToken(NamedTuple):
 
 
 def choose_experts(
-    logits: Array, rule: ByScore | ByToken, *, k: int, scaling: float, implementation: str | None = None
+    logits: Array,
+    rule: ByScore | ByToken,
+    *,
+    k: int,
+    scaling: float,
+    slots: Array | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """The experts of each token, and their weights: scores sqrt(softplus(logits)), made to sum to `scaling`.
 
@@ -39,16 +45,18 @@ def choose_experts(
       rule: how experts are chosen.
       k: how many.
       scaling: sum of a token's weights.
+      slots: (T,) int32 of the step: a token of a slot below 0 is padding and takes no expert, so that none is read for
+        it. None: every token counts.
       implementation: "jnp" or "cuda"; None takes the native one where it serves.
 
     Returns:
-      Experts (T, k) int32, the best first or in the order of the table, and weights (T, k) float32.
+      Experts (T, k) int32, the best first or in the order of the table, -1 for padding, and weights (T, k) float32.
 
     Raises:
       ValueError: an implementation that cannot be used.
     """
 
-    def in_jnp(logits: Array, rule: ByScore | ByToken) -> tuple[Array, Array]:
+    def in_jnp(logits: Array, rule: ByScore | ByToken, slots: Array | None) -> tuple[Array, Array]:
         scores = jnp.sqrt(jax.nn.softplus(logits))
         if isinstance(rule, ByToken):
             picks = rule.table[rule.token_ids]
@@ -56,13 +64,18 @@ def choose_experts(
             _, picks = jax.lax.top_k(scores + rule.bias[None], k)
         weights = jnp.take_along_axis(scores, picks, axis=-1)
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20) * scaling
-        return picks.astype(jnp.int32), weights
+        picks = picks.astype(jnp.int32)
+        if slots is None:
+            return picks, weights
+        here = slots[:, None] >= 0
+        return jnp.where(here, picks, -1), jnp.where(here, weights, 0.0)
 
-    def in_native(logits: Array, rule: ByScore | ByToken) -> tuple[Array, Array]:
+    def in_native(logits: Array, rule: ByScore | ByToken, slots: Array | None) -> tuple[Array, Array]:
         shape = (logits.shape[0], k)
         results = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32))
+        operands = (logits, *rule) if slots is None else (logits, *rule, slots)
         picks, weights = dispatch.ffi_call("dsv4_route", results)(
-            logits, *rule, k=np.int64(k), scaling=np.float32(scaling)
+            *operands, k=np.int64(k), scaling=np.float32(scaling), has_slots=np.int64(slots is not None)
         )
         return picks, weights
 
@@ -73,4 +86,4 @@ def choose_experts(
             return f"it takes up to {MOST_EXPERTS} experts and {MOST_PICKS} picks, not {logits.shape[1]} and {k}"
         return None
 
-    return dispatch.call("choose_experts", implementation, limit, in_native, in_jnp, logits, rule)
+    return dispatch.call("choose_experts", implementation, limit, in_native, in_jnp, logits, rule, slots)

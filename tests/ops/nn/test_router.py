@@ -14,8 +14,11 @@ def scores(logits):
     return np.sqrt(np.logaddexp(0, np.asarray(logits, np.float64)))
 
 
-def run(logits, rule, k, implementation):
-    return jax.jit(lambda *a: choose_experts(*a, k=k, scaling=2.5, implementation=implementation))(logits, rule)
+def run(logits, rule, k, implementation, slots=None):
+    def call(logits, rule, slots):
+        return choose_experts(logits, rule, k=k, scaling=2.5, slots=slots, implementation=implementation)
+
+    return jax.jit(call)(logits, rule, slots)
 
 
 @pytest.mark.parametrize("implementation", FORMS)
@@ -49,3 +52,15 @@ def test_a_table(implementation, rng):
     np.testing.assert_array_equal(picks, table[ids])
     share = np.take_along_axis(scores(logits), np.asarray(picks), axis=1)
     np.testing.assert_allclose(weights, 2.5 * share / share.sum(axis=1, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", FORMS)
+def test_padding_takes_no_expert(implementation, rng):
+    logits = jnp.asarray(rng.normal(size=(4, 64)), jnp.float32)
+    slots = jnp.asarray([3, -1, 0, -1], jnp.int32)
+    ids = jnp.asarray([1, 0, 2, 0], jnp.int32)
+    table = jnp.asarray(rng.integers(0, 64, (3, 5)), jnp.int32)
+    for rule in (ByScore(jnp.zeros(64)), ByToken(table, ids)):
+        found = run(logits, rule, 5, implementation, slots=slots)
+        for got, whole, padding in zip(found, run(logits, rule, 5, implementation), (-1, 0), strict=True):
+            np.testing.assert_array_equal(got, np.where(slots[:, None] < 0, padding, whole))
