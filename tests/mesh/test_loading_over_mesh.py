@@ -1,6 +1,7 @@
 """Weights on a mesh: experts spread, everything else on every device; and what does not fit."""
 
 import json
+import pathlib
 import re
 
 import jax
@@ -34,6 +35,16 @@ def test_a_checkpoint_goes_onto_a_mesh(one_layer, mesh):
         np.testing.assert_array_equal(x, y)
     w1 = spread.layers[0].ffn.experts.w1[...]
     assert [piece.data.shape[0] for piece in w1.addressable_shards] == [w1.shape[0] // 2] * 2
+
+
+def test_the_page_on_devices_runs(one_layer, monkeypatch):
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "devices.md").read_text()
+    monkeypatch.setattr(dsv4_jax, "packaged_checkpoint", lambda: one_layer)
+    names = {}
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "docs/devices.md", "exec"), names)
+    assert names["mesh"].size == 4
+    assert [len(text) for text in names["texts"]] == [4, 4]
 
 
 def test_random_weights_are_made_where_they_lie(mesh, config):
