@@ -16,7 +16,7 @@
 #include <type_traits>
 
 #include "attend/op.h"
-#include "attend/ptx.cuh"
+#include "cuda/ptx.cuh"
 
 namespace dsv4::attend_sm90 {
 

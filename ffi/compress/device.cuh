@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "compress/op.h"
+#include "cuda/ptx.cuh"
 #include "cuda/quantise_warp.cuh"
 #include "formats/float_math.h"
 #include "formats/fp4.h"
@@ -91,14 +92,13 @@ __device__ __forceinline__ Four ape_of(const Compress& call, int64_t position, i
 // Copies from global to shared memory that need no registers while they are on their way.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   if constexpr (kBytes == 16) {  // past the L1
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    ptx::copy_16(ptx::shared_address(to), from);
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
+    ptx::copy_small<kBytes>(ptx::shared_address(to), from);
   }
 }
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_copies() { ptx::copies_wait_all(); }
 
 // Which rows of a window come from where.
 enum class Source {
@@ -223,7 +223,7 @@ __device__ __forceinline__ void sync_group(int group) {
   if (kThreads == 32) {
     __syncwarp();
   } else {
-    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kThreads) : "memory");
+    ptx::sync_threads(group + 1, kThreads);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/ptx.cuh"
 #include "formats/quantise.h"
 
 namespace dsv4 {
@@ -11,9 +12,7 @@ namespace dsv4 {
 // E4M3 codes of finite floats, the first in the low byte.
 __device__ __forceinline__ uint32_t to_e4m3x2(float a, float b) {
 #if __CUDA_ARCH__ >= 890
-  uint16_t codes;  // cvt puts its first operand into the upper byte
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(b), "f"(a));
-  return codes;
+  return ptx::e4m3_pair(a, b);
 #else
   return to_e4m3(a) | (to_e4m3(b) << 8);
 #endif

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "cuda/ptx.cuh"
+
 namespace dsv4 {
 
 constexpr float kLow = 1.0f / 16;
@@ -29,31 +31,16 @@ __device__ __forceinline__ float into_e4m3(float largest) {
   return __uint_as_float(static_cast<uint32_t>(min(261 - static_cast<int>(exponent), 253)) << 23);
 }
 
-__device__ __forceinline__ uint32_t two_e4m3(float first, float second) {
-  uint16_t codes;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
-  return codes;
-}
 __device__ __forceinline__ float2 floats_of_e4m3(uint32_t codes) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(codes)));
-  return floats_of(halves, __half());
+  return floats_of(ptx::halves_of_e4m3(codes), __half());
 }
 // Four values, already in range, as codes of their high and low parts.
 __device__ __forceinline__ uint2 split_four(float a, float b, float c, float d) {
-  const uint32_t first = two_e4m3(a, b), second = two_e4m3(c, d);
+  const uint32_t first = ptx::e4m3_pair(a, b), second = ptx::e4m3_pair(c, d);
   const float2 p = floats_of_e4m3(first), q = floats_of_e4m3(second);
-  const uint32_t low_first = two_e4m3((a - p.x) * 16, (b - p.y) * 16),
-                 low_second = two_e4m3((c - q.x) * 16, (d - q.y) * 16);
+  const uint32_t low_first = ptx::e4m3_pair((a - p.x) * 16, (b - p.y) * 16),
+                 low_second = ptx::e4m3_pair((c - q.x) * 16, (d - q.y) * 16);
   return make_uint2(first | second << 16, low_first | low_second << 16);
-}
-
-// Four 8 x 16-byte matrices of shared memory; lane 8 m + r names row r of matrix m.
-__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&x)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
-               : "memory");
 }
 
 }  // namespace dsv4

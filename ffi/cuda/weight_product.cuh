@@ -60,10 +60,10 @@ __global__ void __launch_bounds__(256)
       row[packed_place<kCodes>(e) / 2] = o.x, row[packed_place<kCodes>(e + 4) / 2] = o.y;
       row[packed_place<kCodes>(e + 1) / 2] = o.z, row[packed_place<kCodes>(e + 5) / 2] = o.w;
     } else {
-      row[packed_place<kCodes>(e) / 2] = halves(low(v.x), high(v.x));
-      row[packed_place<kCodes>(e + 2) / 2] = halves(low(v.y), high(v.y));
-      row[packed_place<kCodes>(e + 4) / 2] = halves(low(v.z), high(v.z));
-      row[packed_place<kCodes>(e + 6) / 2] = halves(low(v.w), high(v.w));
+      row[packed_place<kCodes>(e) / 2] = ptx::half_pair(low(v.x), high(v.x));
+      row[packed_place<kCodes>(e + 2) / 2] = ptx::half_pair(low(v.y), high(v.y));
+      row[packed_place<kCodes>(e + 4) / 2] = ptx::half_pair(low(v.z), high(v.z));
+      row[packed_place<kCodes>(e + 6) / 2] = ptx::half_pair(low(v.w), high(v.w));
     }
   }
 }
@@ -132,8 +132,8 @@ struct WeightTile {
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
           const uint32_t word = q[h][2 * i + w];
-          a[4 * w + h] = multiply_halves(halves_of_e4m3(word), s[h]);
-          a[4 * w + 2 + h] = multiply_halves(halves_of_e4m3(word >> 16), s[h]);
+          a[4 * w + h] = ptx::multiply_halves(ptx::halves_of_e4m3(word), s[h]);
+          a[4 * w + 2 + h] = ptx::multiply_halves(ptx::halves_of_e4m3(word >> 16), s[h]);
         }
       }
     }
@@ -155,21 +155,19 @@ __device__ __forceinline__ void multiply_tiles(const WeightTile<kCodes> (&tiles)
   constexpr int kStageBytes = kTokens * kChunk * 2, kAhead = kProductStages - 2;
   constexpr bool kThroughShared = kCodes == Codes::kE2M1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t own_weights = shared_address(shared) + kProductStages * kStageBytes + threadIdx.x * 16;
+  const uint32_t own_weights = ptx::shared_address(shared) + kProductStages * kStageBytes + threadIdx.x * 16;
   const uint32_t own_scales =
-      shared_address(shared) + kProductStages * kStageBytes + kProductThreads * 64 + threadIdx.x * 4;
+      ptx::shared_address(shared) + kProductStages * kStageBytes + kProductThreads * 64 + threadIdx.x * 4;
   const auto fetch = [&](int chunk) {
     if (chunk < chunks) {
-      const uint32_t stage = shared_address(shared) + chunk % kProductStages * kStageBytes;
+      const uint32_t stage = ptx::shared_address(shared) + chunk % kProductStages * kStageBytes;
 #pragma unroll
       for (int m = 0; m < kTokens / 16; ++m) {
         const int task = m * 8 + warp, token = task % (kTokens / 8) * 8 + lane % 8;
         const int unit = task / (kTokens / 8) * 4 + lane / 8;
         const int row = rows[token];
         const __half* from = packed + static_cast<int64_t>(max(row, 0)) * columns + chunk * kChunk + unit * 8;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(stage + (unit * kTokens + token) * 16),
-                     "l"(from), "r"(row >= 0 ? 16 : 0)
-                     : "memory");
+        ptx::copy_16(stage + (unit * kTokens + token) * 16, reinterpret_cast<uint64_t>(from), row >= 0);
       }
     }
     if (kThroughShared && chunk < chunks) {
@@ -178,17 +176,13 @@ __device__ __forceinline__ void multiply_tiles(const WeightTile<kCodes> (&tiles)
       for (int t = 0; t < 2; ++t) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(own + (t * 2 + h) * kProductThreads * 16),
-                       "l"(tiles[t].codes[h] + chunk * 64)
-                       : "memory");
-          asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
-                           own_scales + chunk % kProductStages * kWeightStage + (t * 2 + h) * kProductThreads * 4),
-                       "l"(tiles[t].scale[h] - lane % 4 + chunk * 4)
-                       : "memory");
+          ptx::copy_16(own + (t * 2 + h) * kProductThreads * 16, tiles[t].codes[h] + chunk * 64);
+          ptx::copy_small<4>(own_scales + chunk % kProductStages * kWeightStage + (t * 2 + h) * kProductThreads * 4,
+                             tiles[t].scale[h] - lane % 4 + chunk * 4);
         }
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    ptx::copies_commit();
   };
   using Tile = WeightTile<kCodes>;
   uint32_t next[2][2][Tile::kWords], next_scale[2][2];
@@ -217,8 +211,8 @@ __device__ __forceinline__ void multiply_tiles(const WeightTile<kCodes> (&tiles)
         tiles[t].load(min(chunk + 1, chunks - 1), next[t], next_scale[t]);
       }
     }
-    asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    ptx::copies_wait<kAhead - 1>();
+    ptx::fence_shared_proxy();
     if (kThroughShared) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
@@ -239,25 +233,25 @@ __device__ __forceinline__ void multiply_tiles(const WeightTile<kCodes> (&tiles)
     }
     __syncthreads();
     fetch(chunk + kAhead);
-    const uint32_t stage = shared_address(shared) + chunk % kProductStages * kStageBytes;
+    const uint32_t stage = ptx::shared_address(shared) + chunk % kProductStages * kStageBytes;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        wgmma_wait<1>();  // what used these registers two steps ago is done
+        ptx::products_wait<1>();  // what used these registers two steps ago is done
         Tile::convert(q[t], s[t], i, a[t]);
-        wgmma_fence();
+        ptx::products_fence();
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
           wgmma<kTokens>(sum[t], a[t] + 4 * step,
-                         matrix_descriptor(stage + (2 * i + step) * 2 * kTokens * 16, kTokens * 16));
+                         ptx::piece_descriptor(stage + (2 * i + step) * 2 * kTokens * 16, kTokens * 16));
         }
-        wgmma_commit();
+        ptx::products_commit();
       }
     }
   }
-  wgmma_wait<0>();
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  ptx::products_wait<0>();
+  ptx::copies_wait<0>();
   __syncthreads();
 }
 

@@ -4,21 +4,9 @@
 
 #include <cstdint>
 
+#include "cuda/ptx.cuh"
+
 namespace dsv4 {
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// Activations in pieces of 8 tokens by 16 bytes: `across` bytes from one to the next along the inner index, 128 along
-// the tokens.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t across) {
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(across >> 4) << 16 |
-         static_cast<uint64_t>(128 >> 4) << 32;
-}
 
 // d += a b over 16 of the inner index.
 template <int kTokens>

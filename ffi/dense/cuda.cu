@@ -12,6 +12,7 @@
 #include "common/export.h"
 #include "common/launched.h"
 #include "common/operands.h"
+#include "cuda/ptx.cuh"
 
 namespace dsv4 {
 namespace {
@@ -40,12 +41,6 @@ __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void copy_16(uint4* to, const uint4* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
 }
 
 template <int kPlaces, int kTiles, int kAhead>
@@ -77,9 +72,10 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(const __grid_constant__
     if (step < steps) {
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i)
-        copy_16(ring + (step % kAhead * 2 * kTiles + i) * kThreads, w + step * (kStep / 8) + i * 8 * pitch);
+        ptx::copy_16(ptx::shared_address(ring + (step % kAhead * 2 * kTiles + i) * kThreads),
+                     w + step * (kStep / 8) + i * 8 * pitch);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    ptx::copies_commit();
   };
 #pragma unroll 1
   for (int step = 0; step < kAhead - 1; ++step) copy(step);
@@ -93,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(const __grid_constant__
       b[p] = make_uint4(0, 0, 0, 0);
       if (p * 8 + g < call.tokens) b[p] = __ldg(x + step * (kStep / 8) + p * 8 * pitch);
     }
-    asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
+    ptx::copies_wait<kAhead - 1>();
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const uint4* a = ring + (step % kAhead * 2 * kTiles + 2 * t) * kThreads;

@@ -31,7 +31,7 @@ struct Layout {
 
 template <int kThreads>
 __device__ __forceinline__ void group_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+  ptx::sync_threads(1, kThreads);
 }
 
 // Puts a piece's tokens into shared memory, and the factors of their products into `inverse`.
@@ -83,7 +83,7 @@ __device__ __forceinline__ void load_tokens(int count, const Row& row, uint8_t* 
       *reinterpret_cast<uint32_t*>(to + width * 16 + 16) = odd.y;
     }
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  ptx::fence_shared_proxy();
   group_sync<kThreads>();
 }
 
@@ -128,7 +128,7 @@ __device__ __forceinline__ void multiply_groups(uint32_t codes, const uint8_t* s
 #pragma unroll
     for (int g = 0; g < kBatch; g += 2) {
       uint32_t q[4];
-      load_matrices(codes + (batch * kBatch + g) * 16, q);
+      ptx::load_matrices(codes + (batch * kBatch + g) * 16, q);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t* to = a[batch % 2][g + i / 2];
@@ -136,19 +136,19 @@ __device__ __forceinline__ void multiply_groups(uint32_t codes, const uint8_t* s
         to[2 + i % 2] = (q[i] & 0x80808080u) | ((q[i] >> 2) & 0x1C1C1C1Cu);
       }
     }
-    wgmma_fence();
+    ptx::products_fence();
 #pragma unroll
     for (int g = 0; g < kBatch; ++g) {
       wgmma_e4m3<kWidth>(d[batch % 2][g], a[batch % 2][g],
-                         matrix_descriptor(tokens + (batch * kBatch + g) * 2 * kWidth * 16, kWidth * 16), 0);
+                         ptx::piece_descriptor(tokens + (batch * kBatch + g) * 2 * kWidth * 16, kWidth * 16), 0);
     }
-    wgmma_commit();
+    ptx::products_commit();
     if (batch) {
-      wgmma_wait<1>();
+      ptx::products_wait<1>();
       add(batch - 1);
     }
   }
-  wgmma_wait<0>();
+  ptx::products_wait<0>();
   add(kGroups / kBatch - 1);
 }
 
@@ -174,12 +174,12 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kProducers, 1) few_kernel(
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + L::kBarriers);
   uint64_t* empty = full + kStages;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) barrier_init(full + i, 1), barrier_init(empty + i, kThreads / 32);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < kStages; ++i) ptx::barrier_init(full + i, 1), ptx::barrier_init(empty + i, kThreads / 32);
+    ptx::fence_barrier_init();
   }
   __syncthreads();
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  if (kGate) asm volatile("griddepcontrol.wait;" ::: "memory");  // routes
+  ptx::grid_launch_dependents();
+  if (kGate) ptx::grid_wait();  // routes
   int item, last;
   own_items(pieces_of(call) * kRowBlocks, &item, &last);
   int stage = 0, buffer = 0;
@@ -198,17 +198,17 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kProducers, 1) few_kernel(
       const uint8_t* from = (row_in_stage < 32 ? first.codes : second.codes) +
                             (row + (kGate ? row_in_stage % 32 : row_in_stage)) * (kColumns / 2);
       for (int step = 0; step < L::kSteps; ++step, next()) {
-        barrier_wait(empty + stage, phase ^ 1);
+        ptx::barrier_wait(empty + stage, phase ^ 1);
         if (warp == 0 && lane == 0) {
-          barrier_expect(full + stage, kRows * kStageColumns / 2 + (step ? 0 : L::kScaleBytes));
+          ptx::barrier_arrive_expect(full + stage, kRows * kStageColumns / 2 + (step ? 0 : L::kScaleBytes));
         }
         if (lane < 16) {
-          bulk_copy(shared + stage * kStageBytes + row_in_stage * kStagePitch, from + step * (kStageColumns / 2),
+          ptx::copy_bulk(shared + stage * kStageBytes + row_in_stage * kStagePitch, from + step * (kStageColumns / 2),
                     kStageColumns / 2, full + stage);
         } else if (lane == 16 && warp < 2 && step == 0) {
           const uint8_t* scale =
               (warp ? second.scale : first.scale) + (warp && !kGate ? row + 32 : row) * (kColumns / 32);
-          bulk_copy(shared + L::kScales + buffer * L::kScaleBytes + warp * (L::kScaleBytes / 2), scale,
+          ptx::copy_bulk(shared + L::kScales + buffer * L::kScaleBytes + warp * (L::kScaleBytes / 2), scale,
                     L::kScaleBytes / 2, full + stage);
         }
         if (step == 0 && ++buffer == L::kScaleBuffers) buffer = 0;
@@ -220,12 +220,12 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kProducers, 1) few_kernel(
 
   const int lane = threadIdx.x % 32, c = lane % 4, warpgroup = threadIdx.x / 128, row = threadIdx.x % 128 / 32 * 16;
   constexpr int kGroups = kStageColumns / 32 / kWarpgroups;
-  const uint32_t tokens = shared_address(shared + L::kTokens);
+  const uint32_t tokens = ptx::shared_address(shared + L::kTokens);
   float* sums = reinterpret_cast<float*>(shared + L::kSums);
   float* largest_of = reinterpret_cast<float*>(shared + L::kLargest);
   int current = -1, sums_buffer = 0;
   float inverse[2] = {};
-  if (!kGate) asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (!kGate) ptx::grid_wait();
   for (; item < last; ++item) {
     const TokenPiece piece = token_piece(call, item / kRowBlocks);
     if (!piece.count) continue;
@@ -253,9 +253,9 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kProducers, 1) few_kernel(
     const uint8_t* scale =
         shared + L::kScales + buffer * L::kScaleBytes + (row + lane / 4) * (kColumns / 32) + warpgroup * kGroups;
     for (int step = 0; step < L::kSteps; ++step, next()) {
-      barrier_wait(full + stage, phase);
+      ptx::barrier_wait(full + stage, phase);
       // Matrices 0, 1: the 16 rows of a group, 2, 3: of the next.
-      const uint32_t codes = shared_address(shared + stage * kStageBytes) + (row + lane % 16) * kStagePitch +
+      const uint32_t codes = ptx::shared_address(shared + stage * kStageBytes) + (row + lane % 16) * kStagePitch +
                              (warpgroup * kGroups + lane / 16) * 16;
       const int group = step * (kStageColumns / 32) + warpgroup * kGroups;
       if (piece.count <= 4) {
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kProducers, 1) few_kernel(
                                      tokens + group * 2 * 16 * 16, sum);
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(empty + stage);
+      if (lane == 0) ptx::barrier_arrive(empty + stage);
     }
     if (++buffer == L::kScaleBuffers) buffer = 0;
     float* own = sums + (sums_buffer * kWarpgroups + warpgroup) * kRows * kPieceTokens;

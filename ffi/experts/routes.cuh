@@ -52,7 +52,7 @@ __device__ __forceinline__ void own_items(int total, int* first, int* last) {
 // A token's experts, added in the order of its picks.
 __global__ void __launch_bounds__(256) sum_picks_kernel(const Call call) {
   const int hidden = call.hidden;
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  ptx::grid_wait();
   const int token = blockIdx.y, at = (blockIdx.x * 256 + threadIdx.x) * 4;
   if (at >= hidden) return;
   float4 y = make_float4(0, 0, 0, 0);

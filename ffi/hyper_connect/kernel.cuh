@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "cuda/weight_mma.cuh"
+#include "cuda/ptx.cuh"
 
 namespace dsv4 {
 namespace hyper_connect {
@@ -86,17 +86,11 @@ __device__ inline float reciprocal_root(float v) {
   return result;
 }
 
-__device__ inline uint32_t address_in(uint32_t shared, int rank) {
-  uint32_t result;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(shared), "r"(rank));
-  return result;
-}
-
 // Stores into the shared memory of a block of the cluster; its barrier counts the four bytes.
 __device__ inline void send(const float* to, uint64_t* barrier, float value, int rank) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                   address_in(shared_address(to), rank)),
-               "r"(__float_as_uint(value)), "r"(address_in(shared_address(barrier), rank))
+                   ptx::address_in(ptx::shared_address(to), rank)),
+               "r"(__float_as_uint(value)), "r"(ptx::address_in(ptx::shared_address(barrier), rank))
                : "memory");
 }
 
@@ -114,10 +108,6 @@ __device__ inline void ask_ahead(const Call& call) {
                    "r"(static_cast<uint32_t>(piece))
                    : "memory");
   }
-}
-
-__device__ inline void copy_16(float* to, const float* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
 __device__ inline float sigmoid(float v) { return reciprocal(1.0f + __expf(-v)); }
@@ -210,10 +200,10 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
   }
   const int row_warps = min(kRowWarps, (call.rows + kRowsOfWarp - 1) / kRowsOfWarp);
   if (thread == columns) {
-    barrier_init(&sums.mixes_arrived, 1), barrier_init(&sums.squares_arrived, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    barrier_expect(&sums.mixes_arrived, kCluster * kTokens * (row_warps * kRowsOfWarp + 1) * 4);
-    barrier_expect(&sums.squares_arrived, kCluster * kTokens * 4);
+    ptx::barrier_init(&sums.mixes_arrived, 1), ptx::barrier_init(&sums.squares_arrived, 1);
+    ptx::fence_barrier_init();
+    ptx::barrier_arrive_expect(&sums.mixes_arrived, kCluster * kTokens * (row_warps * kRowsOfWarp + 1) * 4);
+    ptx::barrier_arrive_expect(&sums.squares_arrived, kCluster * kTokens * 4);
   }
   __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // that all are ready to be sent to
@@ -226,7 +216,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
       const float* from = call.fn + stream * call.dim + column;
 #pragma unroll 4
       for (int row = 0; row < call.rows; ++row, from += kStreams * call.dim)
-        copy_16(fn + row * values + thread * 4, from);
+        ptx::copy_16(ptx::shared_address(fn + row * values + thread * 4), from);
     }
     const auto load = [](const __nv_bfloat16* from) { return __ldg(reinterpret_cast<const uint2*>(from)); };
     constexpr int kAtOnce = kTokens < 4 ? kTokens : 4;
@@ -253,7 +243,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
       }
       reinterpret_cast<uint2*>(tile)[t * (values / 4) + thread] = packed;
     }
-    if constexpr (kStaged) asm volatile("cp.async.wait_all;" ::: "memory");
+    if constexpr (kStaged) ptx::copies_wait_all();
   } else if (lane == 0) {
     ask_ahead(call);
   }
@@ -298,7 +288,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
     }
   }
 
-  if (warp < live) barrier_wait(&sums.mixes_arrived, 0);
+  if (warp < live) ptx::barrier_wait(&sums.mixes_arrived, 0);
   if (warp < live && (lane < call.rows || lane == kSquares)) {
     float mix = 0.0f;
 #pragma unroll 8
@@ -339,7 +329,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
     for (int bit = kWarp / 2; bit; bit /= 2) squares += __shfl_xor_sync(~0u, squares, bit);
     if (!lane) sums.of_warps[warp][t] = squares;
   }
-  asm volatile("bar.sync %0, %1;" ::"n"(kColumnsBarrier), "r"(columns) : "memory");
+  ptx::sync_threads(kColumnsBarrier, columns);
   if (thread < kCluster * kTokens) {
     float sum = 0.0f;
 #pragma unroll 1
@@ -348,7 +338,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
   }
   const int column = rank * columns + thread;
   const float weight = __ldg(call.norm + column);
-  barrier_wait(&sums.squares_arrived, 0);
+  ptx::barrier_wait(&sums.squares_arrived, 0);
 #pragma unroll 1
   for (int t = 0; t < live; ++t) {
     float squares = 0.0f;

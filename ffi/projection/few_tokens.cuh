@@ -44,7 +44,7 @@ struct Call {
   }
 };
 
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+__device__ __forceinline__ void consumers_sync() { ptx::sync_threads(1, kConsumers); }
 
 template <int kColumns>
 struct Few {
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
   uint64_t* full = reinterpret_cast<uint64_t*>(inverse + 16);
   uint64_t* empty = full + stages;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < stages; ++i) barrier_init(full + i, 1), barrier_init(empty + i, kConsumers / 32);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < stages; ++i) ptx::barrier_init(full + i, 1), ptx::barrier_init(empty + i, kConsumers / 32);
+    ptx::fence_barrier_init();
   }
   __syncthreads();
   const int row_blocks = call.rows / F::kRows, steps = call.columns / kColumns;
@@ -86,12 +86,12 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
       const Weight weight = call.of_row(item * F::kRows);
       const uint8_t* codes = weight.codes + static_cast<int64_t>(item * F::kRows - weight.first) * call.columns;
       for (int step = 0; step < steps; ++step, next()) {
-        barrier_wait(empty + stage, phase ^ 1);
-        if (lane == 0) barrier_expect(full + stage, kStageCodes);
+        ptx::barrier_wait(empty + stage, phase ^ 1);
+        if (lane == 0) ptx::barrier_arrive_expect(full + stage, kStageCodes);
         __syncwarp();
 #pragma unroll
         for (int row = lane; row < F::kRows; row += 32) {
-          bulk_copy(shared + stage * F::kStageBytes + row * F::kPitch,
+          ptx::copy_bulk(shared + stage * F::kStageBytes + row * F::kPitch,
                     codes + static_cast<int64_t>(row) * call.columns + step * kColumns, kColumns, full + stage);
         }
       }
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
         for (int i = lane; i < call.columns / 8; i += 32) {
           const uint4 v = __ldg(x + i);
           const auto pair = [power](uint32_t p) {
-            return halves(__uint_as_float(p << 16) * power, __uint_as_float(p & 0xFFFF0000u) * power);
+            return ptx::half_pair(__uint_as_float(p << 16) * power, __uint_as_float(p & 0xFFFF0000u) * power);
           };
           // Piece i / 8, quarter i / 2 mod 4, half i mod 2.
           activations[((i / 8 * 2 + i % 2) * 4 + i / 2 % 4) * kPlaces + warp] =
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
       const int64_t first_scale = static_cast<int64_t>(first_row - weight.first + row) / 128 * (call.columns / 128) +
                                   step * (kColumns / 128) + part * 2;
       const uint16_t scales = __ldg(reinterpret_cast<const uint16_t*>(weight.scale + first_scale));
-      barrier_wait(full + stage, phase);
+      ptx::barrier_wait(full + stage, phase);
       const uint8_t* codes = shared + stage * F::kStageBytes + (row + lane / 4) * F::kPitch + part * kPart + c * 16;
       const uint4* a = activations + static_cast<int64_t>(step * (kColumns / 64) + part * (kPart / 64)) * 8 * kPlaces;
 #pragma unroll
@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
             for (int h = 0; h < 2; ++h) b[h] = a[(((block * 2 + j) * 2 + h) * 4 + c) * kPlaces + lane / 4];
           }
           const auto step16 = [&](float (&sum)[4], uint32_t upper, uint32_t lower, uint32_t b0, uint32_t b1) {
-            mma(sum,
-                {halves_of_e4m3(upper), halves_of_e4m3(lower), halves_of_e4m3(upper >> 16),
-                 halves_of_e4m3(lower >> 16)},
+            ptx::product_of_warp(sum,
+                {ptx::halves_of_e4m3(upper), ptx::halves_of_e4m3(lower), ptx::halves_of_e4m3(upper >> 16),
+                 ptx::halves_of_e4m3(lower >> 16)},
                 b0, b1);
           };
           step16(d[0], q.x, r.x, b[0].x, b[0].y);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
         for (int i = 0; i < 4; ++i) sum[i] += (d[0][i] + d[1][i]) * scale;
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(empty + stage);
+      if (lane == 0) ptx::barrier_arrive(empty + stage);
     }
     float2* to =
         reinterpret_cast<float2*>(sums + ((buffer * F::kWarps + part) * F::kRows + row + lane / 4) * 8 + c * 2);

@@ -19,7 +19,7 @@ constexpr int kStep = 256;        // columns of a thread's loads ahead
 __global__ void __launch_bounds__(256) split_kernel(const Call call, int places, uint8_t* split, float* inverse) {
   __shared__ uint32_t largest_of[8];
   const int t = blockIdx.x, group = blockIdx.y, width = 2 * places;
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  ptx::grid_launch_dependents();
   const uint4* from =
       reinterpret_cast<const uint4*>(call.x + (static_cast<int64_t>(t) * call.groups + group) * call.columns);
   uint8_t* to = split + static_cast<int64_t>(group) * call.columns * width;
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kSomeThreads, 1)
 
   uint64_t* arrived = reinterpret_cast<uint64_t*>(inverse + kTokens);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < steps; ++i) barrier_init(arrived + i, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < steps; ++i) ptx::barrier_init(arrived + i, 1);
+    ptx::fence_barrier_init();
   }
   if constexpr (kInside) {
     // Largest magnitudes of the slice, then its values in the order of the codes.
@@ -136,21 +136,21 @@ __global__ void __launch_bounds__(kSomeThreads, 1)
       *reinterpret_cast<uint32_t*>(to + kWidth * 16) = second.x;
       *reinterpret_cast<uint32_t*>(to + kWidth * 16 + 16) = second.y;
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    ptx::fence_shared_proxy();
     __syncthreads();
     if (threadIdx.x < kTokens) inverse[threadIdx.x] = 1.0f / inverse[threadIdx.x];
     __syncthreads();
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    ptx::grid_launch_dependents();
   } else {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    ptx::grid_wait();
+    ptx::grid_launch_dependents();
     if (threadIdx.x < kTokens) inverse[threadIdx.x] = inverses[group * kTokens + threadIdx.x];
     __syncthreads();
     if (threadIdx.x == 0) {
       const uint8_t* from = split + (static_cast<int64_t>(group) * call.columns + first_column) * kWidth;
       for (int i = 0; i < steps; ++i) {
-        barrier_expect(arrived + i, kStep * kWidth);
-        bulk_copy(shared + i * kStep * kWidth, from + i * kStep * kWidth, kStep * kWidth, arrived + i);
+        ptx::barrier_arrive_expect(arrived + i, kStep * kWidth);
+        ptx::copy_bulk(shared + i * kStep * kWidth, from + i * kStep * kWidth, kStep * kWidth, arrived + i);
       }
     }
   }
@@ -162,8 +162,8 @@ __global__ void __launch_bounds__(kSomeThreads, 1)
     for (int u = 0; u < 4; ++u) q[0][u] = next[0][u], q[1][u] = next[1][u];
     const uint32_t scales = next_scale;
     if (i + 1 < blocks * steps) load(i + 1);
-    if (!kInside && i < steps) barrier_wait(arrived + i, 0);
-    const uint32_t tokens = shared_address(shared) + i % steps * (kStep / 32) * 2 * kWidth * 16;
+    if (!kInside && i < steps) ptx::barrier_wait(arrived + i, 0);
+    const uint32_t tokens = ptx::shared_address(shared) + i % steps * (kStep / 32) * 2 * kWidth * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float d[kWidth / 2];
@@ -174,13 +174,13 @@ __global__ void __launch_bounds__(kSomeThreads, 1)
         a[2 * k][0] = x.x, a[2 * k][1] = y.x, a[2 * k][2] = x.y, a[2 * k][3] = y.y;
         a[2 * k + 1][0] = x.z, a[2 * k + 1][1] = y.z, a[2 * k + 1][2] = x.w, a[2 * k + 1][3] = y.w;
       }
-      wgmma_fence();
+      ptx::products_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        wgmma_e4m3<kWidth>(d, a[k], matrix_descriptor(tokens + (half * 4 + k) * 2 * kWidth * 16, kWidth * 16), k > 0);
+        wgmma_e4m3<kWidth>(d, a[k], ptx::piece_descriptor(tokens + (half * 4 + k) * 2 * kWidth * 16, kWidth * 16), k > 0);
       }
-      wgmma_commit();
-      wgmma_wait<0>();
+      ptx::products_commit();
+      ptx::products_wait<0>();
       const float scale = __uint_as_float((scales >> (8 * half) & 0xFF) << 23), low = scale * kLow;
 #pragma unroll
       for (int j = 0; j < kTokens / 4; ++j) {

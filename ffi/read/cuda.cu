@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "common/export.h"
+#include "cuda/ptx.cuh"
 #include "formats/dequantise.h"
 #include "read/op.h"
 
@@ -17,8 +18,7 @@ __device__ __forceinline__ void decode_four(uint32_t codes, float (&x)[4]) {
 #if __CUDA_ARCH__ >= 890
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    uint32_t halves;  // every E4M3 value is one of half precision too
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(codes >> (16 * i))));
+    const uint32_t halves = ptx::halves_of_e4m3(codes >> (16 * i));  // every E4M3 value is one of half precision too
     asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
         : "=f"(x[2 * i]), "=f"(x[2 * i + 1])
         : "r"(halves));
@@ -27,12 +27,6 @@ __device__ __forceinline__ void decode_four(uint32_t codes, float (&x)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) x[i] = e4m3_value(codes >> (8 * i));
 #endif
-}
-
-__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
 }
 
 __device__ __forceinline__ uint4 words_of(const float (&x)[4]) {
@@ -56,8 +50,8 @@ struct Part<BFloat16> {
     float a[4], b[4];
     decode_four(raw.x, a);
     decode_four(raw.y, b);
-    return make_uint4(bf16_pair(a[0] * scale, a[1] * scale), bf16_pair(a[2] * scale, a[3] * scale),
-                      bf16_pair(b[0] * scale, b[1] * scale), bf16_pair(b[2] * scale, b[3] * scale));
+    return make_uint4(ptx::bfloat_pair(a[0] * scale, a[1] * scale), ptx::bfloat_pair(a[2] * scale, a[3] * scale),
+                      ptx::bfloat_pair(b[0] * scale, b[1] * scale), ptx::bfloat_pair(b[2] * scale, b[3] * scale));
   }
   __device__ __forceinline__ uint4 decode_rope() const { return raw; }
 };

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "cuda/ptx.cuh"
 #include "select/op.h"
 
 namespace dsv4::select_sm90 {
@@ -23,51 +24,6 @@ constexpr int kAcross = kHeads * 16;                   // bytes from 8 of the in
 constexpr int kQueryBytes = kHeads * kWidth * 2;       // a token's query
 constexpr int kWeightBytes = 32 * 8 * 4;               // its weights, as a warp's registers have them
 constexpr int kTokenBytes = kQueryBytes + kWeightBytes + 16;  // and the factor of its scores
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t across) {
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(across >> 4) << 16 |
-         static_cast<uint64_t>(128 >> 4) << 32;
-}
-
-// d (64 keys, 64 heads) = or += a b over 16 of the inner index.
-__device__ __forceinline__ void product(float (&d)[32], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-      "%23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-// d (16 keys, 8) += a b over 16 heads: of a warp.
-__device__ __forceinline__ void product_of_warp(float (&d)[4], const uint32_t* a, const uint32_t* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ __forceinline__ uint32_t multiply_halves(uint32_t a, uint32_t b) {
-  uint32_t product;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  return product;
-}
-// max(x, 0) as halves; NaN stays NaN.
-__device__ __forceinline__ uint32_t positive_halves(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
 
 // An integer that orders as scores do, above 0: NaN, of which arithmetic makes but one, is the best. No score is -0.
 __device__ __forceinline__ uint32_t order_of(float score) {
@@ -90,10 +46,10 @@ __device__ __forceinline__ uint32_t high_bytes(uint32_t codes) {
 // The 8 codes of a word times `scale` (twice, as halves): what it holds of two steps of 16 of the inner index.
 __device__ __forceinline__ void decode_word(uint32_t codes, uint32_t scale, uint32_t* first, uint32_t* second) {
   const uint32_t odd = high_bytes(codes), even = high_bytes(codes << 4);
-  first[0] = multiply_halves(__byte_perm(even, 0, 0x2404), scale);  // codes 0, 4
-  first[2] = multiply_halves(__byte_perm(odd, 0, 0x2404), scale);   // codes 1, 5
-  second[0] = multiply_halves(even & 0xFF00FF00u, scale);           // codes 2, 6
-  second[2] = multiply_halves(odd & 0xFF00FF00u, scale);            // codes 3, 7
+  first[0] = ptx::multiply_halves(__byte_perm(even, 0, 0x2404), scale);  // codes 0, 4
+  first[2] = ptx::multiply_halves(__byte_perm(odd, 0, 0x2404), scale);   // codes 1, 5
+  second[0] = ptx::multiply_halves(even & 0xFF00FF00u, scale);           // codes 2, 6
+  second[2] = ptx::multiply_halves(odd & 0xFF00FF00u, scale);            // codes 3, 7
 }
 
 // A quarter of a key: the scales of its codes and, for powers of two, the factor of the whole key.
@@ -110,9 +66,7 @@ __device__ __forceinline__ void decode_quarter(uint4 codes, uint32_t scales, int
     low |= low << 16, high = low;
     *factor = __uint_as_float(static_cast<uint32_t>(most) << 23);
   } else {
-    uint32_t halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(scales)));
-    halves = multiply_halves(halves, 0x58005800u);  // times 2^7: products are times 2^-7
+    const uint32_t halves = ptx::multiply_halves(ptx::halves_of_e4m3(scales), 0x58005800u);  // times 2^7: products are times 2^-7
     low = __byte_perm(halves, 0, 0x1010), high = __byte_perm(halves, 0, 0x3232);
     *factor = 1.0f;
   }
@@ -338,18 +292,18 @@ struct Keys {
 // The sum over heads, of the key of row lane / 4 for lanes of even quarters, of the one 8 further for odd ones.
 __device__ __forceinline__ float score_of(const uint32_t (&a)[32], uint64_t query, const uint32_t* weights) {
   float d[32];
-  products_fence();
+  ptx::products_fence();
 #pragma unroll
-  for (int step = 0; step < 8; ++step) product(d, a + 4 * step, query + step * (2 * kAcross >> 4), step > 0);
-  products_commit();
-  products_wait();
+  for (int step = 0; step < 8; ++step) ptx::product_f16<0>(d, a + 4 * step, query + step * (2 * kAcross >> 4), step > 0);
+  ptx::products_commit();
+  ptx::products_wait<0>();
   float sums[4] = {};
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     uint32_t relu[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) relu[i] = positive_halves(d[8 * step + 2 * i], d[8 * step + 2 * i + 1]);
-    product_of_warp(sums, relu, weights + 2 * step);
+    for (int i = 0; i < 4; ++i) relu[i] = ptx::positive_half_pair(d[8 * step + 2 * i], d[8 * step + 2 * i + 1]);
+    ptx::product_of_warp(sums, relu, weights[2 * step], weights[2 * step + 1]);
   }
   return threadIdx.x % 2 ? sums[2] + sums[3] : sums[0] + sums[1];
 }
@@ -386,7 +340,7 @@ __device__ __forceinline__ int share_of(int tiles, int block) {
 template <bool kPowers>
 __global__ void __launch_bounds__(kThreads, 2) score_kernel(SelectCall call, Piece piece) {
   extern __shared__ __align__(1024) char shared[];
-  asm volatile("griddepcontrol.launch_dependents;");  // the next kernel may start, and wait
+  ptx::grid_launch_dependents();  // the next kernel may start, and wait
   const int64_t token = piece.first + blockIdx.y;
   const int32_t seen = call.visible(token);
   Query query;
@@ -400,11 +354,11 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(SelectCall call, Pie
   keys.fetch(row);
   keys.ask_for(next_row);
   query.store(call.is_float, shared);
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  ptx::fence_shared_proxy();
   __syncthreads();
   uint32_t weights[8];
   const float factor = take_weights(reinterpret_cast<const float*>(shared + kQueryBytes), weights);
-  const uint64_t b = tile_descriptor(shared_address(shared), kAcross);
+  const uint64_t b = ptx::piece_descriptor(ptx::shared_address(shared), kAcross);
   const Place place(call, blockIdx.y);
   const int32_t left = seen - keys.entry - threadIdx.x % 2 * 8;  // of this lane's keys those are seen below it
   for (; tile < last; tile += kWarpgroups) {
@@ -428,7 +382,7 @@ template <bool kPowers>
 __global__ void __launch_bounds__(kThreads, 2) shared_score_kernel(SelectCall call, Piece piece) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ int32_t seen[kShared], slots[kShared];
-  asm volatile("griddepcontrol.launch_dependents;");
+  ptx::grid_launch_dependents();
   const int64_t first = piece.first + static_cast<int64_t>(blockIdx.y) * kShared, end = piece.first + piece.count;
   if (threadIdx.x < kShared) {
     const int64_t token = first + threadIdx.x;
@@ -441,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, 2) shared_score_kernel(SelectCall ca
     query.load(call, first + t);
     query.store(call.is_float, shared + t * kTokenBytes);
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  ptx::fence_shared_proxy();
   __syncthreads();
   // The weights as fragments, in the place of a token's floats.
   const int warp = threadIdx.x / 32;
@@ -485,7 +439,7 @@ __global__ void __launch_bounds__(kThreads, 2) shared_score_kernel(SelectCall ca
           weights[4 * i] = four.x, weights[4 * i + 1] = four.y, weights[4 * i + 2] = four.z, weights[4 * i + 3] = four.w;
         }
         const float factor = *reinterpret_cast<const float*>(of_token + kQueryBytes + kWeightBytes);
-        const float score = score_of(a, tile_descriptor(shared_address(of_token), kAcross), weights);
+        const float score = score_of(a, ptx::piece_descriptor(ptx::shared_address(of_token), kAcross), weights);
         const Place place(call, first + u - piece.first);
         place.put(tile, given && entry < seen[u], fmaf(score, kPowers ? factor * of_key : factor, 0.0f));
       }

@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kTopThreads, 1) top_k_kernel(SelectCall call, 
   const int32_t slot = call.slots[token], n = call.visible(token), k = static_cast<int>(call.k);
   int32_t* out = call.selected + token * k;
   reinterpret_cast<uint2*>(shared.bins)[threadIdx.x] = uint2{};
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // for the scores
+  ptx::grid_wait();  // for the scores
   if (n <= k) {
     for (int i = threadIdx.x; i < k; i += kTopThreads) out[i] = i < n && call.key_row(slot, i) >= 0 ? i : -1;
     return;

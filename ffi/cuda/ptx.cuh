@@ -1,6 +1,7 @@
-// The PTX that attention on Hopper is made of: one line of it a function.
-#ifndef DSV4_ATTEND_PTX_CUH_
-#define DSV4_ATTEND_PTX_CUH_
+// The PTX that kernels are made of: one instruction a function. What a kernel does not call is not compiled, so that
+// instructions of Hopper alone can lie beside those of every GPU.
+#ifndef DSV4_CUDA_PTX_CUH_
+#define DSV4_CUDA_PTX_CUH_
 
 #include <cstdint>
 
@@ -10,7 +11,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Barriers in shared memory.
+// Barriers in shared memory, by their address or a pointer.
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -35,6 +36,22 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
+
+__device__ __forceinline__ void barrier_init(const uint64_t* barrier, uint32_t arrivals) {
+  barrier_init(shared_address(barrier), arrivals);
+}
+__device__ __forceinline__ void barrier_arrive(const uint64_t* barrier) { barrier_arrive(shared_address(barrier)); }
+__device__ __forceinline__ void barrier_arrive_expect(const uint64_t* barrier, uint32_t bytes) {
+  barrier_arrive_expect(shared_address(barrier), bytes);
+}
+__device__ __forceinline__ void barrier_wait(const uint64_t* barrier, uint32_t parity) {
+  barrier_wait(shared_address(barrier), parity);
+}
+// Barriers initialised before it are so for copies, and for other blocks of the cluster.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
 // Of `threads` threads, by hardware barrier `id`.
 __device__ __forceinline__ void sync_threads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -58,15 +75,32 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
-// With `copies` false zeros are written instead.
+__device__ __forceinline__ void copy_bulk(const void* to, const void* from, uint32_t bytes, const uint64_t* barrier) {
+  copy_bulk(shared_address(to), from, bytes, shared_address(barrier));
+}
+// 16 bytes, past the L1; with `copies` false zeros are written instead.
 __device__ __forceinline__ void copy_16(uint32_t to, uint64_t from, bool copies) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copies ? 16 : 0) : "memory");
 }
+__device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// 4 or 8 bytes.
 template <int kBytes>
 __device__ __forceinline__ void copy_small(uint32_t to, uint64_t from, bool copies) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(copies ? kBytes : 0)
                : "memory");
 }
+template <int kBytes>
+__device__ __forceinline__ void copy_small(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+}
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+__device__ __forceinline__ void copies_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // The barrier counts one arrival when this thread's small copies are there.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -74,6 +108,13 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
 // Ordinary accesses of shared memory before it come before those of copies and matrix products after it.
 __device__ __forceinline__ void fence_shared_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Loads four matrices of 8 by 16 bytes; a lane names the place of row (lane % 8) of matrix (lane / 8).
+__device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&x)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(from)
+               : "memory");
+}
 // Stores four matrices of 8 by 8 halves, a register each; a lane names the place of row (lane % 8) of matrix (lane / 8).
 __device__ __forceinline__ void store_matrices(uint32_t to, const uint32_t (&x)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]),
@@ -93,6 +134,12 @@ __device__ __forceinline__ float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// Both as E4M3 codes, `low` in the low byte.
+__device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
+  uint16_t codes;  // cvt puts its first operand into the upper byte
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+  return codes;
+}
 // Two E4M3 codes, the low byte first, as a pair of halves.
 __device__ __forceinline__ uint32_t halves_of_e4m3(uint32_t codes) {
   uint32_t halves;
@@ -104,6 +151,12 @@ __device__ __forceinline__ uint32_t half_pair(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
+// max(x, 0) as halves; NaN stays NaN.
+__device__ __forceinline__ uint32_t positive_half_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 __device__ __forceinline__ uint32_t bfloat_pair(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -113,6 +166,15 @@ __device__ __forceinline__ uint32_t multiply_halves(uint32_t a, uint32_t b) {
   uint32_t product;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
   return product;
+}
+
+// The matrix product of a warp: d (16, 8) += a (16, 16) b (16, 8), of halves.
+__device__ __forceinline__ void product_of_warp(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Matrix products of a warpgroup: d (64, 64) += a (64, 16) b (16, 64), a in registers, b in shared memory.
@@ -130,9 +192,16 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t s
          (static_cast<uint64_t>(stride >> 4) << 32) | (uint64_t{1} << 62);
 }
 
+// A tile in pieces of 8 rows by 16 bytes, not swizzled: `across` bytes from one to the next along the inner index, 128
+// along the rows.
+__device__ __forceinline__ uint64_t piece_descriptor(uint32_t address, uint32_t across) {
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(across >> 4) << 16 |
+         static_cast<uint64_t>(128 >> 4) << 32;
+}
+
 #define DSV4_PRODUCT(name, types)                                                                                     \
   template <int kTransposed>                                                                                          \
-  __device__ __forceinline__ void name(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {  \
+  __device__ __forceinline__ void name(float (&d)[32], const uint32_t* a, uint64_t b, bool accumulate = true) {         \
     asm volatile(                                                                                                     \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                                  \
         "wgmma.mma_async.sync.aligned.m64n64k16.f32." types " "                                                       \
@@ -170,6 +239,13 @@ __device__ __forceinline__ float2 load_remote_pair(uint32_t address) {
   return x;
 }
 
+// Grids. The next kernel of the stream may start, and wait; the ones before are done, and what they wrote is there.
+
+__device__ __forceinline__ void grid_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 }  // namespace dsv4::ptx
 
-#endif  // DSV4_ATTEND_PTX_CUH_
+#endif  // DSV4_CUDA_PTX_CUH_
