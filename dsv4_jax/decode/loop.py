@@ -28,7 +28,7 @@ from .request import Event, Request, Sample, Stats, check_prompt, check_sampling
 from .sampling import Draws, LogitsHook, LogProbs
 from .scheduler import Scheduler
 from .snapshot import RequestSnapshot, SampleSnapshot
-from .steps import Chosen, LoopState, Wanted
+from .steps import Chosen, LoopState, Wanted, decode_steps, prefill_step
 
 T = TypeVar("T")
 
@@ -342,7 +342,8 @@ class DecodeLoop:
         to_come = [(p.sample, len(p.tokens) if short else p.sample.remaining) for p in parts]
         on_device = None if short else self._on_device
         loop, draws = on_device or self._programs.put(slot_arrays(to_come, num_slots, self._wanted.hook))
-        step = partial(self._programs.decode, steps=self.decode_chunk, max_blocks=plan.max_blocks, wanted=self._wanted)
+        decode = self._programs.over(decode_steps)
+        step = partial(decode, steps=self.decode_chunk, max_blocks=plan.max_blocks, wanted=self._wanted)
         self._dispatch(step, loop, self._programs.operands(plan.new_blocks), draws)
         state = jax.tree.unflatten(jax.tree.structure(loop), self._call.results[0][1])
         self._on_device = None if short else (state, draws)
@@ -367,7 +368,7 @@ class DecodeLoop:
         loop, draws = programs.put(slot_arrays([], num_slots, self._wanted.hook))
         rows = num_slots * (-(-self.decode_chunk // size) + 1)  # as in a plan
         new_blocks = programs.operands(self._schedule.no_blocks(rows // len(self._schedule.shards)))
-        step = partial(programs.decode, steps=self.decode_chunk, max_blocks=max_blocks, wanted=self._wanted)
+        step = partial(programs.over(decode_steps), steps=self.decode_chunk, max_blocks=max_blocks, wanted=self._wanted)
 
         def compile_it() -> None:
             with contextlib.suppress(Exception):  # what is wrong, the call itself will say
@@ -401,7 +402,7 @@ class DecodeLoop:
         rows, draws = _side_by_side([draw_arrays(own, most) for own in by_shard])
         self._on_device = None
         states = _side_by_side([row_states(own, most, self._wanted.hook) for own in by_shard])
-        step = partial(self._programs.prefill, wanted=self._wanted)
+        step = partial(self._programs.over(prefill_step), wanted=self._wanted)
         self._dispatch(step, *self._programs.operands((plan, ids, rows, draws, states)))
         self._book(self._call)
 

@@ -28,9 +28,11 @@ class OneDevice:
 
     def __init__(self, model: DSV4Model):
         self.structure, self.weights = split_model(model)
-        self.prefill: Callable[..., Any] = prefill_step
-        self.decode: Callable[..., Any] = decode_steps
         self.key: Any = None  # tells programs apart that differ in nothing else
+
+    def over(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step of `steps.py` as it runs here."""
+        return step
 
     def put(self, tree: Any) -> Any:
         """Host arrays of a call that stay on the device for the next; others go as they are."""
@@ -67,10 +69,16 @@ class OverMesh(OneDevice):
     def __init__(self, model: DSV4Model, mesh: Mesh):
         super().__init__(model)
         specs: Specs = tuple(weight.sharding.spec for weight in self.weights)  # type: ignore[attr-defined]
-        self.prefill = partial(_prefill_over_mesh, mesh=mesh, specs=specs)
-        self.decode = partial(_decode_over_mesh, mesh=mesh, specs=specs)
+        self._steps = {
+            prefill_step: partial(_prefill_over_mesh, mesh=mesh, specs=specs),
+            decode_steps: partial(_decode_over_mesh, mesh=mesh, specs=specs),
+        }
         self.key = mesh
         self._own = NamedSharding(mesh, OWN)
+
+    def over(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step of `steps.py` on every shard."""
+        return self._steps[step]
 
     def put(self, tree: Any) -> Any:
         """Host arrays, each shard's part on its device."""

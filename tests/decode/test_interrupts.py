@@ -73,14 +73,14 @@ def test_ctrl_c_at_every_line(model, scene, say):
     )
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill"])
+@pytest.mark.parametrize("name", ["decode_steps", "prefill_step"])
 @pytest.mark.parametrize("lost", ["before", "donated", "poisoned"])
 def test_a_step_that_fails(model, alone, monkeypatch, caplog, name, lost):
     """Before it takes the cache; having taken it; and where the device says so only when results are asked for."""
     requests = [ask(10, 52), ask(3, 49, start=4)]
     for call in (1, 2):
         loop, calls = make_loop(model), 0
-        real = getattr(loop._programs, name)
+        real = getattr(dsv4_jax.decode.steps, name)
 
         def step(*operands, call=call, real=real, **options):
             nonlocal calls
@@ -96,7 +96,7 @@ def test_a_step_that_fails(model, alone, monkeypatch, caplog, name, lost):
                 x.delete()  # whoever asks for it gets a RuntimeError
             return *results, cache
 
-        monkeypatch.setattr(loop._programs, name, step)
+        monkeypatch.setattr(dsv4_jax.decode.loop, name, step)
         numbers, tokens, failures = [r.submit(loop) for r in requests], {}, 0
         with caplog.at_level(logging.WARNING):
             caplog.clear()
