@@ -22,7 +22,7 @@ class RequestLifecycle(CacheHolder):
 
     @whole
     def admit_request(self) -> Slot:
-        """The lowest free slot. Raises RuntimeError when all are taken."""
+        """A request without tokens -> its slot, that which has been free longest. RuntimeError when all are taken."""
         self._settle(wait=not self._requests.free_slots)
         return self._requests.open()
 

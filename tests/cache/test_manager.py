@@ -48,14 +48,14 @@ def test_leaves_do_not_grow_with_the_layers(make):
     assert count[2] < count[1]  # Pro has no pure SWA layer
 
 
-def test_lowest_free_slot_first(make):
+def test_slots_in_the_order_in_which_they_became_free(make):
     manager = make(max_concurrent_requests=3)
     assert [manager.admit_request() for _ in range(3)] == [0, 1, 2]
     with pytest.raises(RuntimeError, match="concurrent"):
         manager.admit_request()
     manager.release_request(1)
     manager.release_request(0)
-    assert [manager.admit_request(), manager.admit_request()] == [0, 1]
+    assert [manager.admit_request(), manager.admit_request()] == [1, 0]
 
 
 def test_release_gives_everything_back(make):

@@ -32,6 +32,39 @@ def test_one_handle_for_all_positions_keeps_what_an_array_loses(make):
         manager.plan_step(slot, np.arange(3))
 
 
+def test_an_old_number_in_an_array_means_no_request_as_long_as_can_be(make):
+    """Slots are given out in the order in which they became free, after `reset` too."""
+    manager = make(max_concurrent_requests=3)
+    old, other = manager.admit_request(), manager.admit_request()
+    manager.release_request(old)
+    manager.release_request(other)
+    new = manager.admit_request()
+    assert new == 2
+    with pytest.raises(ValueError, match="slot 0 holds no request"):
+        manager.plan_step(np.full(4, old), np.arange(4))
+    assert manager.admit_request() == old
+    manager.plan_step(np.full(4, new), np.arange(4)).cancel()
+    manager.reset()
+    assert manager.admit_request() == other
+    with pytest.raises(ValueError, match="slot 2 holds no request"):
+        manager.plan_step(np.full(4, new), np.arange(4))
+
+
+def test_an_old_number_whose_slot_has_a_request_again(make):
+    """What an array cannot tell: only the position can still be wrong. A handle is refused."""
+    manager = make(max_concurrent_requests=1)
+    old = manager.admit_request()
+    manager.plan_step(old, np.arange(3)).cancel()
+    manager.release_request(old)
+    new = manager.admit_request()
+    assert new == old
+    with pytest.raises(ValueError, match="slot 0 brings position 3 and has 0 tokens"):
+        manager.plan_step(np.full(4, old), np.arange(3, 7))
+    with pytest.raises(ValueError, match="has been given out again"):
+        manager.plan_step(old, np.arange(4))
+    manager.plan_step(np.full(4, old), np.arange(4)).cancel()  # of the new request
+
+
 def test_a_schedule_of_another_configuration(config):
     sizes = {"max_concurrent_requests": 1, "num_blocks_per_csa_layer": 1, "num_blocks_per_hca_layer": 1}
     for schedule in (build_schedule(DSV4Config.pro()), config.schedule[:-1], config.schedule[::-1]):

@@ -42,7 +42,7 @@ def test_it_goes_on(here, elsewhere, ids, at):
     rest = here.feed(slot, ids[at:], (), width=WIDTH, start=at)
     twin = here.manager.restore(snapshot)
     other = elsewhere.manager.restore(snapshot)
-    assert (slot, twin, other) == (0, 1, 0)
+    assert twin != slot
     np.testing.assert_array_equal(here.feed(twin, ids[at:], (), width=WIDTH, start=at), rest)
     np.testing.assert_allclose(elsewhere.feed(other, ids[at:], (), width=WIDTH, start=at), rest, rtol=0, atol=1e-5)
     for stepper, slots in ((here, (slot, twin)), (elsewhere, (other,))):

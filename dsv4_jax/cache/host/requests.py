@@ -46,7 +46,7 @@ class RequestTable:
         self._holders = is_held, forget
         self.pending = PendingSteps(is_held, forget, self.undo)
         self.plans_kept_blocks = False  # whether plans say which blocks a step does not write
-        self.free_slots = list(range(num_slots))
+        self.free_slots = list(range(num_slots))  # that freed longest ago first
         self._lengths: dict[int, int] = {}
         self._settled: dict[int, int] = {}
         self._complete_from: dict[int, int] = {}
@@ -69,6 +69,8 @@ class RequestTable:
         )
         fresh.plans_kept_blocks = self.plans_kept_blocks
         fresh._number = self._number
+        used = [slot for slot in range(self.num_slots) if slot not in self.free_slots]
+        fresh.free_slots = [*self.free_slots, *used]
         fresh._generations = [generation + 1 for generation in self._generations]
         return fresh
 
@@ -112,7 +114,7 @@ class RequestTable:
             )
 
     def open(self, length: int = 0, settled: int = 0) -> Slot:
-        """A request of `length` tokens with the blocks for them -> the lowest free slot.
+        """A request of `length` tokens with the blocks for them -> the slot that has been free longest.
 
         RuntimeError when all slots are taken or too few blocks are free; then nothing changed.
         """
@@ -317,9 +319,8 @@ class RequestTable:
                 "max_concurrent_requests larger"
             )
         self.undo.elements(self.free_slots, slice(None))
-        slot = min(self.free_slots)
-        self.free_slots.remove(slot)
-        return slot
+        # An old number in an array, which knows no handles, then means a slot without a request as long as can be.
+        return self.free_slots.pop(0)
 
     def _give_slot(self, slot: int) -> None:
         self.undo.elements(self.free_slots, slice(None))
