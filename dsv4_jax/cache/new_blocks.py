@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from .host.blocks import rows_array
 from .serialisation import serialisable
 
 Array = jax.Array
@@ -50,10 +49,15 @@ class NewBlocks(Mapping[str, Any]):
     def of(cls, rows: Mapping[str, list[tuple[int, int, int]]], size: int) -> "NewBlocks":
         """Rows padded to `size` of each kind, under a new number."""
         number = next(_counter) % _MOST + 1
-        parts = {kind: rows_array(entries, size, 3) for kind, entries in rows.items()}
-        array = np.concatenate([np.array([[-1, -1, number]], np.int32), *parts.values()])
+        sizes = tuple((kind, max(size, len(entries))) for kind, entries in rows.items())
+        array = np.full((1 + sum(n for _, n in sizes), 3), -1, np.int32)
+        array[0, 2], start = number, 1
+        for (_, n), entries in zip(sizes, rows.values(), strict=True):
+            if entries:
+                array[start : start + len(entries)] = entries
+            start += n
         _holders[number] = []
-        return cls(array, tuple((kind, len(part)) for kind, part in parts.items()))
+        return cls(array, sizes)
 
     @classmethod
     def none(cls, kinds: tuple[str, ...], size: int) -> "NewBlocks":

@@ -75,6 +75,9 @@ def group_tokens(slots: np.ndarray, positions: np.ndarray, num_segments: int | N
     live = np.flatnonzero(slots >= 0)
     order = live[np.lexsort((positions[live], slots[live]))]
     unique, first, count = np.unique(slots[order], return_index=True, return_counts=True)
+    most = max([1, *count.tolist()])
+    if most == 1 and (width or 1) == 1:
+        return None
     for slot, start, n in zip(unique, first, count, strict=True):
         run = positions[order[start : start + n]]
         if n > 1 and not np.array_equal(run, run[0] + np.arange(n)):
@@ -82,9 +85,6 @@ def group_tokens(slots: np.ndarray, positions: np.ndarray, num_segments: int | N
                 f"slot {slot} brings positions {run.tolist()[:8]}: expected consecutive positions, each once; "
                 "split the step"
             )
-    most = max([1, *count.tolist()])
-    if most == 1 and (width or 1) == 1:
-        return None
     num_segments = len(unique) if num_segments is None else num_segments
     width = most if width is None else width
     if len(unique) > num_segments or most > width:

@@ -1,6 +1,6 @@
 """Which request owns which blocks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 
 import numpy as np
 
@@ -31,6 +31,15 @@ class BlockLedger:
     def slots(self) -> list[int]:
         """Slots with a request, ascending."""
         return sorted(self._blocks)
+
+    @property
+    def running(self) -> Set[int]:
+        """Slots with a request, in no order."""
+        return self._blocks.keys()
+
+    def count(self, slot: int, kind: str) -> int:
+        """Blocks of a kind that a slot has."""
+        return len(self._blocks[slot][kind])
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._blocks

@@ -21,7 +21,8 @@ class PreparedStep:
     slots: np.ndarray
     positions: np.ndarray
     grouped: Any  # Segments, or None
-    ends: dict[int, int]  # length of each request after the step
+    starts: dict[int, int]  # length of each request before the step
+    ends: dict[int, int]  # and after it
     need: dict[str, dict[int, int]]  # by kind, the blocks that each slot lacks
     new_rows: int  # rows of `new_blocks`, the same for every step of one shape
     max_blocks: int | None
@@ -31,8 +32,7 @@ class PreparedStep:
         new = self.requests.ledger.extend(self.need)
         blocks = NewBlocks.of(new, self.new_rows)
         plan = StepPlan(self.slots, self.positions, self.grouped, blocks, self.max_blocks, self.requests.kept_blocks())
-        starts = {slot: self.requests.length(slot) for slot in self.ends}
-        self.requests.planned(int(blocks.number), starts, self.ends, new)
+        self.requests.planned(int(blocks.number), self.starts, self.ends, new)
         return plan
 
 
@@ -54,19 +54,18 @@ def prepare_step(
             count(name, size, least=least)
     slots, positions = check_tokens(requests, request_slots, positions)
     grouped = group_tokens(slots, positions, num_segments, width)
-    ends = ends_by_slot(slots, positions)
-    _check_starts(requests, slots, positions)
+    starts, ends = _spans(slots, positions)
+    _check_starts(requests, starts)
     reach = _reach(slots, ends, lookahead, limits)
-    for slot, end in reach.items():
+    for slot, end in reach.items() if max_blocks is not None else ():
         needed = max(requests.blocks_for(end).values(), default=0)
-        if max_blocks is not None and needed > max_blocks:
+        if needed > max_blocks:
             raise ValueError(f"max_blocks is {max_blocks}: slot {slot} needs {needed} blocks that readers look at")
-    ledger = requests.ledger
-    need = {kind: {slot: requests.missing(kind, slot, end) for slot, end in reach.items()} for kind in ledger.kinds}
+    need = {kind: requests.all_missing(kind, reach) for kind in requests.ledger.kinds}
     # A fixed number of rows for a step's shape, so that steps of one shape compile once.
     segments, most = (len(slots), 1) if grouped is None else grouped.tokens.shape
     size = segments * (-(-(lookahead + most) // requests.block_size) + 1)
-    return PreparedStep(requests, slots, positions, grouped, ends, need, size, max_blocks)
+    return PreparedStep(requests, slots, positions, grouped, starts, ends, need, size, max_blocks)
 
 
 def _reach(slots: np.ndarray, ends: dict[int, int], lookahead: int, limits: Any) -> dict[int, int]:
@@ -80,10 +79,10 @@ def _reach(slots: np.ndarray, ends: dict[int, int], lookahead: int, limits: Any)
     return {slot: max(ends[slot], min(end, int(limits[slots == slot].max()))) for slot, end in reach.items()}
 
 
-def _check_starts(requests: RequestTable, slots: np.ndarray, positions: np.ndarray) -> None:
+def _check_starts(requests: RequestTable, starts: dict[int, int]) -> None:
     """ValueError unless the tokens of each request follow the ones it has: nothing is forgotten or left out unseen."""
-    for slot in np.unique(slots[slots >= 0]).tolist():
-        start, length = int(positions[slots == slot].min()), requests.length(slot)
+    for slot, start in starts.items():
+        length = requests.length(slot)
         if start != length:
             what_to_do = (
                 "roll back first, or cancel a plan that will not run"
@@ -96,9 +95,17 @@ def _check_starts(requests: RequestTable, slots: np.ndarray, positions: np.ndarr
             )
 
 
-def ends_by_slot(slots: np.ndarray, positions: np.ndarray) -> dict[int, int]:
-    """For each slot of a step the length its request has after it."""
-    return {int(slot): int(positions[slots == slot].max()) + 1 for slot in np.unique(slots[slots >= 0])}
+def _spans(slots: np.ndarray, positions: np.ndarray) -> tuple[dict[int, int], dict[int, int]]:
+    """By slot of a step, ascending: the first position, and the one after the last."""
+    live = slots >= 0
+    slots, positions = slots[live], positions[live]
+    order = np.lexsort((positions, slots))
+    slots, positions = slots[order], positions[order]
+    first, last = np.ones((2, len(slots)), bool)
+    first[1:] = last[:-1] = slots[1:] != slots[:-1]
+    known = slots[first].tolist()
+    starts, ends = positions[first].tolist(), (positions[last] + 1).tolist()
+    return dict(zip(known, starts, strict=True)), dict(zip(known, ends, strict=True))
 
 
 def check_handles(requests: RequestTable, request_slots: Any) -> None:
@@ -121,8 +128,10 @@ def check_tokens(requests: RequestTable, request_slots: Any, positions: Any) -> 
         raise ValueError(f"request_slots has shape {slots.shape} and positions {positions.shape}: expected both (T,)")
     if slots.size and not (np.issubdtype(slots.dtype, np.integer) and np.issubdtype(positions.dtype, np.integer)):
         raise ValueError(f"request_slots is {slots.dtype} and positions {positions.dtype}: expected integers")
-    for slot in np.unique(slots[slots != -1]).tolist():  # before a number too large becomes another
-        requests.require(slot)
+    given = set(slots[slots != -1].tolist())  # before a number too large becomes another
+    if not given <= requests.ledger.running:
+        for slot in sorted(given):
+            requests.require(slot)
     slots = slots.astype(np.int32)
     live = positions[slots >= 0]
     if live.size and (live.min() < 0 or live.max() >= requests.max_context_len):
@@ -138,7 +147,8 @@ def why_unwritable(
 ) -> str | None:
     """Why the entries of these tokens cannot be written in this layer; None when every block is there and unshared."""
     kept = requests.kept_blocks()
-    for slot, end in ends_by_slot(slots, positions).items() if kind in requests.ledger.kinds else ():
+    starts, ends = _spans(slots, positions)
+    for slot, end in ends.items() if kind in requests.ledger.kinds else ():
         schema, owned = requests.schema_of[kind], len(requests.ledger.blocks(slot)[kind])
         needed = schema.blocks_for(end)
         if needed > owned:
@@ -146,7 +156,7 @@ def why_unwritable(
                 f"layer {layer_idx}: slot {slot} has {owned} blocks and these positions need {needed}: call "
                 f"allocate_block({layer_idx}, {slot}) first"
             )
-        start = int(positions[slots == slot].min())
+        start = starts[slot]
         first = max(start // schema.compress_ratio // schema.entries_per_block, 0 if kept is None else int(kept[slot]))
         if requests.ledger.any_shared(slot, kind, first, needed):
             return (

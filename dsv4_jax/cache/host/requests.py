@@ -213,20 +213,30 @@ class RequestTable:
     def missing(self, kind: str, slot: int, num_tokens: int) -> int:
         """Blocks that `slot` lacks to hold so many tokens (at most max_context_len)."""
         needed = self.schema_of[kind].blocks_for(min(num_tokens, self.max_context_len))
-        return max(needed - len(self.ledger.blocks(slot)[kind]), 0)
+        return max(needed - self.ledger.count(slot, kind), 0)
+
+    def all_missing(self, kind: str, ends: dict[int, int]) -> dict[int, int]:
+        """`missing` of each slot that lacks blocks, for ends[slot] tokens."""
+        blocks_for, count, most = self.schema_of[kind].blocks_for, self.ledger.count, self.max_context_len
+        lacking = ((slot, blocks_for(min(end, most)) - count(slot, kind)) for slot, end in ends.items())
+        return {slot: n for slot, n in lacking if n > 0}
 
     # Steps that were planned, and what waits for them.
 
     def planned(self, number: int, starts: dict[int, int], ends: dict[int, int], new: dict[str, list]) -> None:
         """A plan was made, which brings tokens of positions [start, end) by slot; new: rows of the blocks given out."""
-        parts = {s: Part(self._generations[s], starts[s], end, self._settled[s]) for s, end in ends.items()}
+        settled = {slot: self._settled[slot] for slot in ends}
+        parts = {s: Part(self._generations[s], starts[s], end, settled[s]) for s, end in ends.items()}
         given: dict[str, dict[int, int]] = {kind: {} for kind in new}
         for kind, rows in new.items():
             for slot, column, _ in rows:
                 given[kind].setdefault(slot, column)
         self.pending.add(number, parts, given)
-        for slot, end in ends.items():
-            self.grow(slot, end)
+        # As `grow` for each, with one note.
+        self.undo.note(self._lengths.update, {slot: self._lengths[slot] for slot in ends})
+        self.undo.note(self._settled.update, settled)
+        self._lengths.update(ends)
+        self._settled.update({slot: max(settled[slot], end - self.max_rollback) for slot, end in ends.items()})
 
     def is_doubtful(self, slot: int) -> bool:
         """Whether the last plan of this request is gone, and it is not known whether its step ran."""
