@@ -115,7 +115,6 @@ class DecodeLoop:
         # Tokens of a step, tokens of one slot in it; of every shard.
         self._prefill_shape = max(step_tokens, slots * verified), max(prefill_chunk, verified)
         self._verify_shape = slots * verified, verified
-        self._submitted = 0
         self._events: deque[Event] = deque()  # that were not handed out yet
         self._call: Call | None = None  # under way, or interrupted
         self._on_device: tuple[LoopState, Draws] | None = None  # of the slots, as long as the host changes nothing
@@ -179,9 +178,9 @@ class DecodeLoop:
         self._schedule.check_fits(request)
 
         def queue() -> int:
-            number = self._submitted
+            number = self._schedule.submitted
             self._schedule.wait(self._sample(number, 0, request, request.num_samples - 1))
-            self._submitted = number + 1
+            self._schedule.submitted = number + 1
             return number
 
         return self._whole(queue)
@@ -241,7 +240,7 @@ class DecodeLoop:
                 self.manager.check_restorable(s.cache)
 
         def queue() -> int:
-            number = self._submitted
+            number = self._schedule.submitted
             for s in snapshot.samples:
                 sample = self._sample(number, s.index, snapshot.request, s.to_fork)
                 sample.ids[:] = s.ids
@@ -251,7 +250,7 @@ class DecodeLoop:
                 if sample.lookup is not None:
                     sample.lookup = PromptLookup(sample.ids)
                 self._schedule.wait(sample)
-            self._submitted = number + 1
+            self._schedule.submitted = number + 1
             return number
 
         return self._whole(queue)

@@ -31,6 +31,7 @@ class Savepoint:
         first = self._waiting[: scheduler.manager.max_concurrent_requests]
         self._fields = [(s, dict(vars(s)), len(s.ids)) for s in (*first, *self._running)]
         self._counts, self._num_events = dict(vars(stats)), len(events)
+        self._submitted = scheduler.submitted
 
     def restore(self) -> None:
         """Puts everything back; may be interrupted and called again."""
@@ -40,6 +41,7 @@ class Savepoint:
             if sample.lookup is not None:
                 sample.lookup = PromptLookup(sample.ids)
         self._scheduler.waiting[:], self._scheduler.running[:] = self._waiting, self._running
+        self._scheduler.submitted = self._submitted
         vars(self._stats).update(self._counts)
         while len(self._events) > self._num_events:
             self._events.pop()

@@ -33,6 +33,7 @@ class Scheduler:
         self.manager, self.lookahead, self.stats = manager, lookahead, stats
         self.waiting: list[Sample] = []
         self.running: list[Sample] = []
+        self.submitted = 0  # requests so far: the number of the next
         self.shards = manager.shards if isinstance(manager, ShardedKVCacheManager) else (manager,)
         self._schemas = {s.kind: s for s in self.shards[0].cache.schemas if s.entries_per_block}
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at a chosen line, as Python hears it between two bytecodes."""
+"""Ctrl-C at a chosen line, as Python hears it between two bytecodes, or another exception there."""
 
 import sys
 
@@ -6,8 +6,8 @@ import sys
 class Interrupt:
     """Raises KeyboardInterrupt at the n-th line that runs in a folder; without n counts the lines and keeps them."""
 
-    def __init__(self, folder, at=None):
-        self.folder, self.at, self.count, self.lines = str(folder), at, 0, []
+    def __init__(self, folder, at=None, error=KeyboardInterrupt):
+        self.folder, self.at, self.error, self.count, self.lines = str(folder), at, error, 0, []
 
     def _line(self, frame, event, arg):
         if event == "line":
@@ -16,7 +16,7 @@ class Interrupt:
                 self.lines.append((frame.f_code.co_filename, frame.f_lineno))
             elif self.count == self.at:
                 sys.settrace(None)
-                raise KeyboardInterrupt
+                raise self.error
         return self._line
 
     def __call__(self, frame, event, arg):

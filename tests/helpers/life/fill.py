@@ -100,9 +100,14 @@ def empty_cache(config: DSV4Config, count: int, length: int, **options: Any) -> 
 class Fill:
     """Steps over caches of one geometry, for texts of `length` tokens; tokens come `width` of a slot at most."""
 
-    def __init__(self, config: DSV4Config, *, length: int, width: int, max_rollback: int, **options: Any):
-        """options: of the records, as for KVCacheManager."""
+    def __init__(
+        self, config: DSV4Config, *, length: int, width: int, max_rollback: int, forgets_blocks: bool = False,
+        **options: Any,
+    ):  # fmt: skip
+        """options: of the records, as for KVCacheManager. forgets_blocks: steps do not enter a plan's blocks in the
+        tables, and leave that to the handles."""
         self.config, self.length, self.width, self.max_rollback = config, length, width, max_rollback
+        self.forgets_blocks = forgets_blocks
         self.schedule, self.options = config.schedule, options
         # Native forms store the same bits in every step. In the jax.numpy form of a reduction the last bit depends on
         # the shapes of the program; it may be the one that decides how a value is rounded to bfloat16.
@@ -121,7 +126,8 @@ class Fill:
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def step(self, cache: KVCache, plan: StepPlan, tokens: jax.Array) -> tuple[KVCache, list[LayerSeen]]:
         """Stores a step's tokens in every layer -> the cache after it, and what the step's tokens saw."""
-        cache = cache.with_blocks(plan.new_blocks)
+        if not self.forgets_blocks:
+            cache = cache.with_blocks(plan.new_blocks)
         seen = []
         for layer in range(len(self.schedule)):
             kv = self._window_kv(layer, tokens, jnp.asarray(plan.positions))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @cache
-def small(cache_dtype: str = "fp8", **options: str) -> Fill:
+def small(cache_dtype: str = "fp8", **options: Any) -> Fill:
     """The small geometry, of which a session of random moves sees every edge."""
     config = SMALL.replace(num_hidden_layers=4, compress_ratios=(0, 4, 6, 4))
     return Fill(config, length=40, width=15, max_rollback=5, cache_dtype=cache_dtype, **options)
