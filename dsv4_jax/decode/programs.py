@@ -69,7 +69,7 @@ class OverMesh(OneDevice):
     def __init__(self, model: DSV4Model, mesh: Mesh):
         super().__init__(model)
         specs: Specs = tuple(weight.sharding.spec for weight in self.weights)  # type: ignore[attr-defined]
-        self._steps = {
+        self._steps: dict[Any, Callable[..., Any]] = {
             prefill_step: partial(_prefill_over_mesh, mesh=mesh, specs=specs),
             decode_steps: partial(_decode_over_mesh, mesh=mesh, specs=specs),
         }

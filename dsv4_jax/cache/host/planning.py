@@ -57,9 +57,9 @@ def prepare_step(
     starts, ends = _spans(slots, positions)
     _check_starts(requests, starts)
     reach = _reach(slots, ends, lookahead, limits)
-    for slot, end in reach.items() if max_blocks is not None else ():
+    for slot, end in () if max_blocks is None else reach.items():
         needed = max(requests.blocks_for(end).values(), default=0)
-        if needed > max_blocks:
+        if max_blocks is not None and needed > max_blocks:
             raise ValueError(f"max_blocks is {max_blocks}: slot {slot} needs {needed} blocks that readers look at")
     need = {kind: requests.all_missing(kind, reach) for kind in requests.ledger.kinds}
     # A fixed number of rows for a step's shape, so that steps of one shape compile once.
