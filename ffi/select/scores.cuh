@@ -135,13 +135,13 @@ struct Query {
     }
   }
 
-  __device__ __forceinline__ void store(bool is_float, char* out) {
+  __device__ __forceinline__ void store(bool is_float, char* out) const {
     const int lane = threadIdx.x % 8;
-#pragma unroll 1  // code that runs once is slow: the second head's is there already
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int head = threadIdx.x / 8 + i * kThreads / 8;
       float x[16];
-      values[0].floats(is_float, x);
+      values[i].floats(is_float, x);
       const float c[8] = {cos[0].x, cos[0].y, cos[0].z, cos[0].w, cos[1].x, cos[1].y, cos[1].z, cos[1].w};
       const float s[8] = {sin[0].x, sin[0].y, sin[0].z, sin[0].w, sin[1].x, sin[1].y, sin[1].z, sin[1].w};
 #pragma unroll
@@ -179,9 +179,8 @@ struct Query {
             __floats2half2_rn(x[j] * factor, x[j + 4] * factor);
       }
       if (lane == 0) {
-        reinterpret_cast<float*>(out + kQueryBytes)[head] = weights[0] * __uint_as_float((exponent - 2) << 23);
+        reinterpret_cast<float*>(out + kQueryBytes)[head] = weights[i] * __uint_as_float((exponent - 2) << 23);
       }
-      values[0] = values[1], weights[0] = weights[1];
     }
   }
 };

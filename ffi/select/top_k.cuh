@@ -163,7 +163,7 @@ __device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at,
   uint4 v[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = load(index(0, i));
-  if (*high == 0 && (best != nullptr || (rounds == 1 && n > kCandidates && n < 16 * static_cast<int>(k)))) {
+  if (*high == 0 && (best != nullptr || (rounds == 1 && n > kCandidates && n < 10 * static_cast<int>(k)))) {
     // While the values are on their way.
     const uint32_t mine = best && threadIdx.x < (n + kGroup - 1) / kGroup ? __ldcg(best + threadIdx.x) : 0;
     const auto each = [&](const auto& f) {
@@ -250,7 +250,12 @@ __global__ void __launch_bounds__(kTopThreads, 1) top_k_kernel(SelectCall call, 
   const int all = (n + kGroup - 1) / kGroup;
   uint32_t high = 0;
   int found;
-  if (n <= kRound) {
+  if (n <= kCandidates) {
+    const uint4 four = load_four(scores, 4 * threadIdx.x, n);
+    reinterpret_cast<uint4*>(list)[threadIdx.x] = four;
+    const Range range = range_of([&](const auto& f) { f(four.x), f(four.y), f(four.z), f(four.w); }, shared);
+    choose(n, [&](int i) { return list[i]; }, range, k, shared, &found, [&](int rank, int i) { out[rank] = i; });
+  } else if (n <= kRound) {
     choose_few(
         n, [&](int i) { return load_four(scores, i, n); },
         [&](int i) { return __ldcg(scores + i); }, all >= 3 * k / 2 ? best : nullptr, k, 0, &high, shared, list, &found,

@@ -5,14 +5,12 @@ slice of it, one more kernel, its kv. A layer is write_layer, attend and between
 """
 
 import collections
-import functools
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from gpu_step import CONFIG, SCHEDULE, step_inputs
 from gpu_timing import fact, failed, median_microseconds, report
 
@@ -42,8 +40,8 @@ def new_cache(batch: int, context: int) -> KVCache:
     shared = request % own * columns + column
     table = jnp.where(column < columns - 2, shared, own * columns + 2 * request + column - (columns - 2))
     blocks = own * columns + 2 * batch
-    schemas = tuple(build_schema(CONFIG, spec) for spec in SCHEDULE)
-    cache = KVCache.allocate(schemas, batch, dict.fromkeys(("csa", "hca"), blocks), dict.fromkeys(("csa", "hca"), columns))
+    schemas, kinds = tuple(build_schema(CONFIG, spec) for spec in SCHEDULE), ("csa", "hca")
+    cache = KVCache.allocate(schemas, batch, dict.fromkeys(kinds, blocks), dict.fromkeys(kinds, columns))
 
     def random(x: Array) -> Array:
         if x.dtype == jnp.int32:
@@ -58,7 +56,7 @@ def new_cache(batch: int, context: int) -> KVCache:
             return (byte & 0xB7).astype(jnp.uint8)
         return ((byte.astype(jnp.float32) + 1) / 256).astype(x.dtype)
 
-    return jax.tree.map(random, cache).replace_tables({kind: table + 0 for kind in cache.block_table})
+    return jax.tree.map(random, cache).replace_tables(dict.fromkeys(kinds, table))
 
 
 def new_inputs(batch: int, context: int) -> dict:
@@ -139,11 +137,13 @@ def measure(batch: int, context: int, programs: dict[str, Callable]) -> None:
     several = {"calls": 3, "repeats": 5} if batch * context > 1 << 22 else {}
     times = {}
     for part in ("step", *PARTS):
-        program = programs[part]
-        if part in ("step", "write_layer"):
-            times[part], (cache, _) = median_microseconds(lambda s, p=program: p(s[0], inputs), (cache, None), **several)
-        else:
-            times[part], _ = median_microseconds(lambda _, p=program: p(cache, inputs), None, **several)
+        program, writes = programs[part], part in ("step", "write_layer")
+
+        def call(state: tuple, program: Callable = program, writes: bool = writes) -> tuple:
+            out = program(state[0], inputs)
+            return out if writes else (state[0], out)
+
+        times[part], (cache, _) = median_microseconds(call, (cache, None), **several)
     report(name, times["step"])
     for part in PARTS:
         report(f"{name}: {part} alone", times[part])
