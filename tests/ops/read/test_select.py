@@ -348,6 +348,27 @@ def test_pieces_and_company_change_nothing(implementation, rng, dtype, monkeypat
         np.testing.assert_array_equal(some(implementation), whole[order])
 
 
+def test_memory_of_a_long_chunk(implementation):
+    """8,192 tokens that see 262,144 entries, 8 GiB of scores: a part of them at a time is held."""
+    if implementation == "cuda":
+        pytest.skip("compiled for the device that others use; the bound is the same")
+    tokens, blocks, heads = 8192, 8192, 64
+    struct = jax.ShapeDtypeStruct
+    row = struct((tokens,), jnp.int32)
+    call = {
+        "q": struct((tokens, heads, D), jnp.bfloat16), "weights": struct((tokens, heads), jnp.float32),
+        "slots": row, "positions": row,
+        "keys": IndexerKeys(struct((1, blocks, E, D // 2), jnp.uint8), struct((1, blocks, E, 8), jnp.uint8)),
+        "table": struct((1, blocks), jnp.int32),
+        "segments": Segments(*(struct(x, jnp.int32) for x in ((1,), (1,), (1,), (1, tokens), (tokens,)))),
+    }  # fmt: skip
+    options = {"k": 512, "format": "nvfp4", "layer": 0, "ratio": RATIO, "implementation": implementation}
+    held = run.lower(call, **options).compile().memory_analysis().temp_size_in_bytes
+    # In "jnp" also the keys and, twice, the queries as float32.
+    at_once = module.PIECE_BYTES + (blocks * E + 2 * tokens * heads) * D * 4
+    assert held < 1.1 * (at_once if implementation == "jnp" else module.SCORE_BYTES)
+
+
 def test_messages(rng):
     case = new_case(rng, [0], [100], 8)
     with pytest.raises(ValueError, match=r"select: got ratio 4 and k 0; expected at least 1"):
