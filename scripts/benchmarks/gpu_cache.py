@@ -155,8 +155,8 @@ def run() -> None:
     cases = [(batch, context) for context in CONTEXTS for batch in BATCHES]
     with ThreadPoolExecutor(8) as pool:
         programs = {case: pool.submit(compiled, *case) for case in cases}
-        for case in cases:
-            try:
-                measure(*case, programs.pop(case).result())
-            except Exception as error:
-                failed(f"cache step, context {case[1]}, batch {case[0]}", error)
+    for case, made in programs.items():  # with nothing else under way
+        try:
+            measure(*case, made.result())
+        except Exception as error:
+            failed(f"cache step, context {case[1]}, batch {case[0]}", error)
