@@ -148,10 +148,11 @@ __device__ __forceinline__ uint4 load_four(const uint32_t* from, int i, int n) {
 }
 
 // As `choose`, for values that are mostly far from being chosen: load(i) gives four from index i on (0 from n on). At
-// least k of them are above `bound`, and none is above *high; where *high is 0 both follow from the best of every eight.
+// least k of them are above `bound`, and none is above *high; where *high is 0 both follow from `best`, the best of every
+// kGroup of at most kRound values, or without it from the best of every eight, or where k is large from all.
 template <typename Load, typename At, typename Give>
-__device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at, uint32_t k, uint32_t bound,
-                                          uint32_t* high, Choice& shared, uint32_t* list, int* chosen,
+__device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at, const uint32_t* best, uint32_t k,
+                                          uint32_t bound, uint32_t* high, Choice& shared, uint32_t* list, int* chosen,
                                           const Give& give) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rounds = (n + kRound - 1) / kRound;
@@ -162,7 +163,18 @@ __device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at,
   uint4 v[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = load(index(0, i));
-  if (*high == 0) {
+  if (*high == 0 && (best != nullptr || (rounds == 1 && n > kCandidates && n < 10 * static_cast<int>(k)))) {
+    // While the values are on their way.
+    const uint32_t mine = best && threadIdx.x < (n + kGroup - 1) / kGroup ? __ldcg(best + threadIdx.x) : 0;
+    const auto each = [&](const auto& f) {
+      if (best) return f(mine);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(v[i].x), f(v[i].y), f(v[i].z), f(v[i].w);
+    };
+    const Range range = range_of(each, shared);
+    const Cut cut = find_cut(each, range, k, k / 8, shared);
+    bound = cut.least - (cut.equal != 0), *high = range.high;
+  } else if (*high == 0) {
     const auto most_of = [](uint4 x) { return max(max(x.x, x.y), max(x.z, x.w)); };
     uint32_t first = max(most_of(v[0]), most_of(v[1])), second = max(most_of(v[2]), most_of(v[3]));
     for (int round = 1; round < rounds; ++round) {
@@ -238,17 +250,22 @@ __global__ void __launch_bounds__(kTopThreads, 1) top_k_kernel(SelectCall call, 
   const int all = (n + kGroup - 1) / kGroup;
   uint32_t high = 0;
   int found;
-  if (n <= kRound) {
+  if (n <= kCandidates) {
+    const uint4 four = load_four(scores, 4 * threadIdx.x, n);
+    reinterpret_cast<uint4*>(list)[threadIdx.x] = four;
+    const Range range = range_of([&](const auto& f) { f(four.x), f(four.y), f(four.z), f(four.w); }, shared);
+    choose(n, [&](int i) { return list[i]; }, range, k, shared, &found, [&](int rank, int i) { out[rank] = i; });
+  } else if (n <= kRound) {
     choose_few(
         n, [&](int i) { return load_four(scores, i, n); },
-        [&](int i) { return __ldcg(scores + i); }, k, 0, &high, shared, list, &found,
+        [&](int i) { return __ldcg(scores + i); }, all >= 3 * k / 2 ? best : nullptr, k, 0, &high, shared, list, &found,
         [&](int rank, int i) { out[rank] = i; });
   } else {
     // An entry among the k best is in one of the k groups with the best: each of these has one before it otherwise.
     int groups;
     const Cut cut = choose_few(
         all, [&](int i) { return load_four(best, i, all); },
-        [&](int i) { return __ldcg(best + i); }, k, 0, &high, shared, list, &groups,
+        [&](int i) { return __ldcg(best + i); }, nullptr, k, 0, &high, shared, list, &groups,
         [&](int rank, int i) { shared.groups[rank] = i; });
     __syncthreads();
     const auto place = [&](int i) { return shared.groups[i / kGroup] * kGroup + i % kGroup; };
@@ -257,8 +274,8 @@ __global__ void __launch_bounds__(kTopThreads, 1) top_k_kernel(SelectCall call, 
         [&](int i) {
           return i < groups * kGroup ? __ldcg(reinterpret_cast<const uint4*>(scores + place(i))) : uint4{};
         },
-        [&](int i) { return __ldcg(scores + place(i)); }, k, cut.least - (cut.equal != 0), &high, shared, list, &found,
-        [&](int rank, int i) { out[rank] = place(i); });
+        [&](int i) { return __ldcg(scores + place(i)); }, nullptr, k, cut.least - (cut.equal != 0), &high, shared, list,
+        &found, [&](int rank, int i) { out[rank] = place(i); });
   }
   for (int i = found + threadIdx.x; i < k; i += kTopThreads) out[i] = -1;
 }

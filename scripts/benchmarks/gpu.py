@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 import gpu_attend
+import gpu_cache
 import gpu_reads
 import gpu_select
 import gpu_slice
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--out", default=os.environ.get("OUT", "gpu_results"), help="folder of the JSON file")
     parser.add_argument(
         "--only",
-        choices=["attend", "reads", "select", "slice", "step", "writes"],
+        choices=["attend", "cache", "reads", "select", "slice", "step", "writes"],
         help="the rows of this part alone",
     )
     gpu_slice.add_options(parser)
@@ -93,6 +94,8 @@ def main() -> None:
     if options.only in (None, "step"):
         gpu_step.report_program()
         gpu_step.report_bytes()
+    if options.only == "cache":
+        gpu_cache.run()
     if options.only == "slice":
         gpu_slice.run(options)
     gpu_timing.fact("this benchmark", time.perf_counter() - start, "s")
