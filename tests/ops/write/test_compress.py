@@ -34,6 +34,8 @@ from dsv4_jax.ops.write.compress import compress, compress_indexer
 from dsv4_jax.ops.write.compressor_tail import closing_positions
 from dsv4_jax.ops.write.running_tail import RunningTail
 
+pytestmark = pytest.mark.optimised
+
 KINDS = [
     pytest.param(g, id=n)
     for n, g in {"csa": CSA, "hca": HCA, "hca-running": RUNNING, "nvfp4": NVFP4, "mxfp4": MXFP4}.items()
