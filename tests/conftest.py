@@ -25,8 +25,6 @@ hypothesis.settings.load_profile("repeatable")
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 optimises everywhere.
 BY_MARK = "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ and jax.default_backend() == "cpu"
 WITHOUT = pytest.StashKey[bool]()
-if BY_MARK:
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for other processes: this one has read it
 
 
 def pytest_collection_modifyitems(items):
@@ -46,6 +44,7 @@ def optimisations(request):
     if BY_MARK and request.config.stash.get(WITHOUT, False) != without:
         request.config.stash[WITHOUT] = without
         jax.config.update("jax_disable_most_optimizations", without)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(without))  # for the processes that a test starts
         jax.clear_caches()
 
 
