@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from pathlib import Path
 
 import hypothesis
@@ -18,13 +19,33 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=30, database=None)
 hypothesis.settings.load_profile("repeatable")
 
+# Most of what the tests cost on CPUs is compiling, half of it LLVM's optimising: XLA's own passes, and with them what a
+# compiled step copies and updates in place, are the same without. So modules go without, and the processes that they
+# start, but those marked `optimised`, which compare bits or small differences of what compiled code computes.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 optimises everywhere.
+BY_MARK = "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ and jax.default_backend() == "cpu"
+WITHOUT = pytest.StashKey[bool]()
+
 
 def pytest_collection_modifyitems(items):
+    # The longest modules first, so that no process works on one of them at the end, alone.
+    items.sort(key=lambda item: "integration" not in item.path.parts)
     if jax.default_backend() == "gpu":
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="JAX has no GPU here"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimisations(request):
+    """LLVM optimises where a module is marked `optimised`; programs of the other kind are forgotten."""
+    without = request.node.get_closest_marker("optimised") is None
+    if BY_MARK and request.config.stash.get(WITHOUT, False) != without:
+        request.config.stash[WITHOUT] = without
+        jax.config.update("jax_disable_most_optimizations", without)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(without))  # for the processes that a test starts
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,6 +8,8 @@ from stepper import Stepper
 
 import dsv4_jax
 
+pytestmark = pytest.mark.optimised
+
 SHARP = Path(__file__).parents[1] / "data" / "sharp_dsv4"
 LENGTH = 270  # past two ring wraps and two HCA windows
 TOLERANCE = {"rtol": 0, "atol": 5e-5}

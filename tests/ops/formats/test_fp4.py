@@ -8,6 +8,8 @@ import pytest
 
 from dsv4_jax.ops.formats.fp4 import GROUP_SIZE, dequantise_fp4, hadamard, hadamard_matrix, quantise_fp4
 
+pytestmark = pytest.mark.optimised
+
 FORMATS = sorted(GROUP_SIZE)
 VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 

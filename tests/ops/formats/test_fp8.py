@@ -10,6 +10,8 @@ import pytest
 
 from dsv4_jax.ops.formats.fp8 import decode_e4m3, dequantise_fp8, encode_e4m3, quantise_fp8, to_bf16
 
+pytestmark = pytest.mark.optimised
+
 E4M3 = ml_dtypes.float8_e4m3fn
 FLOOR = np.float32(1e-4)
 

@@ -8,6 +8,8 @@ import pytest
 
 from dsv4_jax.ops.formats.ue8m0 import dequantise_ue8m0, quantise_ue8m0, scale_bytes
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.mark.parametrize("magnitude", [1e-7, 1e-4, 1e-2, 1.0, 448.0, 1e5, 1e30])
 def test_bits(magnitude, rng):

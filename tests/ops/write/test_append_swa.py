@@ -19,6 +19,8 @@ from dsv4_jax.ops.formats.ue8m0 import quantise_ue8m0
 from dsv4_jax.ops.write.append_swa import SWARing, append_swa, resolve_writes
 from dsv4_jax.ops.write.rows import set_rows
 
+pytestmark = pytest.mark.optimised
+
 BF16 = ml_dtypes.bfloat16
 INT_MAX, INT_MIN = np.int32(2**31 - 1), np.int32(-(2**31))
 

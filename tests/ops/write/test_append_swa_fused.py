@@ -14,6 +14,8 @@ from dsv4_jax.ops.nn.rope import rope_frequencies
 from dsv4_jax.ops.write.append_swa import SWARing
 from dsv4_jax.ops.write.append_swa_fused import append_swa_fused
 
+pytestmark = pytest.mark.optimised
+
 EPS = 1e-6
 IMPLEMENTATIONS = [
     pytest.param(("jnp", "cpu"), id="jnp-cpu"),

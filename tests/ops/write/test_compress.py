@@ -34,6 +34,8 @@ from dsv4_jax.ops.write.compress import compress, compress_indexer
 from dsv4_jax.ops.write.compressor_tail import closing_positions
 from dsv4_jax.ops.write.running_tail import RunningTail
 
+pytestmark = pytest.mark.optimised
+
 KINDS = [
     pytest.param(g, id=n)
     for n, g in {"csa": CSA, "hca": HCA, "hca-running": RUNNING, "nvfp4": NVFP4, "mxfp4": MXFP4}.items()
@@ -81,12 +83,16 @@ def play(rng, g, steps, dtype=np.float32, layer=1, **options):
     return before, state, played, weights, lengths
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def read_values(rows, key_format):
+    return dequantise_fp4(*rows, key_format) if key_format else decode_record(Record(*rows))
+
+
 def stored_values(g, stored, rows):
     """Entries at rows of one layer, as float64."""
-    rows = jax.tree.map(lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:])[rows]), stored)
-    if g.key_format:
-        return np.asarray(dequantise_fp4(*rows, g.key_format), np.float64)
-    return np.asarray(decode_record(Record(*rows)), np.float64)
+    some = np.resize(rows, max(16, len(rows)))  # few shapes: each is compiled
+    taken = jax.tree.map(lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:])[some]), stored)
+    return np.asarray(read_values(tuple(taken), g.key_format), np.float64)[: len(rows)]
 
 
 def steps_around(g, x, stored, rows):

@@ -9,6 +9,8 @@ from compress_cases import CSA_UE8M0, HCA_UE8M0, apply_step, expected_entries, n
 from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.formats.record import Record, decode_record
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("g", [CSA_UE8M0, HCA_UE8M0], ids=["csa", "hca"])

@@ -17,6 +17,8 @@ from compress_cases import (
 from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.formats.record import Record
 
+pytestmark = pytest.mark.optimised
+
 IMPLEMENTATIONS = ["jnp", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

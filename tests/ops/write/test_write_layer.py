@@ -29,6 +29,8 @@ from dsv4_jax.ops.write.append_swa_fused import append_swa_fused
 from dsv4_jax.ops.write.compress import compress, compress_indexer
 from dsv4_jax.ops.write.write_layer import LayerState, Projections, RawWindow, write_layer
 
+pytestmark = pytest.mark.optimised
+
 SLOTS, LAYERS = 5, 2
 LAYERS_OF = {
     "csa": (CSA, NVFP4, np.float32),
