@@ -172,7 +172,7 @@ constexpr int shared_bytes(int dim, int rows) {
 // Threads: dim / 16 for columns, and a warp. kStaged: `fn` is copied to shared
 // memory; otherwise it is read from the L2, where other clusters have brought it, and two blocks fit a multiprocessor.
 template <int kTokens, bool kStaged>
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads, 1)
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads, kStaged ? 1 : 2)
     hyper_connect_kernel(const __grid_constant__ Call call) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int rank = blockIdx.x % kCluster, columns = call.dim / kCluster, values = kStreams * columns;
