@@ -125,16 +125,6 @@ class Attention(nnx.Module):
             handle = handle.write_swa(fresh, after=out)
         return self._project(out), handle
 
-    @property
-    def read_first(self) -> list[Array]:
-        """The weights that a step multiplies with first."""
-        linears = [self.wq_a, self.wkv]
-        if self.kind is not AttentionType.SWA:
-            linears += self.compressor.linears
-        if self.kind is AttentionType.CSA:
-            linears += self.indexer.compressor.linears
-        return [linear.weight[...] for linear in linears]
-
     def _projections(
         self, x: Array, handle: LayerCacheHandle
     ) -> tuple[Projections | None, Projections | None, Array | None]:

@@ -190,9 +190,3 @@ class MoE(nnx.Module):
         if self.experts.axes[1:]:  # each device along them has a part of both
             return jax.lax.psum(routed + shared.astype(routed.dtype), self.experts.axes[1:]).astype(x.dtype), None
         return routed.astype(x.dtype), shared
-
-    @property
-    def read_first(self) -> list[Array]:
-        """The weights that a step multiplies with first."""
-        shared = self.shared_experts
-        return [self.gate.weight[...], shared.w1.weight[...], shared.w3.weight[...]]

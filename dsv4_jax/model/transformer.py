@@ -40,11 +40,11 @@ class Block(nnx.Module):
 
     @jax.named_scope("streams")
     def _connect(self, part: str, streams: Array, update: Update | None) -> tuple[Array, Array, Array, Array]:
-        c, reader = self.config, getattr(self, part)
+        c = self.config
         mixing = Mixing(*(getattr(self, f"hc_{part}_{name}")[...] for name in Mixing._fields))
         return hyper_connect(
             streams, update, mixing, getattr(self, f"{part}_norm").weight[...], iterations=c.hc_sinkhorn_iters,
-            hc_eps=c.hc_eps, rms_eps=c.rms_norm_eps, ahead=reader.read_first,
+            hc_eps=c.hc_eps, rms_eps=c.rms_norm_eps,
         )  # fmt: skip
 
     def __call__(

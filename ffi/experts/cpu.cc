@@ -1,4 +1,4 @@
-// apply_experts on the CPU: an expert's rows are read where they lie, four at a time, for all tokens that picked it.
+// apply_experts on the CPU: an expert's rows are read where they lie, some at a time, for all tokens that picked it.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -17,8 +17,9 @@ namespace {
 
 constexpr int64_t kWorkPerChunk = 1 << 17;  // values decoded or multiplied: some 10 us
 
-void decode_rows(const ExpertMatrix& matrix, int64_t first, int64_t rows, int64_t columns, float* out) {
-  for (int64_t r = 0; r < kRowBlock; ++r) {
+// Rows first … first + rows - 1, and the last again up to at_once.
+void decode_rows(const ExpertMatrix& matrix, int64_t first, int64_t rows, int64_t at_once, int64_t columns, float* out) {
+  for (int64_t r = 0; r < at_once; ++r) {
     const int64_t row = first + std::min(r, rows - 1);
     decode_e2m1_row(matrix.codes + row * (columns / 2), matrix.scale + row * (columns / kExpertGroup), columns,
                     out + r * columns);
@@ -50,23 +51,24 @@ struct Routes {
   }
 };
 
-// body(expert, its entries, how many, first row, rows) for blocks of rows of every expert in use.
+// body(expert, its entries, how many, first row, rows, rows at once) for blocks of rows of every expert in use.
 template <typename Body>
 void for_rows(ffi::ThreadPool& pool, const Routes& routes, int64_t rows, int64_t columns, const Body& body) {
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, experts = static_cast<int64_t>(routes.used.size());
+  const int64_t experts = static_cast<int64_t>(routes.used.size());
   if (!experts) return;
   const int64_t per_expert = static_cast<int64_t>(routes.entries.size()) / experts;
-  const int64_t work = kRowBlock * columns * (2 + per_expert / 2);
+  const int64_t at_once = rows_at_once(per_expert), blocks = (rows + at_once - 1) / at_once;
+  const int64_t work = at_once * columns * (2 + per_expert / 2);
   parallel_for(pool, experts * blocks, std::max<int64_t>(1, kWorkPerChunk / std::max<int64_t>(1, work)),
                [&](int64_t begin, int64_t end) {
-                 std::unique_ptr<float[]> weights(new float[2 * kRowBlock * columns]);
+                 std::unique_ptr<float[]> weights(new float[at_once * columns]);
                  std::vector<float> out;
                  std::vector<const float*> x;
                  for (int64_t item = begin; item < end; ++item) {
-                   const int64_t expert = routes.used[item / blocks], first = item % blocks * kRowBlock;
+                   const int64_t expert = routes.used[item / blocks], first = item % blocks * at_once;
                    const int64_t from = routes.begin[expert], count = routes.begin[expert + 1] - from;
-                   out.resize(2 * count * kRowBlock), x.resize(count);
-                   body(expert, routes.entries.data() + from, count, first, std::min(kRowBlock, rows - first),
+                   out.resize(2 * count * at_once), x.resize(count);
+                   body(expert, routes.entries.data() + from, count, first, std::min(at_once, rows - first), at_once,
                         weights.get(), out.data(), x.data());
                  }
                });
@@ -86,17 +88,17 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
   const Routes routes(call);
   std::unique_ptr<float[]> inner(new float[call.tokens * call.k * call.inner]);
   for_rows(pool, routes, call.inner, call.hidden,
-           [&](int64_t expert, const int64_t* entries, int64_t count, int64_t first, int64_t rows, float* weights,
-               float* out, const float** of_entry) {
+           [&](int64_t expert, const int64_t* entries, int64_t count, int64_t first, int64_t rows, int64_t at_once,
+               float* weights, float* out, const float** of_entry) {
              for (int64_t i = 0; i < count; ++i) of_entry[i] = x + entries[i] / call.k * call.hidden;
-             float *gate = out, *up = out + count * kRowBlock;
-             decode_rows(call.w1, expert * call.inner + first, rows, call.hidden, weights);
-             row_products(weights, call.hidden, call.hidden, of_entry, count, gate);
-             decode_rows(call.w3, expert * call.inner + first, rows, call.hidden, weights);
-             row_products(weights, call.hidden, call.hidden, of_entry, count, up);
+             float *gate = out, *up = out + count * at_once;
+             decode_rows(call.w1, expert * call.inner + first, rows, at_once, call.hidden, weights);
+             row_products(weights, at_once, call.hidden, call.hidden, of_entry, count, gate);
+             decode_rows(call.w3, expert * call.inner + first, rows, at_once, call.hidden, weights);
+             row_products(weights, at_once, call.hidden, call.hidden, of_entry, count, up);
              for (int64_t i = 0; i < count; ++i) {
                for (int64_t r = 0; r < rows; ++r) {
-                 float g = gate[i * kRowBlock + r], u = up[i * kRowBlock + r];
+                 float g = gate[i * at_once + r], u = up[i * at_once + r];
                  // So written, a NaN stays one.
                  g = g > limit ? limit : g;
                  u = u > limit ? limit : u < -limit ? -limit : u;
@@ -106,14 +108,14 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
            });
   std::unique_ptr<float[]> each(new float[call.tokens * call.k * call.hidden]);
   for_rows(pool, routes, call.hidden, call.inner,
-           [&](int64_t expert, const int64_t* entries, int64_t count, int64_t first, int64_t rows, float* weights,
-               float* out, const float** of_entry) {
+           [&](int64_t expert, const int64_t* entries, int64_t count, int64_t first, int64_t rows, int64_t at_once,
+               float* weights, float* out, const float** of_entry) {
              for (int64_t i = 0; i < count; ++i) of_entry[i] = inner.get() + entries[i] * call.inner;
-             decode_rows(call.w2, expert * call.hidden + first, rows, call.inner, weights);
-             row_products(weights, call.inner, call.inner, of_entry, count, out);
+             decode_rows(call.w2, expert * call.hidden + first, rows, at_once, call.inner, weights);
+             row_products(weights, at_once, call.inner, call.inner, of_entry, count, out);
              for (int64_t i = 0; i < count; ++i) {
                for (int64_t r = 0; r < rows; ++r) {
-                 each[entries[i] * call.hidden + first + r] = out[i * kRowBlock + r] * call.weights[entries[i]];
+                 each[entries[i] * call.hidden + first + r] = out[i * at_once + r] * call.weights[entries[i]];
                }
              }
            });

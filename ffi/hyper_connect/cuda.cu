@@ -1,8 +1,6 @@
 // hyper_connect on Hopper GPUs. Contract and jax.numpy form: dsv4_jax/ops/nn/hyper_connect.py.
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
 #include "common/export.h"
 #include "common/launched.h"
 #include "common/operands.h"
@@ -13,8 +11,6 @@ namespace {
 
 namespace kernels = hyper_connect;
 
-constexpr int kBlocks = 132;  // a Hopper's multiprocessors
-
 template <int kTokens, bool kStaged>
 cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
   const auto kernel = kernels::hyper_connect_kernel<kTokens, kStaged>;
@@ -22,10 +18,7 @@ cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
-  // Where tokens leave multiprocessors idle, these ask ahead too.
-  int clusters = (call.tokens + kTokens - 1) / kTokens;
-  if (call.number_ahead) clusters = std::max(clusters, kBlocks / kernels::kCluster);
-  const int blocks = clusters * kernels::kCluster;
+  const int blocks = (call.tokens + kTokens - 1) / kTokens * kernels::kCluster;
   kernel<<<blocks, call.dim / kernels::kCluster + kernels::kWarp, shared, stream>>>(call);
   return cudaGetLastError();
 }
@@ -45,7 +38,7 @@ T* result_data(ffi::RemainingRets results, size_t at, size_t count, Operands& op
 }
 
 // Operands: streams (T, n, d); of an update output (T, d), post (T, n), comb (T, n, n) and, as a fourth part, what is
-// added to the output (T, d); fn, base, scale, norm (d); what comes next.
+// added to the output (T, d); fn, base, scale, norm (d).
 // Results: with an update the new streams; x (T, d); but of the head post and comb.
 ffi::Error hyper_connect_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results,
                                    int64_t update_parts, int64_t head, int64_t iterations, float hc_eps, float rms_eps) {
@@ -71,12 +64,6 @@ ffi::Error hyper_connect_on_device(cudaStream_t stream, ffi::RemainingArgs args,
   call.base = operands.take<const float>("base", {kF32}, {rows});
   call.scale = operands.take<const float>("scale", {kF32}, {head ? 1 : 3});
   call.norm = operands.take<const float>("norm", {kF32}, {dim});
-  for (size_t i = args.size() - operands.left(); i < args.size() && call.number_ahead < kernels::kMostAhead; ++i) {
-    const auto next = args.get<ffi::AnyBuffer>(i);
-    if (next.has_value())
-      call.ahead[call.number_ahead++] = {static_cast<const uint8_t*>(next->untyped_data()),
-                                         static_cast<int64_t>(next->size_bytes())};
-  }
   size_t at = 0;
   if (update_parts) call.new_streams = result_data<__nv_bfloat16>(results, at++, tokens * n * dim, operands);
   call.x = result_data<__nv_bfloat16>(results, at++, tokens * dim, operands);

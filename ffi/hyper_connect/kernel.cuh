@@ -30,14 +30,6 @@ static_assert(kLeastColumns / kWarp + 1 >= kRowWarps, "a warp for three rows");
 constexpr int kSquares = kMixes;    // place of a token's squares among its sums
 constexpr int kColumnsBarrier = 1;  // of all threads but the extra warp
 
-constexpr int kMostAhead = 8;
-
-// Memory that is to be in the L2 for what comes next.
-struct Ahead {
-  const uint8_t* data;
-  int64_t bytes;
-};
-
 struct Call {
   const __nv_bfloat16* streams;  // (T, n, d)
   const __nv_bfloat16* output;   // (T, d), null without an update
@@ -55,8 +47,6 @@ struct Call {
   int tokens, dim, rows;         // kMixes rows, of the head kStreams
   int iterations;
   float hc_eps, rms_eps, of_values, of_columns;  // 1 / (n d), 1 / d
-  Ahead ahead[kMostAhead];
-  int number_ahead;
 };
 
 __device__ inline float4 widen(uint2 packed) {
@@ -96,18 +86,6 @@ __device__ inline void send(const float* to, uint64_t* barrier, float value, int
 
 __device__ inline void add(float4& to, float4 v) {
   to = widen(narrow(make_float4(to.x + v.x, to.y + v.y, to.z + v.z, to.w + v.w)));
-}
-
-// Every block asks for its share of what comes next.
-__device__ inline void ask_ahead(const Call& call) {
-#pragma unroll 1
-  for (int i = 0; i < call.number_ahead; ++i) {
-    const int64_t piece = (call.ahead[i].bytes / gridDim.x) & ~int64_t{127};
-    if (piece)
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(call.ahead[i].data + blockIdx.x * piece),
-                   "r"(static_cast<uint32_t>(piece))
-                   : "memory");
-  }
 }
 
 __device__ inline float sigmoid(float v) { return reciprocal(1.0f + __expf(-v)); }
@@ -181,10 +159,10 @@ constexpr int shared_bytes(int dim, int rows) {
   return (kStaged ? rows * values * 4 : 0) + kTokens * values * 2 + static_cast<int>(sizeof(Sums<kTokens>));
 }
 
-// Threads: dim / 16 for columns, and a warp. Clusters beyond the tokens only ask ahead. kStaged: `fn` is copied to shared
+// Threads: dim / 16 for columns, and a warp. kStaged: `fn` is copied to shared
 // memory; otherwise it is read from the L2, where other clusters have brought it, and two blocks fit a multiprocessor.
 template <int kTokens, bool kStaged>
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads, 1)
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads, kStaged ? 1 : 2)
     hyper_connect_kernel(const __grid_constant__ Call call) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int rank = blockIdx.x % kCluster, columns = call.dim / kCluster, values = kStreams * columns;
@@ -194,10 +172,6 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
   __nv_bfloat16* tile = reinterpret_cast<__nv_bfloat16*>(fn + (kStaged ? call.rows * values : 0));  // (kTokens, values)
   Sums<kTokens>& sums = *reinterpret_cast<Sums<kTokens>*>(tile + kTokens * values);
   const bool for_columns = thread < columns;
-  if (live <= 0) {
-    if (thread == 0) ask_ahead(call);
-    return;
-  }
   const int row_warps = min(kRowWarps, (call.rows + kRowsOfWarp - 1) / kRowsOfWarp);
   if (thread == columns) {
     ptx::barrier_init(&sums.mixes_arrived, 1), ptx::barrier_init(&sums.squares_arrived, 1);
@@ -244,8 +218,6 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
       reinterpret_cast<uint2*>(tile)[t * (values / 4) + thread] = packed;
     }
     if constexpr (kStaged) ptx::copies_wait_all();
-  } else if (lane == 0) {
-    ask_ahead(call);
   }
   __syncthreads();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -1,4 +1,4 @@
-// project on the CPU: rows of the weight are read where they lie, four at a time, as floats.
+// project on the CPU: rows of the weight are read where they lie, some at a time, as floats.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -45,15 +45,15 @@ bool dot_rows(const Projection& call, int64_t row, const float* x, float* out) {
 #endif
 }
 
-// Sums out[t * kRowBlock + r] as rows `row` … of y.
-void store(const Projection& call, int64_t row, int64_t rows, const float* out) {
+// Sums out[t * pitch + r] as rows `row` … of y.
+void store(const Projection& call, int64_t row, int64_t rows, int64_t pitch, const float* out) {
   for (int64_t t = 0; t < call.tokens; ++t) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = t * call.rows + row + r;
       if (call.is_float) {
-        static_cast<float*>(call.y)[at] = out[t * kRowBlock + r];
+        static_cast<float*>(call.y)[at] = out[t * pitch + r];
       } else {
-        static_cast<BFloat16*>(call.y)[at] = to_bf16(out[t * kRowBlock + r]);
+        static_cast<BFloat16*>(call.y)[at] = to_bf16(out[t * pitch + r]);
       }
     }
   }
@@ -71,17 +71,17 @@ ffi::Error project(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
     widen(static_cast<const BFloat16*>(call.x), n, wide.get());
     x = wide.get();
   }
-  const int64_t in_group = call.rows / call.groups, blocks = (in_group + kRowBlock - 1) / kRowBlock;
-  const int64_t work = kRowBlock * call.columns * (2 + call.tokens / 2);
+  const int64_t in_group = call.rows / call.groups, at_once = rows_at_once(call.tokens);
+  const int64_t blocks = (in_group + at_once - 1) / at_once, work = at_once * call.columns * (2 + call.tokens / 2);
   parallel_for(pool, call.groups * blocks, std::max<int64_t>(1, kWorkPerChunk / std::max<int64_t>(1, work)),
                [&](int64_t begin, int64_t end) {
-                 std::unique_ptr<float[]> weights(new float[kRowBlock * call.columns]);
-                 std::vector<float> out(call.tokens * kRowBlock);
+                 std::unique_ptr<float[]> weights(new float[at_once * call.columns]);
+                 std::vector<float> out(call.tokens * at_once);
                  std::vector<const float*> of_token(call.tokens);
                  int64_t current = -1;
                  for (int64_t item = begin; item < end; ++item) {
-                   const int64_t group = item / blocks, first = item % blocks * kRowBlock;
-                   const int64_t rows = std::min(kRowBlock, in_group - first);
+                   const int64_t group = item / blocks, first = item % blocks * at_once;
+                   const int64_t rows = std::min(at_once, in_group - first);
                    if (group != current) {
                      for (int64_t t = 0; t < call.tokens; ++t)
                        of_token[t] = x + (t * call.groups + group) * call.columns;
@@ -89,16 +89,17 @@ ffi::Error project(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
                    }
                    if (call.tokens == 1 && rows == kRowBlock &&
                        dot_rows(call, group * in_group + first, of_token[0], out.data())) {
-                     store(call, group * in_group + first, rows, out.data());
+                     store(call, group * in_group + first, rows, at_once, out.data());
                      continue;
                    }
-                   for (int64_t r = 0; r < kRowBlock; ++r) {
+                   for (int64_t r = 0; r < at_once; ++r) {
                      const int64_t row = group * in_group + first + std::min(r, rows - 1);
                      decode_row(call.codes + row * call.columns, call.scale + row / kWeightBlock * call.scale_columns(),
                                 call.columns, weights.get() + r * call.columns);
                    }
-                   row_products(weights.get(), call.columns, call.columns, of_token.data(), call.tokens, out.data());
-                   store(call, group * in_group + first, rows, out.data());
+                   row_products(weights.get(), at_once, call.columns, call.columns, of_token.data(), call.tokens,
+                                out.data());
+                   store(call, group * in_group + first, rows, at_once, out.data());
                  }
                });
   return ffi::Error::Success();

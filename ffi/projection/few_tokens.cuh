@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
   float* sums = reinterpret_cast<float*>(shared + stages * F::kStageBytes);
   uint4* activations = reinterpret_cast<uint4*>(shared + stages * F::kStageBytes + F::kSumBytes);
   float* inverse = reinterpret_cast<float*>(activations + call.columns * kPlaces / 8);
+  uint32_t* largest_of = reinterpret_cast<uint32_t*>(inverse + 8);  // of the warps
   uint64_t* full = reinterpret_cast<uint64_t*>(inverse + 16);
   uint64_t* empty = full + stages;
   if (threadIdx.x == 0) {
@@ -106,29 +107,39 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
     if (first_row / (call.rows / call.groups) != group) {
       group = first_row / (call.rows / call.groups);
       consumers_sync();
-      // A warp a token: its largest magnitude, then its values, in pieces of 64 as the fragments of four products.
-      if (warp < call.tokens) {
-        const uint4* x =
-            reinterpret_cast<const uint4*>(call.x + (static_cast<int64_t>(warp) * call.groups + group) * call.columns);
-        uint32_t largest = 0;
+      // The warps share the tokens: a token's largest magnitude, then its values, in pieces of 64 as the fragments of
+      // four products.
+      constexpr int kSharing = kConsumers / 32 / kPlaces;
+      const int token = warp / kSharing, first = warp % kSharing * 32 + lane;
+      const uint4* x =
+          reinterpret_cast<const uint4*>(call.x + (static_cast<int64_t>(token) * call.groups + group) * call.columns);
+      uint32_t largest = 0;
+      if (token < call.tokens) {
 #pragma unroll 4
-        for (int i = lane; i < call.columns / 8; i += 32) {
+        for (int i = first; i < call.columns / 8; i += 32 * kSharing) {
           const uint4 v = __ldg(x + i);
           largest = larger_magnitudes(larger_magnitudes(largest, v.x), v.y);
           largest = larger_magnitudes(larger_magnitudes(largest, v.z), v.w);
         }
-        largest = max(largest & 0xFFFFu, largest >> 16);
-        for (int d = 1; d < 32; d *= 2) largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, d));
+        largest = __reduce_max_sync(0xFFFFFFFFu, max(largest & 0xFFFFu, largest >> 16));
+      }
+      if constexpr (kSharing > 1) {
+        if (lane == 0) largest_of[warp] = largest;
+        consumers_sync();
+#pragma unroll
+        for (int i = 0; i < kSharing; ++i) largest = max(largest, largest_of[token * kSharing + i]);
+      }
+      if (token < call.tokens) {
         const float power = into_halves(largest);
-        if (lane == 0) inverse[warp] = inverse_power(power);
+        if (warp % kSharing == 0 && lane == 0) inverse[token] = inverse_power(power);
 #pragma unroll 4
-        for (int i = lane; i < call.columns / 8; i += 32) {
+        for (int i = first; i < call.columns / 8; i += 32 * kSharing) {
           const uint4 v = __ldg(x + i);
           const auto pair = [power](uint32_t p) {
             return ptx::half_pair(__uint_as_float(p << 16) * power, __uint_as_float(p & 0xFFFF0000u) * power);
           };
           // Piece i / 8, quarter i / 2 mod 4, half i mod 2.
-          activations[((i / 8 * 2 + i % 2) * 4 + i / 2 % 4) * kPlaces + warp] =
+          activations[((i / 8 * 2 + i % 2) * 4 + i / 2 % 4) * kPlaces + token] =
               make_uint4(pair(v.x), pair(v.y), pair(v.z), pair(v.w));
         }
       }

@@ -34,6 +34,8 @@ __device__ unsigned rank_of(float score) {
 // sqrt(log(1 + exp(x))).
 __device__ float score_of(float logit) { return sqrtf(fmaxf(logit, 0.0f) + log1pf(expf(-fabsf(logit)))); }
 
+// kEach: experts that a lane has.
+template <int kEach>
 __global__ void __launch_bounds__(kWarp * kWarps) route_kernel(const RouteCall call) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, token = blockIdx.x * kWarps + warp;
   if (token >= call.number) return;
@@ -48,29 +50,29 @@ __global__ void __launch_bounds__(kWarp * kWarps) route_kernel(const RouteCall c
     const int row = min(max(call.tokens[token], 0), call.vocabulary - 1);
     if (lane < call.k) pick = call.table[static_cast<int64_t>(row) * call.k + lane];
   } else {
-    unsigned ranks[kMostExperts / kWarp];
+    float logit[kEach], bias[kEach];
 #pragma unroll
-    for (int i = 0; i < kMostExperts / kWarp; ++i) {
-      const int e = i * kWarp + lane;
-      ranks[i] = 0;
-      if (i * kWarp >= call.experts) break;
-      if (e < call.experts) ranks[i] = max(1u, rank_of(score_of(logits[e]) + call.bias[e]));
+    for (int i = 0; i < kEach; ++i) {  // all of them under way before the first is used
+      const int e = min(i * kWarp + lane, call.experts - 1);
+      logit[i] = __ldg(logits + e), bias[i] = __ldg(call.bias + e);
     }
+    unsigned ranks[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      ranks[i] = i * kWarp + lane < call.experts ? max(1u, rank_of(score_of(logit[i]) + bias[i])) : 0;
 #pragma unroll 1
     for (int k = 0; k < call.k; ++k) {
       unsigned best = 0;
       int at = 0;
 #pragma unroll
-      for (int i = 0; i < kMostExperts / kWarp; ++i) {
-        if (i * kWarp >= call.experts) break;
+      for (int i = 0; i < kEach; ++i) {
         if (ranks[i] > best) best = ranks[i], at = i;
       }
       const unsigned most = __reduce_max_sync(kAll, best);
       const int chosen = __reduce_min_sync(kAll, best == most ? at * kWarp + lane : kMostExperts);
       if (lane == k) pick = chosen;
 #pragma unroll
-      for (int i = 0; i < kMostExperts / kWarp; ++i) {
-        if (i * kWarp >= call.experts) break;
+      for (int i = 0; i < kEach; ++i) {
         if (i * kWarp + lane == chosen) ranks[i] = 0;
       }
     }
@@ -117,7 +119,10 @@ ffi::Error route_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::Re
   call.picks = (*picks)->typed_data(), call.weights = (*weights)->typed_data();
   call.number = static_cast<int>(shape[0]), call.experts = static_cast<int>(shape[1]), call.k = static_cast<int>(k);
   call.scaling = scaling;
-  route_kernel<<<(call.number + kWarps - 1) / kWarps, kWarp * kWarps, 0, stream>>>(call);
+  const auto kernel = call.experts <= 8 * kWarp    ? route_kernel<8>
+                      : call.experts <= 16 * kWarp ? route_kernel<16>
+                                                   : route_kernel<kMostExperts / kWarp>;
+  kernel<<<(call.number + kWarps - 1) / kWarps, kWarp * kWarps, 0, stream>>>(call);
   return launched("choose_experts", cudaGetLastError());
 }
 

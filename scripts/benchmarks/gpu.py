@@ -19,6 +19,7 @@ import gpu_attend
 import gpu_cache
 import gpu_reads
 import gpu_select
+import gpu_share
 import gpu_slice
 import gpu_step
 import gpu_timing
@@ -81,10 +82,11 @@ def main() -> None:
     parser.add_argument("--out", default=os.environ.get("OUT", "gpu_results"), help="folder of the JSON file")
     parser.add_argument(
         "--only",
-        choices=["attend", "cache", "reads", "select", "slice", "step", "writes"],
+        choices=["attend", "cache", "reads", "select", "share", "slice", "step", "writes"],
         help="the rows of this part alone",
     )
     gpu_slice.add_options(parser)
+    gpu_share.add_options(parser)
     options = parser.parse_args()
     if jax.default_backend() != "gpu" or "cuda" not in dispatch.available():
         sys.exit("bench gpu: needs an NVIDIA GPU, JAX with CUDA and the native library for it (scripts/build_ffi)")
@@ -98,6 +100,8 @@ def main() -> None:
         gpu_cache.run()
     if options.only == "slice":
         gpu_slice.run(options)
+    if options.only == "share":
+        gpu_share.run(options)
     gpu_timing.fact("this benchmark", time.perf_counter() - start, "s")
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True

@@ -69,7 +69,6 @@ def hyper_connect(
     iterations: int,
     hc_eps: float,
     rms_eps: float,
-    ahead: Sequence[Array] = (),
     implementation: str | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """Writes an update to the streams and reads from them what the next part of the layer takes.
@@ -86,8 +85,6 @@ def hyper_connect(
       iterations: of Sinkhorn.
       hc_eps: added to what is read, to comb and in Sinkhorn's divisions.
       rms_eps: of both RMS norms.
-      ahead: up to 8 weights that the next operations read. The CUDA form, which moves little itself, asks for them to
-        be in the GPU's L2 when these begin; they change no result.
       implementation: "jnp" or "cuda"; None takes the native one where it serves.
 
     Returns:
@@ -98,7 +95,7 @@ def hyper_connect(
       ValueError: an implementation that cannot be used.
     """
 
-    def in_jnp(streams: Array, update: Update | None, mixing: Mixing, norm: Array, *_: Array) -> tuple[Array, ...]:
+    def in_jnp(streams: Array, update: Update | None, mixing: Mixing, norm: Array) -> tuple[Array, ...]:
         streams, n = merge(streams, update), streams.shape[1]
         mix, scale, base = _project(streams, mixing.fn, rms_eps), mixing.scale, mixing.base[None]
         pre = jax.nn.sigmoid(mix[:, :n] * scale[0] + base[:, :n]) + hc_eps
@@ -107,9 +104,7 @@ def hyper_connect(
         comb = sinkhorn(jax.nn.softmax(comb, axis=-1) + hc_eps, iterations=iterations, eps=hc_eps)
         return streams, rms_norm(_read(streams, pre), norm, eps=rms_eps), post, comb
 
-    def in_native(
-        streams: Array, update: Update | None, mixing: Mixing, norm: Array, *ahead: Array
-    ) -> tuple[Array, ...]:
+    def in_native(streams: Array, update: Update | None, mixing: Mixing, norm: Array) -> tuple[Array, ...]:
         (tokens, n, d), f32 = streams.shape, jnp.float32
         results: list[Any] = [((tokens, d), streams.dtype), ((tokens, n), f32), ((tokens, n, n), f32)]
         results = results if update is None else [(streams.shape, streams.dtype), *results]
@@ -119,7 +114,6 @@ def hyper_connect(
             update,
             mixing,
             norm,
-            *ahead,
             head=0,
             iterations=iterations,
             hc_eps=hc_eps,
@@ -128,11 +122,7 @@ def hyper_connect(
         return tuple(got) if update is not None else (streams, *got)
 
     limit = _native_limit(streams)
-    if limit("cuda") is not None:
-        ahead = ()
-    return dispatch.call(
-        "hyper_connect", implementation, limit, in_native, in_jnp, streams, update, mixing, norm, *ahead
-    )
+    return dispatch.call("hyper_connect", implementation, limit, in_native, in_jnp, streams, update, mixing, norm)
 
 
 def hyper_read(
@@ -188,7 +178,6 @@ def _call(
     update: Update | None,
     mixing: Mixing,
     norm: Array,
-    *ahead: Array,
     head: int,
     iterations: int,
     hc_eps: float,
@@ -196,7 +185,7 @@ def _call(
 ) -> Sequence[Array]:
     call: Any = dispatch.ffi_call("dsv4_hyper_connect", tuple(jax.ShapeDtypeStruct(*result) for result in results))
     return call(
-        *jax.tree.leaves((streams, update, mixing, norm)), *ahead,
+        *jax.tree.leaves((streams, update, mixing, norm)),
         update_parts=np.int64(len(jax.tree.leaves(update))), head=np.int64(head), iterations=np.int64(iterations),
         hc_eps=np.float32(hc_eps), rms_eps=np.float32(rms_eps),
     )  # fmt: skip
