@@ -16,6 +16,7 @@ namespace kernels = projection;
 
 constexpr int kBlocks = 132;  // a Hopper's multiprocessors
 constexpr int kMostShared = 232448;
+constexpr int64_t kPiece = 64;  // tokens that are multiplied at once
 
 // Up to 8 tokens: every block has all columns of its rows.
 template <int kColumns>
@@ -56,7 +57,7 @@ cudaError_t launch(Kernel kernel, dim3 grid, int threads, int shared, cudaStream
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Up to 64 tokens, in slices of the columns. Scratch: split activations, what to multiply by, sums of slices.
+// A piece of up to 64 tokens, in slices of the columns. Scratch: split activations, what to multiply by, sums of slices.
 template <int kTokens>
 cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cudaStream_t stream) {
   const int blocks = call.rows / kernels::kSomeRows, in_group = blocks / call.groups, slices = call.columns / slice;
@@ -129,27 +130,31 @@ ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
   void* data = (*scratch)->untyped_data();
   const int64_t have = static_cast<int64_t>((*scratch)->size_bytes());
   if (slice) {
-    const int64_t places = bound.tokens <= 4    ? 4
-                           : bound.tokens <= 8  ? 8
-                           : bound.tokens <= 16 ? 16
-                           : bound.tokens <= 32 ? 32
-                                                : 64;
-    const int64_t slices = bound.columns / slice;
-    if (bound.tokens > 64 || bound.columns % slice || slice % 256 || slice * places * 2 + 1024 > kMostShared) {
+    const int64_t piece = std::min(bound.tokens, kPiece), slices = bound.columns / slice;
+    const int64_t places = piece <= 4 ? 4 : piece <= 8 ? 8 : piece <= 16 ? 16 : piece <= 32 ? 32 : 64;
+    if (bound.columns % slice || slice % 256 || slice * places * 2 + 1024 > kMostShared) {
       return ffi::Error::InvalidArgument("project: got a slice of " + std::to_string(slice) +
                                          " columns that does not fit.");
     }
     const int64_t split = places > kernels::kInsideTokens ? bound.groups * places * (2 * bound.columns + 4) : 0;
-    if (have < split + (slices > 1 ? slices * bound.tokens * bound.rows * 4 : 0)) {
+    if (have < split + (slices > 1 ? slices * piece * bound.rows * 4 : 0)) {
       return ffi::Error::InvalidArgument("project: got too little scratch.");
     }
     uint8_t* data8 = static_cast<uint8_t*>(data);
     const int columns = static_cast<int>(slice);
-    return launched("project", places == 4    ? run_some<4>(call, columns, data8, stream)
-                               : places == 8  ? run_some<8>(call, columns, data8, stream)
-                               : places == 16 ? run_some<16>(call, columns, data8, stream)
-                               : places == 32 ? run_some<32>(call, columns, data8, stream)
-                                              : run_some<64>(call, columns, data8, stream));
+    cudaError_t status = cudaSuccess;
+    for (int64_t first = 0; first < bound.tokens && status == cudaSuccess; first += kPiece) {
+      kernels::Call part = call;
+      part.x += first * bound.groups * bound.columns;
+      part.tokens = static_cast<int>(std::min(bound.tokens - first, kPiece));
+      for (int i = 0; i < part.number; ++i) part.weights[i].y += first * part.weights[i].rows;
+      status = places == 4    ? run_some<4>(part, columns, data8, stream)
+               : places == 8  ? run_some<8>(part, columns, data8, stream)
+               : places == 16 ? run_some<16>(part, columns, data8, stream)
+               : places == 32 ? run_some<32>(part, columns, data8, stream)
+                              : run_some<64>(part, columns, data8, stream);
+    }
+    return launched("project", status);
   }
   if (bound.tokens <= kernels::kFewTokens) {
     const cudaError_t status = bound.columns % 2048 == 0   ? run_few<2048>(call, stream)

@@ -19,6 +19,9 @@ BLOCK = 128
 MOST_WEIGHTS = 3
 """Weights that the CUDA form multiplies with in one launch."""
 
+IN_PIECES = 512
+"""Tokens up to which the CUDA form multiplies 64 at a time, each piece reading the weight; more share one reading."""
+
 
 class BlockScaledWeight(NamedTuple):
     """A weight as the release stores it; the value of an element is E4M3(code) * 2^(scale - 127).
@@ -165,9 +168,10 @@ def _plan(tokens: int, groups: int, rows: int, columns: int) -> tuple[int, int]:
     large = rows * columns >= 2**24
     if tokens <= 2 and rows * columns <= 2**24:
         return 0, 0
-    if tokens <= 64:
+    if tokens <= IN_PIECES:
         at_once = 1024 if large and columns % 1024 == 0 else 512
-        places = next(n for n in (4, 8, 16, 32, 64) if n >= tokens)
+        piece = min(tokens, 64)
+        places = next(n for n in (4, 8, 16, 32, 64) if n >= piece)
         split = groups * places * (2 * columns + 4) if places > 8 else 0
-        return at_once, split + (4 * tokens * rows * (columns // at_once) if columns > at_once else 0)
+        return at_once, split + (4 * piece * rows * (columns // at_once) if columns > at_once else 0)
     return 0, tokens * groups * (2 * columns + 4)

@@ -43,7 +43,7 @@ def test_project(tokens, rows, columns, implementation, dtype, rng):
 
 
 @pytest.mark.parametrize("implementation", ["jnp", *NATIVE])
-@pytest.mark.parametrize("tokens", [1, 7, 64, 70])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 70, 600])
 def test_several_weights_of_one_input(tokens, implementation, rng):
     if implementation != "cuda" and tokens > 7:
         pytest.skip("a size for kernels of many tokens")
@@ -60,7 +60,7 @@ def test_several_weights_of_one_input(tokens, implementation, rng):
 def test_groups(implementation, rng):
     rows = 512 if implementation == "cuda" else 96
     weight, values = random_weight(rng, 2 * rows, 512)
-    x = jnp.asarray(rng.normal(size=(3, 5, 2, 512)), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(3, 30 if implementation == "cuda" else 5, 2, 512)), jnp.bfloat16)
     got = jax.jit(lambda x, w: project_groups(x, w, implementation=implementation))(x, weight)
     expected = np.einsum("abgk,gnk->abgn", np.asarray(x, np.float64), values.reshape(2, rows, 512))
     assert got.shape == expected.shape
