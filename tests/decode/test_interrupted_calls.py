@@ -121,7 +121,7 @@ def test_broken_off_at_every_line(scene, alone, say):
         first.setdefault(line, n)
         last[line] = n
     points = sorted({*first.values(), *last.values()})
-    points = range(1, watch.count + 1) if ALL else points[:: len(points) // 24]
+    points = range(1, watch.count + 1) if ALL else points[:: len(points) // 18]
     restarts = loop.stats.restarts
     for i, at in enumerate(points):
         error = MemoryError if i % 4 == 3 else KeyboardInterrupt
