@@ -1,6 +1,7 @@
 // attend on the GPU: compute capability 9.0.
 #include <cuda_runtime.h>
 
+#include "attend/few_tokens.cuh"
 #include "attend/op.h"
 #include "attend/sm90.cuh"
 #include "common/export.h"
@@ -10,6 +11,7 @@ namespace dsv4 {
 namespace {
 
 constexpr int kMostSplits = 16;  // thread blocks of a cluster
+constexpr int64_t kFewTokens = 16;
 
 // Clusters of so many thread blocks that run at once on a card of 132 multiprocessors, where the smallest of eight parts
 // of the chip has 14: a cluster lies in one part.
@@ -56,6 +58,33 @@ cudaError_t launch(cudaStream_t stream, const AttendCall& call) {
   return cudaLaunchKernelEx(&config, kernel, call);
 }
 
+template <bool kGroups, bool kFloat>
+cudaError_t launch_few(cudaStream_t stream, const AttendCall& call) {
+  const auto kernel = attend_few::attend_kernel<kGroups, kFloat>;
+  static const cudaError_t prepared = [&] {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_few::kSharedBytes<kGroups>);
+    return status != cudaSuccess ? status
+                                 : cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }();
+  if (prepared != cudaSuccess) return prepared;
+  const int64_t head_groups = (call.heads + attend_few::kHeads - 1) / attend_few::kHeads;
+  const auto splits = static_cast<unsigned>(splits_of(call, head_groups));
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(splits, static_cast<unsigned>(head_groups), static_cast<unsigned>(call.tokens));
+  config.blockDim = dim3(attend_few::kThreads);
+  config.dynamicSmemBytes = attend_few::kSharedBytes<kGroups>;
+  config.stream = stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = splits, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster, config.numAttrs = 1;
+  attend_few::Divisors divide;
+  divide.ring_rows = attend_few::Divisor(call.ring_rows);
+  if (call.has_entries) divide.ratio = attend_few::Divisor(call.ratio), divide.per_block = attend_few::Divisor(call.per_block);
+  return cudaLaunchKernelEx(&config, kernel, call, divide);
+}
+
 ffi::Error attend(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer,
                   int64_t window, int64_t ratio, float scale, float eps, int64_t max_entries, int64_t has_entries,
                   int64_t has_selected, int64_t has_fresh, int64_t raw) {
@@ -69,6 +98,11 @@ ffi::Error attend(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRe
   }
   if (call.tokens == 0 || call.heads == 0) return ffi::Error::Success();
   const bool groups = call.ring.scale_width != 0;
+  if (call.tokens <= kFewTokens) {
+    const auto few = groups ? call.is_float ? launch_few<true, true> : launch_few<true, false>
+                            : call.is_float ? launch_few<false, true> : launch_few<false, false>;
+    return launched("attend", few(stream, call));
+  }
   return launched("attend", groups ? launch<true>(stream, call) : launch<false>(stream, call));
 }
 
