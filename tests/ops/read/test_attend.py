@@ -431,6 +431,29 @@ def test_bits_do_not_depend_on_the_slot(implementation, batch):
     assert same_bits(turned(implementation)[few], batch(implementation)[few])
 
 
+def among_padding(case, many):
+    """The case with padding after its tokens, `many` rows in all."""
+    rows, tokens = np.minimum(np.arange(many), len(case.slots) - 1), len(case.slots)
+    longer = dataclasses.replace(
+        reordered(case, rows),
+        angles=None if case.angles is None else tuple(x[rows] for x in case.angles),
+    )
+    longer.slots[tokens:] = -1
+    return longer
+
+
+def test_as_exact_in_a_long_batch(implementation, batch):
+    """On a GPU another kernel serves it."""
+    check(among_padding(batch, 40), implementation, np.arange(len(batch.slots)))
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp8_ue8m0"])
+def test_raw_queries_in_a_long_batch(implementation, rng, form):
+    case = new_case(rng, 70, [1, 0, 2], [3, 200, 1000], form=form, ratio=128, columns=8, dtype=BF16)
+    case.angles = angles_of(case.positions)
+    check(among_padding(case, 40), implementation, np.arange(3))
+
+
 def seen_rows(case):
     """Which ring rows and pool rows some token sees."""
     ring, pool = np.zeros(case.ring.nope.shape[1:3], bool), np.zeros(case.entries.nope.shape[1:3], bool)
