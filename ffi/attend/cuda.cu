@@ -11,78 +11,81 @@ namespace dsv4 {
 namespace {
 
 constexpr int kMostSplits = 16;  // thread blocks of a cluster
-constexpr int64_t kFewTokens = 16;
 
 // Clusters of so many thread blocks that run at once on a card of 132 multiprocessors, where the smallest of eight parts
 // of the chip has 14: a cluster lies in one part.
 constexpr int kClusters[kMostSplits + 1] = {0, 132, 66, 42, 31, 23, 19, 16, 15, 8, 8, 8, 8, 8, 8, 7, 7};
 
+constexpr int64_t kRows = 64;  // of a block of rows, in both kernels
+static_assert(kRows == attend_sm90::kRows && kRows == attend_few::kRows, "kernels of other blocks of rows");
+
+// Blocks of rows of a token at most.
+int64_t blocks_of(const AttendCall& call) {
+  const int64_t entries = !call.has_entries ? 0 : call.selected ? call.chosen : call.max_entries;
+  return (call.window + kRows - 1) / kRows + (entries + kRows - 1) / kRows;
+}
+
 // In how many parts the rows of a token are taken: from shapes alone, so that a token's bits follow from them too. As few
 // as give the parts the fewest blocks of rows, of those of which all clusters run at once.
-int splits_of(const AttendCall& call, int64_t head_groups) {
-  const int64_t entries = !call.has_entries ? 0 : call.selected ? call.chosen : call.max_entries;
-  const int64_t rows = attend_sm90::kRows;
-  const int64_t blocks = (call.window + rows - 1) / rows + (entries + rows - 1) / rows;
+int splits_of(int64_t blocks, int64_t clusters) {
   int best = 1;
   for (int splits = 2; splits <= kMostSplits; ++splits) {
-    const bool together = call.tokens * head_groups <= kClusters[splits];
+    const bool together = clusters <= kClusters[splits];
     if (together && (blocks + splits - 1) / splits < (blocks + best - 1) / best) best = splits;
   }
   return best;
 }
 
-template <bool kGroups>
-cudaError_t launch(cudaStream_t stream, const AttendCall& call) {
-  const auto kernel = attend_sm90::attend_kernel<kGroups>;
+int64_t clusters_of(const AttendCall& call, int64_t heads) { return call.tokens * ((call.heads + heads - 1) / heads); }
+
+// Whether the kernel of few tokens is the faster one (docs/measurements): where its thread blocks have few blocks of rows.
+bool is_for_few(const AttendCall& call) {
+  constexpr int64_t kMostTokens = 16;
+  const int64_t clusters = clusters_of(call, attend_few::kHeads), blocks = blocks_of(call);
+  const int64_t most = clusters <= kClusters[kMostSplits] + 1 ? 10 : 5;
+  return call.tokens <= kMostTokens && blocks <= most * splits_of(blocks, clusters);
+}
+
+// Launches clusters that share the rows of a token and `heads` of its heads.
+template <auto kKernel, typename... Args>
+cudaError_t launch(cudaStream_t stream, const AttendCall& call, int64_t heads, int threads, int bytes, const Args&... args) {
   static const cudaError_t prepared = [&] {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_sm90::kSharedBytes<kGroups>);
+    const cudaError_t status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     return status != cudaSuccess ? status
-                                 : cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+                                 : cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }();
   if (prepared != cudaSuccess) return prepared;
-  const int64_t head_groups = (call.heads + attend_sm90::kHeads - 1) / attend_sm90::kHeads;
-  const auto splits = static_cast<unsigned>(splits_of(call, head_groups));
   // A grid's last axis has 65,535 blocks at most.
   constexpr int64_t kMostTokens = 65535;
   if (call.tokens > kMostTokens) return cudaErrorInvalidConfiguration;
+  const auto splits = static_cast<unsigned>(splits_of(blocks_of(call), clusters_of(call, heads)));
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(splits, static_cast<unsigned>(head_groups), static_cast<unsigned>(call.tokens));
-  config.blockDim = dim3(attend_sm90::kThreads);
-  config.dynamicSmemBytes = attend_sm90::kSharedBytes<kGroups>;
+  config.gridDim = dim3(splits, static_cast<unsigned>((call.heads + heads - 1) / heads), static_cast<unsigned>(call.tokens));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = splits, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
   config.attrs = &cluster, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, call);
+  return cudaLaunchKernelEx(&config, kKernel, call, args...);
+}
+
+template <bool kGroups>
+cudaError_t launch_many(cudaStream_t stream, const AttendCall& call) {
+  return launch<attend_sm90::attend_kernel<kGroups>>(stream, call, attend_sm90::kHeads, attend_sm90::kThreads,
+                                                     attend_sm90::kSharedBytes<kGroups>);
 }
 
 template <bool kGroups, bool kFloat>
 cudaError_t launch_few(cudaStream_t stream, const AttendCall& call) {
-  const auto kernel = attend_few::attend_kernel<kGroups, kFloat>;
-  static const cudaError_t prepared = [&] {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_few::kSharedBytes<kGroups>);
-    return status != cudaSuccess ? status
-                                 : cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }();
-  if (prepared != cudaSuccess) return prepared;
-  const int64_t head_groups = (call.heads + attend_few::kHeads - 1) / attend_few::kHeads;
-  const auto splits = static_cast<unsigned>(splits_of(call, head_groups));
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(splits, static_cast<unsigned>(head_groups), static_cast<unsigned>(call.tokens));
-  config.blockDim = dim3(attend_few::kThreads);
-  config.dynamicSmemBytes = attend_few::kSharedBytes<kGroups>;
-  config.stream = stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = splits, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster, config.numAttrs = 1;
   attend_few::Divisors divide;
   divide.ring_rows = attend_few::Divisor(call.ring_rows);
-  if (call.has_entries) divide.ratio = attend_few::Divisor(call.ratio), divide.per_block = attend_few::Divisor(call.per_block);
-  return cudaLaunchKernelEx(&config, kernel, call, divide);
+  if (call.has_entries) {
+    divide.ratio = attend_few::Divisor(call.ratio), divide.per_block = attend_few::Divisor(call.per_block);
+  }
+  return launch<attend_few::attend_kernel<kGroups, kFloat>>(stream, call, attend_few::kHeads, attend_few::kThreads,
+                                                            attend_few::kSharedBytes<kGroups>, divide);
 }
 
 ffi::Error attend(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer,
@@ -98,12 +101,10 @@ ffi::Error attend(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRe
   }
   if (call.tokens == 0 || call.heads == 0) return ffi::Error::Success();
   const bool groups = call.ring.scale_width != 0;
-  if (call.tokens <= kFewTokens) {
-    const auto few = groups ? call.is_float ? launch_few<true, true> : launch_few<true, false>
-                            : call.is_float ? launch_few<false, true> : launch_few<false, false>;
-    return launched("attend", few(stream, call));
-  }
-  return launched("attend", groups ? launch<true>(stream, call) : launch<false>(stream, call));
+  auto* const many = groups ? launch_many<true> : launch_many<false>;
+  auto* const few = groups ? call.is_float ? launch_few<true, true> : launch_few<true, false>
+                           : call.is_float ? launch_few<false, true> : launch_few<false, false>;
+  return launched("attend", (is_for_few(call) ? few : many)(stream, call));
 }
 
 }  // namespace

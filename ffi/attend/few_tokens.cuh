@@ -12,7 +12,7 @@
 #include <type_traits>
 
 #include "attend/op.h"
-#include "attend/ptx.cuh"
+#include "cuda/ptx.cuh"
 
 namespace dsv4::attend_few {
 
@@ -85,11 +85,6 @@ __device__ __forceinline__ void send(uint32_t to, float x, float y) {
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 __device__ __forceinline__ uint32_t word_of(const uint4& four, int i) {
   return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
 }
@@ -109,7 +104,7 @@ __device__ __forceinline__ Token token_of(const AttendCall& call, const Divisors
   if (!call.is_slot(token.slot) || token.position < 0) return token;
   token.first_fresh = 0x7FFFFFFF;
   if (call.has_fresh) {
-    const int64_t segment = call.segment_rows[t] / call.per_segment;
+    const uint32_t segment = static_cast<uint32_t>(call.segment_rows[t]) / static_cast<uint32_t>(call.per_segment);
     if (segment < call.num_segments) {
       token.first_fresh = call.starts[segment];
       token.fresh_rows = call.segment_tokens + segment * call.per_segment;
@@ -194,7 +189,7 @@ struct Fetcher {
       }
       seen = __ballot_sync(0xFFFFFFFFu, found >= 0);
     }
-    copies_commit();
+    ptx::copies_commit();
     look_up();
     look(n + 2);
     return seen;
@@ -446,7 +441,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float out[8][4] = {}, total[2] = {}, top[2] = {-INFINITY, -INFINITY};
   for (int i = 0; i < blocks; ++i) {
     const int stage = i % kStages, buffer = i & 1;
-    copies_wait<1>();
+    ptx::copies_wait<1>();
     __syncwarp();
     float scales[2];
     if constexpr (kGroups) {
