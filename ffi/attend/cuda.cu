@@ -40,9 +40,9 @@ int64_t clusters_of(const AttendCall& call, int64_t heads) { return call.tokens 
 
 // Whether the kernel of few tokens is the faster one (docs/measurements): where its thread blocks have few blocks of rows.
 bool is_for_few(const AttendCall& call) {
-  constexpr int64_t kMostTokens = 16;
+  constexpr int64_t kMostTokens = 16, kFewClusters = 8;
   const int64_t clusters = clusters_of(call, attend_few::kHeads), blocks = blocks_of(call);
-  const int64_t most = clusters <= kClusters[kMostSplits] + 1 ? 10 : 5;
+  const int64_t most = clusters <= kFewClusters ? 10 : 5;
   return call.tokens <= kMostTokens && blocks <= most * splits_of(blocks, clusters);
 }
 

@@ -1,4 +1,5 @@
-// attend on Hopper (sm_90a) for few tokens, whose time is latency: a thread block a token, 16 heads and a part of the rows.
+// attend on Hopper (sm_90a) for few tokens, whose time is latency: a thread block a token, 16 heads and a part of its
+// rows.
 //
 // As in sm90.cuh, with k8 a row's codes, s its scale and r its RoPE half,
 //   score = s (q_nope . k8) + q_rope . r,   out_nope = sum (p s) k8,   out_rope = sum p r,
