@@ -11,9 +11,9 @@ namespace {
 
 constexpr int kMostSplits = 16;  // thread blocks of a cluster
 
-// Clusters of so many thread blocks that run at once on a card of 132 multiprocessors, where the smallest of eight parts
-// of the chip has 14: a cluster lies in one part.
-constexpr int kClusters[kMostSplits + 1] = {0, 132, 66, 42, 31, 23, 19, 16, 15, 8, 8, 8, 8, 8, 8, 7, 7};
+// Clusters of so many thread blocks that run at once on an H200, as cudaOccupancyMaxActiveClusters says of it: a cluster
+// lies in one of the chip's eight parts. One cluster more than that takes twice as long.
+constexpr int kClusters[kMostSplits + 1] = {0, 132, 66, 39, 30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7};
 
 // In how many parts the rows of a token are taken: from shapes alone, so that a token's bits follow from them too. As few
 // as give the parts the fewest blocks of rows, of those of which all clusters run at once.
