@@ -5,9 +5,9 @@
 // so that codes go from shared memory through registers into the tensor cores: E4M3 is exact in float16. Both products
 // are transposed, rows or values by heads, because a warpgroup takes the first factor from registers.
 //
-// Three warpgroups. The first multiplies a block of 64 rows with the queries and takes its softmax; the other two hold the
-// output, 256 values of 64 heads each, and multiply the block's probabilities with its values, while the first is at the
-// next block. Blocks of a cluster share the rows of a token and add up in shared memory.
+// Four warpgroups. The first multiplies a block of 64 rows with the queries and takes its softmax; two hold the output, 256
+// values of 64 heads each, and multiply the block's probabilities with its values, while the first is at the next block;
+// the last fetches rows. Blocks of a cluster share the rows of a token and add up in shared memory.
 #ifndef DSV4_ATTEND_SM90_CUH_
 #define DSV4_ATTEND_SM90_CUH_
 
@@ -25,7 +25,11 @@ constexpr int kHeads = 64;   // of a thread block
 constexpr int kRows = 64;    // of a block of rows
 constexpr int kHalf = kRows / 2;  // rows are fetched and given back by halves of a block
 constexpr int kPitch = 608;  // bytes of a row in shared memory: 448 + 128 and 32 against bank conflicts
-constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup;
+constexpr int kWarpgroup = 128, kThreads = 4 * kWarpgroup;
+constexpr int kConsumers = 3 * kWarpgroup;
+// Registers of a thread of the first warpgroup, of the two after it, of the last: together four times 128.
+constexpr int kScoreRegisters = 152, kValueRegisters = 168, kFetchRegisters = 24;
+static_assert(kScoreRegisters + 2 * kValueRegisters + kFetchRegisters == 4 * 128);
 constexpr int kChunks = kNope / 64;
 constexpr int kPartPitch = kWidth + 4;  // floats of a head's sum, when a cluster adds up
 constexpr float kLog2e = 1.4426950408889634f;
@@ -189,10 +193,11 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, SharedMemor
   }
 }
 
-// The two warpgroups at the output fetch rows too, a warp four of each half block. Of the rows of two half blocks a lane
-// looks up where one part is: lane 8 part + 4 half + row. That takes two loads that depend on each other, and so three
-// steps, which a loop takes an iteration apart: none waits for a load.
+// The last warpgroup fetches rows, a warp eight of each half block. A lane looks up where one part of a row is: lane
+// 8 part + row. That takes two loads that depend on each other, and so three steps, which a loop takes an iteration apart:
+// none waits for a load.
 struct Fetcher {
+  static constexpr int kOwn = kHalf / 4;  // rows of a warp
   int warp, lane;
   Part part;
   const uint8_t* pool;  // this part of the pool, `size` bytes a row
@@ -204,16 +209,14 @@ struct Fetcher {
   };
 
   __device__ __forceinline__ explicit Fetcher(const AttendCall& call)
-      : warp(threadIdx.x / 32 - kWarpgroup / 32), lane(threadIdx.x % 32), part(static_cast<Part>(min(lane / 8, 2))) {
+      : warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), part(static_cast<Part>(min(lane / kOwn, 2))) {
     pool = part_at(call.pool, 0, part);
     size = static_cast<uint32_t>(part_at(call.pool, 1, part) - pool);
     inverse = call.has_entries ? 0xFFFFFFFFu / static_cast<uint32_t>(call.per_block) : 0;
   }
 
-  // A row of the n-th half block or the next, counted over all blocks.
-  __device__ __forceinline__ int row_of(int n) const {
-    return (n + ((lane >> 2) & 1)) * kHalf + 4 * warp + lane % 4;
-  }
+  // A row of the n-th half block, counted over all blocks.
+  __device__ __forceinline__ int row_of(int n) const { return n * kHalf + kOwn * warp + lane % kOwn; }
   __device__ __forceinline__ Lookup look(const AttendCall& call, const Token& token, int64_t t, int n) const {
     Lookup lookup;
     const int i = row_of(n) - token.window_blocks * kRows;
@@ -253,31 +256,30 @@ struct Fetcher {
     return index < 0 || index >= call.tokens ? nullptr : part_at(call.fresh, index, part);
   }
 
-  // The rows of one of the two half blocks, to `place`. What is not visible is filled with zeros: its probability is 0, and
+  // The rows of a half block, to `place`. What is not visible is filled with zeros: its probability is 0, and
   // 0 times what lies there must be 0.
   template <bool kGroups>
-  __device__ __forceinline__ void fetch(SharedMemory<kGroups>& shared, int place, int half, const uint8_t* from,
+  __device__ __forceinline__ void fetch(SharedMemory<kGroups>& shared, int place, const uint8_t* from,
                                         const AttendCall& call) const {
-    const int first = place * kHalf + 4 * warp;
+    const int first = place * kHalf + kOwn * warp;
     const uint32_t to = ptx::shared_address(shared.rows + first * kPitch);
-    const uint32_t seen = __ballot_sync(0xFFFFFFFFu, from != nullptr) >> (4 * half);
+    const uint32_t seen = __ballot_sync(0xFFFFFFFFu, from != nullptr);
     // To copy nothing from, any address does.
     const uint64_t own = reinterpret_cast<uint64_t>(from ? from : call.ring.nope);
     constexpr int kPieces = kNope / 16;  // a row's codes in 16 bytes; with them come four pieces of its RoPE half
     const bool codes = lane < kPieces;
-    const int source = (codes ? 0 : 8) + 4 * half, piece = 16 * (codes ? lane : lane - kPieces);
+    const int source = codes ? 0 : kOwn, piece = 16 * (codes ? lane : lane - kPieces);
 #pragma unroll
-    for (int row = 0; row < 4; ++row) {
+    for (int row = 0; row < kOwn; ++row) {
       const uint64_t at = __shfl_sync(0xFFFFFFFFu, own, source + row);
       ptx::copy_16(to + row * kPitch + 16 * lane, at + piece, seen & (1 << row));
     }
-    const int row = lane / 4 % 4;  // the other four of four rows
-    const uint64_t at = __shfl_sync(0xFFFFFFFFu, own, 8 + 4 * half + row);
-    if (lane < 16) {
-      ptx::copy_16(to + row * kPitch + kNope + 64 + 16 * (lane % 4), at + 64 + 16 * (lane % 4), seen & (1 << row));
-    } else if (lane / 4 == 4 + half) {
-      shared.visible[first + lane % 4] = from != nullptr;
-      ptx::copy_small<kGroups ? 8 : 4>(ptx::shared_address(&shared.scale[first + lane % 4]), own, from != nullptr);
+    const int row = lane / 4, rest = 64 + 16 * (lane % 4);  // the other four pieces, of all rows
+    const uint64_t at = __shfl_sync(0xFFFFFFFFu, own, kOwn + row);
+    ptx::copy_16(to + row * kPitch + kNope + rest, at + rest, seen & (1 << row));
+    if (lane / kOwn == 2) {
+      shared.visible[first + lane % kOwn] = from != nullptr;
+      ptx::copy_small<kGroups ? 8 : 4>(ptx::shared_address(&shared.scale[first + lane % kOwn]), own, from != nullptr);
     }
     const uint32_t full = ptx::shared_address(&shared.full[place]);
     ptx::barrier_arrive_after_copies(full);
@@ -583,31 +585,17 @@ __device__ __forceinline__ void load_codes(uint32_t (&words)[4], const uint8_t* 
   }
 }
 
-// The other two: out += values by probabilities. They also fetch rows, which take the place of half a block as soon as both
-// are done with it.
+// The second and third: out += values by probabilities.
 template <bool kGroups, int kPart>
-__device__ __forceinline__ void add_values(const AttendCall& call, SharedMemory<kGroups>& shared, const Token& token,
-                                           int64_t t, int first, int blocks, float (&out)[4][32]) {
-  constexpr int kPlaces = kHalves<kGroups>;
+__device__ __forceinline__ void add_values(SharedMemory<kGroups>& shared, int blocks, float (&out)[4][32]) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
-  const Fetcher fetcher(call);
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) out[tile][i] = 0.0f;
   }
   Place<kGroups> place(0);
-  // After a half block its predecessor's place is refilled, with which both warpgroups are done by then.
-  int before = kPlaces - 1;
-  Fetcher::Lookup looked = fetcher.look(call, token, t, 2 * first + kPlaces - 1);
-  fetcher.look_up(call, token, looked);
-  Fetcher::Lookup next = fetcher.look(call, token, t, 2 * first + kPlaces + 1);
   for (int i = 0; i < blocks; ++i) {
-    const int coming = 2 * i + kPlaces - 1;
-    const uint8_t* ahead = fetcher.finish(call, token, looked, 2 * first + coming);
-    fetcher.look_up(call, token, next);
-    looked = next;
-    next = fetcher.look(call, token, t, 2 * first + coming + 4);
     ptx::barrier_wait(ptx::shared_address(&shared.p_full), i & 1);
     if (shared.rescale[i & 1][0] | shared.rescale[i & 1][1]) {
 #pragma unroll
@@ -696,16 +684,26 @@ __device__ __forceinline__ void add_values(const AttendCall& call, SharedMemory<
       __syncwarp();
       if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.empty[place.index]));
       if (half && lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.p_empty));
-      if (coming + half < 2 * blocks) {
-        // Before the first half block its place was never filled.
-        if (i + half) {
-          ptx::barrier_wait(ptx::shared_address(&shared.empty[before]), (place.round - (place.index == 0)) & 1);
-        }
-        fetcher.fetch(shared, before, half, ahead, call);
-      }
-      before = place.index;
       place.advance(1);
     }
+  }
+}
+
+// The last: all half blocks from the first-th on, each as soon as its place is free.
+template <bool kGroups>
+__device__ __forceinline__ void fetch_rows(const AttendCall& call, SharedMemory<kGroups>& shared, const Token& token,
+                                           int64_t t, int first, int halves, int n, Fetcher::Lookup looked,
+                                           Fetcher::Lookup next) {
+  const Fetcher fetcher(call);
+  Place<kGroups> place(n);
+  for (; n < halves; ++n) {
+    const uint8_t* rows = fetcher.finish(call, token, looked, first + n);
+    fetcher.look_up(call, token, next);
+    looked = next;
+    next = fetcher.look(call, token, t, first + n + 2);
+    if (place.round) ptx::barrier_wait(ptx::shared_address(&shared.empty[place.index]), (place.round - 1) & 1);
+    fetcher.fetch(shared, place.index, rows, call);
+    place.advance(1);
   }
 }
 
@@ -816,7 +814,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
   if (threadIdx.x == 0) {
     ptx::barrier_init(ptx::shared_address(&shared.queries), 1);
     for (int i = 0; i < kHalves<kGroups>; ++i) {
-      ptx::barrier_init(ptx::shared_address(&shared.full[i]), 2 * kWarpgroup + 8);
+      ptx::barrier_init(ptx::shared_address(&shared.full[i]), kWarpgroup + 4);
       ptx::barrier_init(ptx::shared_address(&shared.empty[i]), 8);
     }
     ptx::barrier_init(ptx::shared_address(&shared.p_full), kWarpgroup);
@@ -835,20 +833,16 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
     ptx::copy_bulk(ptx::shared_address(shared.rows + kRows * kPitch), static_cast<const BFloat16*>(call.q) + query, bytes, arrived);
   }
   const int halves = 2 * (end - first);
-  constexpr int kFirst = kHalves<kGroups> - 1, kPairs = (kFirst + 1) / 2;  // half blocks that are fetched before the loop
-  const uint8_t* rows[kPairs];
-  if (group > 0) {
+  Fetcher::Lookup lookups[4];  // of the last warpgroup
+  if (group == 3) {
     const Fetcher fetcher(call);
-    Fetcher::Lookup lookups[kPairs];
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) lookups[i] = fetcher.look(call, token, t, 2 * first + 2 * i);
+    for (int i = 0; i < 4; ++i) lookups[i] = fetcher.look(call, token, t, 2 * first + i);
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) fetcher.look_up(call, token, lookups[i]);
+    for (int i = 0; i < 3; ++i) fetcher.look_up(call, token, lookups[i]);
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) rows[i] = fetcher.finish(call, token, lookups[i], 2 * first + 2 * i);
-    if (first < end) {
-      fetcher.fetch(shared, 0, 0, rows[0], call);
-      fetcher.fetch(shared, 1, 1, rows[0], call);
+    for (int i = 0; i < 2; ++i) {
+      if (i < halves) fetcher.fetch(shared, i, fetcher.finish(call, token, lookups[i], 2 * first + i), call);
     }
   }
   if (call.is_float) {
@@ -859,27 +853,27 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
   }
   ptx::fence_shared_proxy();
   __syncthreads();
-  if (group > 0) {
-    const Fetcher fetcher(call);
-#pragma unroll
-    for (int n = 2; n < kFirst; ++n) {
-      if (n < halves) fetcher.fetch(shared, n, n & 1, rows[n / 2], call);
-    }
+  if (group == 3) {
+    ptx::fewer_registers<kFetchRegisters>();
+    fetch_rows<kGroups>(call, shared, token, t, 2 * first, halves, 2, lookups[2], lookups[3]);
+    return;
   }
-
   const bool in_cluster = splits > 1;
   if (group == 0) {
+    ptx::more_registers<kScoreRegisters>();
     score_rows<kGroups>(call, shared, end - first, first_head);
-    ptx::sync_threads(2, kThreads);
+    ptx::sync_threads(2, kConsumers);
   } else if (group == 1) {
+    ptx::more_registers<kValueRegisters>();
     float out[4][32];
-    add_values<kGroups, 0>(call, shared, token, t, first, end - first, out);
-    ptx::sync_threads(2, kThreads);  // rows and queries are not needed any more
+    add_values<kGroups, 0>(shared, end - first, out);
+    ptx::sync_threads(2, kConsumers);  // rows and queries are not needed any more
     in_cluster ? put_values<kGroups, 0>(shared, out) : store_values<kGroups, 0>(call, shared, t, first_head, heads, out);
   } else {
+    ptx::more_registers<kValueRegisters>();
     float out[4][32];
-    add_values<kGroups, 1>(call, shared, token, t, first, end - first, out);
-    ptx::sync_threads(2, kThreads);
+    add_values<kGroups, 1>(shared, end - first, out);
+    ptx::sync_threads(2, kConsumers);
     in_cluster ? put_values<kGroups, 1>(shared, out) : store_values<kGroups, 1>(call, shared, t, first_head, heads, out);
   }
   if (!in_cluster) return;
@@ -887,7 +881,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
 
   // Each block of a cluster adds up some of the heads, in the order of the blocks: a warp a head.
   const int lane = threadIdx.x % 32;
-  for (int head = rank + splits * (threadIdx.x / 32); head < heads; head += splits * (kThreads / 32)) {
+  for (int head = rank + splits * (threadIdx.x / 32); head < heads; head += splits * (kConsumers / 32)) {
     float top_here = -INFINITY, total_here = 0.0f;  // of block `lane`
     if (lane < splits) {
       top_here = ptx::load_remote(ptx::address_in(ptx::shared_address(&shared.top[head]), lane));

@@ -217,6 +217,17 @@ DSV4_PRODUCT(product_f16, "f16.f16")
 DSV4_PRODUCT(product_bf16, "bf16.bf16")
 #undef DSV4_PRODUCT
 
+// Registers of a thread: a warpgroup gives some back, others take them.
+
+template <int kRegisters>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 // Clusters.
 
 __device__ __forceinline__ void cluster_sync() {
