@@ -41,7 +41,9 @@ def test_bench_says_what_it_does(arguments):
 def test_bench_refuses_an_unknown_name():
     result = _bench("nonsense")
     assert result.returncode == 1
-    assert result.stderr == "bench: there is no benchmark 'nonsense': choose one of speed, quality, records, gpu\n"
+    assert (
+        result.stderr == "bench: there is no benchmark 'nonsense': choose one of speed, quality, records, host, gpu\n"
+    )
 
 
 def _python(code: str) -> str:
