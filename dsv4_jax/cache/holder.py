@@ -68,7 +68,6 @@ class CacheHolder:
         self._opening: Slot | None = None  # a request that is being filled
         self._chains: dict[int, tuple[tuple[int, bytes], list[bytes]]] = {}  # keys of what a slot's request has kept
         if prefix is not None:
-            self._ledger.reclaim = self._reclaim
             prefix.undo = requests.undo
             requests.plans_kept_blocks = prefix.policy.name == "zero"
         if debug_nan:
@@ -279,9 +278,11 @@ class CacheHolder:
         """Whether kept blocks can be given out at once: no planned step may read them, and the cache is here."""
         return self._look(wait=True) and not self._requests.pending and not self._is_donated()
 
-    def _reclaim(self, short: dict[str, int]) -> None:
-        """Frees short[kind] blocks that are only kept for prompts to come; nothing where they do not suffice."""
-        if self._prefix is None or not self._can_reclaim():
+    def _make_room(self, need: dict[str, dict[int, int]]) -> None:
+        """Before need[kind][slot] blocks are given out: where they are not free, evicts as many as are missing of those
+        that are only kept for prompts to come; nothing where they do not suffice."""
+        short = self._ledger.short(need)
+        if not short or self._prefix is None or not self._can_reclaim():
             return
         kept_only = self._ledger.kept_only()
         if all(int(kept_only[kind].sum()) >= n for kind, n in short.items()):

@@ -96,7 +96,7 @@ class RequestLifecycle(CacheHolder):
         requests = old.emptied()
         prefix = None if self._prefix is None else self._prefix.emptied()
         if prefix is not None:
-            requests.ledger.reclaim, prefix.undo = self._reclaim, requests.undo
+            prefix.undo = requests.undo
         # One assignment: whatever interrupts this finds the old state or the new one.
         vars(self).update(
             _cache=fresh, _requests=requests, _ledger=requests.ledger, _prefix=prefix, _chains={}, _opening=None,
@@ -182,7 +182,10 @@ class RequestLifecycle(CacheHolder):
         self._live_cache()
         self._settle(wait=bool(self._requests.waiting))
         settled = self._requests.settled(slot) // self.block_size
-        shared = {kind: min(settled, len(ids)) for kind, ids in self._ledger.blocks(slot).items()}
+        owned = self._ledger.blocks(slot)
+        shared = {kind: min(settled, len(ids)) for kind, ids in owned.items()}
+        if self._requests.free_slots:
+            self._make_room({kind: {slot: len(ids) - shared[kind]} for kind, ids in owned.items()})
         target, copies = self._requests.fork(slot, shared)
         # At most the open block and what a rollback reaches back to: a fixed number, so that forks compile once.
         most = -(-self.max_rollback // self.block_size) + 1
@@ -221,6 +224,8 @@ class RequestLifecycle(CacheHolder):
         self._settle(wait=bool(self._requests.waiting))
         require_fit(snapshot, self._cache, self.fingerprint, self.max_context_len)
         settled = snapshot.length - min(snapshot.rollback, self.max_rollback)
+        if self._requests.free_slots:
+            self._make_room({kind: {0: n} for kind, n in self._requests.blocks_for(snapshot.length).items()})
         slot = self._fill(self._requests.open(snapshot.length, settled))
         for cache in write_entries(self._cache, snapshot, self._ledger.blocks(slot)):
             self._cache = cache

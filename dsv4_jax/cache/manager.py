@@ -192,6 +192,7 @@ class KVCacheManager(RequestLifecycle):
         self._live_cache()
         if self._num_free(kind):  # where the pool is empty, that is the reason to give
             self._check_room(request_slot, kind, len(self._ledger.blocks(request_slot)[kind]) + 1)
+        self._make_room({kind: {request_slot: 1}})
         rows = self._ledger.extend({kind: {request_slot: 1}})
         cells = {kind: [(slot, column) for slot, column, _ in rows[kind]]}
         self._requests.undo.note(self._requests.entered_in_vain, cells)
@@ -239,11 +240,13 @@ class KVCacheManager(RequestLifecycle):
                 raise
             step = planning.prepare_step(self._requests, request_slots, positions, **options)  # what is known now
         try:
+            self._make_room(step.need)
             plan = step.commit()
         except RuntimeError:
             if not self._requests.waiting:
                 raise
             self._settle(wait=True)
+            self._make_room(step.need)
             plan = step.commit()
         made_by(plan, self)
         return plan

@@ -1,6 +1,6 @@
 """Which request owns which blocks."""
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Set
 
 import numpy as np
 
@@ -20,7 +20,6 @@ class BlockLedger:
         self._undo = undo
         self._allocators = {kind: BlockAllocator(n, undo) for kind, n in num_blocks.items()}
         self._blocks: dict[int, dict[str, list[int]]] = {}
-        self.reclaim: Callable[[dict[str, int]], None] | None = None  # frees so many kept blocks by kind, or none
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -116,11 +115,14 @@ class BlockLedger:
         for kind, ids in blocks.items():
             self._allocators[kind].unhold(ids)
 
+    def short(self, need: dict[str, dict[int, int]]) -> dict[str, int]:
+        """By kind how many blocks are missing for `extend` to give out need[kind][slot]; kinds that lack none are left
+        out."""
+        asked = {kind: sum(by_slot.values()) - self.num_free(kind) for kind, by_slot in need.items()}
+        return {kind: n for kind, n in asked.items() if n > 0}
+
     def extend(self, need: dict[str, dict[int, int]]) -> dict[str, list[tuple[int, int, int]]]:
         """New blocks, need[kind][slot] of them -> by kind rows (slot, column, block). RuntimeError (OOM) if too few."""
-        short = {kind: sum(by_slot.values()) - self.num_free(kind) for kind, by_slot in need.items()}
-        if self.reclaim is not None and max(short.values(), default=0) > 0:
-            self.reclaim({kind: n for kind, n in short.items() if n > 0})
         for kind, by_slot in need.items():
             asked, free, held = sum(by_slot.values()), self.num_free(kind), self.num_held(kind)
             if asked > free:
