@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import gpu_attend
 import gpu_cache
+import gpu_flash
 import gpu_reads
 import gpu_select
 import gpu_share
@@ -82,11 +83,12 @@ def main() -> None:
     parser.add_argument("--out", default=os.environ.get("OUT", "gpu_results"), help="folder of the JSON file")
     parser.add_argument(
         "--only",
-        choices=["attend", "cache", "reads", "select", "share", "slice", "step", "writes"],
+        choices=["attend", "cache", "flash", "reads", "select", "share", "slice", "step", "writes"],
         help="the rows of this part alone",
     )
     gpu_slice.add_options(parser)
     gpu_share.add_options(parser)
+    gpu_flash.add_options(parser)
     options = parser.parse_args()
     if jax.default_backend() != "gpu" or "cuda" not in dispatch.available():
         sys.exit("bench gpu: needs an NVIDIA GPU, JAX with CUDA and the native library for it (scripts/build_ffi)")
@@ -102,6 +104,8 @@ def main() -> None:
         gpu_slice.run(options)
     if options.only == "share":
         gpu_share.run(options)
+    if options.only == "flash":
+        gpu_flash.run(options)
     gpu_timing.fact("this benchmark", time.perf_counter() - start, "s")
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True
