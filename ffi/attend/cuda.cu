@@ -49,12 +49,11 @@ bool is_for_few(const AttendCall& call) {
 // Launches clusters that share the rows of a token and `heads` of its heads.
 template <auto kKernel, typename... Args>
 cudaError_t launch(cudaStream_t stream, const AttendCall& call, int64_t heads, int threads, int bytes, const Args&... args) {
-  static const cudaError_t prepared = [&] {
-    const cudaError_t status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    return status != cudaSuccess ? status
-                                 : cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }();
-  if (prepared != cudaSuccess) return prepared;
+  // Every time: attributes are those of the kernel on one device, and a process may have several.
+  cudaError_t status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) return status;
+  status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status != cudaSuccess) return status;
   // A grid's last axis has 65,535 blocks at most.
   constexpr int64_t kMostTokens = 65535;
   if (call.tokens > kMostTokens) return cudaErrorInvalidConfiguration;

@@ -33,7 +33,8 @@ inline std::string limit_of(const SelectCall& call) {
 
 template <bool kPowers>
 cudaError_t launch_scores(cudaStream_t stream, const SelectCall& call, const Piece& piece) {
-  static const cudaError_t prepared = cudaFuncSetAttribute(
+  // Every time, here and below: attributes are those of the kernel on one device, and a process may have several.
+  const cudaError_t prepared = cudaFuncSetAttribute(
       shared_score_kernel<kPowers>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared * kTokenBytes);
   if (prepared != cudaSuccess) return prepared;
   const bool share = piece.count >= kShareTokens;
@@ -50,7 +51,7 @@ cudaError_t launch_scores(cudaStream_t stream, const SelectCall& call, const Pie
 }
 
 inline cudaError_t launch(cudaStream_t stream, const SelectCall& call, int what = 7) {
-  static const cudaError_t prepared =
+  const cudaError_t prepared =
       cudaFuncSetAttribute(top_k_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTopBytes);
   if (prepared != cudaSuccess) return prepared;
   Piece piece{};

@@ -28,3 +28,16 @@ def test_the_default_cache_gives_the_same_text():
         print(f"prompt {b}: first logits differ by {np.median(difference):.2e} (median), {difference.max():.2e} (most)")
         # Rounding alone: a stored code on a boundary may fall either way.
         assert np.median(difference) < 0.02
+
+
+def test_every_gpu_gives_the_same():
+    """What a kernel is given before it starts is given on each device: one process may use several."""
+    first, *others = jax.devices("gpu")
+    if not others:
+        pytest.skip("one GPU")
+    prompts = [list(Path(__file__).read_bytes()[:300])]
+    texts, logits = decode(first, prompts)
+    for device in others:
+        there, its_logits = decode(device, prompts)
+        assert there == texts
+        np.testing.assert_array_equal(its_logits[0], logits[0])
