@@ -180,8 +180,8 @@ def test_prefix_hit_that_ends_where_the_ring_is_gone():
     s.admit_like(0, 270, 0, 1)
     assert s.lengths == {0: 500, 1: 256}
     decode(s, [0, 1], 3)
-    s.release(1)
     s.release(0)
+    s.release(1)
     s.poison()
     s.admit_like(0, 256, 0, 2)  # a token is left to be fed: the hit would end at 128, where nothing was kept
     assert s.lengths == {0: 0}
@@ -198,8 +198,8 @@ def test_prefix_kept_too_late():
     s.keep(0)
     s.release(0)
     s.admit_like(0, 290, 0, 1)
-    assert s.lengths == {0: 0}
-    feed(s, 0, 270)
+    assert s.lengths == {1: 0}  # the slot that has been free longest
+    feed(s, 1, 270)
     s.end()
 
 
