@@ -5,8 +5,6 @@ devices together; a device without a request runs padding. Contents of the cache
 """
 
 import argparse
-import statistics
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from gpu_slice import copy_rate, filled_cache, report_kernels
+from gpu_slice import copy_rate, filled_cache, profile_steps, timed
 from gpu_timing import fact, failed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -76,27 +74,15 @@ def decode(model, mesh: Mesh, compiled, requests: int, context: int, profile: bo
     tokens = jax.device_put(tokens, NamedSharding(mesh, OWN))
     carry = cache, tokens, jax.device_put(jnp.int32(0), NamedSharding(mesh, WHOLE))
     del cache
-    state, times = nnx.split(model)[1], []
-    for repeat in range(4):
-        start = time.perf_counter()
-        for _ in range(8):
-            carry = compiled(state, *carry)
-        jax.block_until_ready(carry)
-        if repeat:
-            times.append((time.perf_counter() - start) / 8 * 1e6)
-    took = statistics.median(times)
+    state = nnx.split(model)[1]
+    carry, took = timed(compiled, state, carry)
     fact(f"{name}: a step", took, "us")
     fact(f"{name}: tokens", requests / took * 1e6, "a second")
     fact(f"{name}: temporaries", compiled.memory_analysis().temp_size_in_bytes / 1e6, "MB")
     stats = jax.local_devices()[0].memory_stats() or {}
     fact(f"{name}: most bytes on a device so far", stats.get("peak_bytes_in_use", 0) / 1e9, "GB")
     if profile:
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                for _ in range(2):
-                    carry = compiled(state, *carry)
-                jax.block_until_ready(carry)
-            report_kernels(folder, compiled.as_text(), 2 * mesh.size, took)
+        profile_steps(compiled, state, carry, mesh.size, took)
 
 
 def serve(model, mesh: Mesh, options: argparse.Namespace) -> None:

@@ -6,15 +6,13 @@ Weights, cache and contexts as in `gpu_slice`. Programs are compiled side by sid
 """
 
 import argparse
-import statistics
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from gpu_slice import copy_rate, filled_cache, least_bytes, numbers, program, report_kernels
+from gpu_slice import copy_rate, filled_cache, least_bytes, numbers, profile_steps, program, timed
 from gpu_timing import fact, failed
 
 from dsv4_jax import DSV4Config
@@ -63,15 +61,7 @@ def decode(model, compiled, batch: int, context: int, profile: bool) -> None:
     total = least_bytes(model, cache, batch, context)
     state = nnx.split(model)[1]
     carry = (cache, jnp.arange(batch, dtype=jnp.int32) * 991 % model.config.vocab_size, jnp.int32(0))
-    times = []
-    for repeat in range(4):
-        start = time.perf_counter()
-        for _ in range(8):
-            carry = compiled(state, *carry)
-        jax.block_until_ready(carry)
-        if repeat:
-            times.append((time.perf_counter() - start) / 8 * 1e6)
-    took = statistics.median(times)
+    carry, took = timed(compiled, state, carry)
     fact(f"{name}: a step", took, "us")
     fact(f"{name}: a copy of as many bytes ({total / 1e9:.2f} GB)", total / copy_rate() * 1e6, "us")
     fact(f"{name}: cache", sum(x.nbytes for x in jax.tree.leaves(carry[0])) / 1e9, "GB")
@@ -79,12 +69,7 @@ def decode(model, compiled, batch: int, context: int, profile: bool) -> None:
     stats = jax.local_devices()[0].memory_stats() or {}
     fact(f"{name}: most bytes on the device so far", stats.get("peak_bytes_in_use", 0) / 1e9, "GB")
     if profile:
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                for _ in range(2):
-                    carry = compiled(state, *carry)
-                jax.block_until_ready(carry)
-            report_kernels(folder, compiled.as_text(), 2, took)
+        profile_steps(compiled, state, carry, 1, took)
 
 
 def prefill(model, compiled, prompt: int, chunk: int) -> None:

@@ -156,25 +156,36 @@ def measure(
     held = sum(x.nbytes for x in jax.tree.leaves(state))
     fact(f"{name}: temporaries", memory.temp_size_in_bytes, "B")
     fact(f"{name}: temporaries, of the weights", memory.temp_size_in_bytes / held * 100, "%")
-    calls, times = max(1, 32 // steps), []
+    carry, took = timed(compiled, state, carry, max(1, 32 // steps), repeats)
+    took, goal = took / steps / 1e3, GOALS.get(batch)
+    floor = total / copy_rate() * 1e3
+    fact(f"{name}: a step" + (f", goal {goal}" if goal else ""), took * 1e3, "us")
+    fact(f"{name}: a copy of as many bytes ({total / 1e9:.2f} GB)", floor * 1e3, "us")
+    if profile:
+        profile_steps(compiled, state, carry, steps, took * 1e3)
+
+
+def timed(compiled, state, carry, calls: int = 8, repeats: int = 3):
+    """The carry after some more calls, and the median time of one in microseconds."""
+    times = []
     for repeat in range(repeats + 1):
         start = time.perf_counter()
         for _ in range(calls):
             carry = compiled(state, *carry)
         jax.block_until_ready(carry)
         if repeat:
-            times.append((time.perf_counter() - start) / calls / steps * 1e3)
-    took, goal = statistics.median(times), GOALS.get(batch)
-    floor = total / copy_rate() * 1e3
-    fact(f"{name}: a step" + (f", goal {goal}" if goal else ""), took * 1e3, "us")
-    fact(f"{name}: a copy of as many bytes ({total / 1e9:.2f} GB)", floor * 1e3, "us")
-    if profile:
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                for _ in range(2):
-                    carry = compiled(state, *carry)
-                jax.block_until_ready(carry)
-            report_kernels(folder, compiled.as_text(), 2 * steps, took * 1e3)
+            times.append((time.perf_counter() - start) / calls * 1e6)
+    return carry, statistics.median(times)
+
+
+def profile_steps(compiled, state, carry, steps: int, took: float) -> None:
+    """Prints where the time of a call goes, which has so many steps on all devices together."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(2):
+                carry = compiled(state, *carry)
+            jax.block_until_ready(carry)
+        report_kernels(folder, compiled.as_text(), 2 * steps, took)
 
 
 def scopes(text: str) -> dict[str, str]:
