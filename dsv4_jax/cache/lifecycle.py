@@ -202,6 +202,9 @@ class RequestLifecycle(CacheHolder):
         ValueError for a slot without a request or with a planned step not dispatched, or for more rollback than the
         request has.
         """
+        return self._take_snapshot(slot, rollback)
+
+    def _take_snapshot(self, slot: int, rollback: int) -> Snapshot:
         self._require_written(slot)
         rollback = count("rollback", rollback)
         length = self._requests.length(slot)
@@ -244,10 +247,13 @@ class RequestLifecycle(CacheHolder):
         """ValueError, with the reason, for a snapshot that `restore` would refuse whatever is free."""
         require_fit(snapshot, self._cache, self.fingerprint, self.max_context_len)
 
+    @whole
     def preempt(self, slot: int, *, rollback: int = 0) -> Snapshot:
         """Takes a request out of the cache to make room; `restore` resumes it. See `snapshot`, `release_request`."""
-        snapshot = self.snapshot(slot, rollback=rollback)
-        self.release_request(slot)
+        snapshot = self._take_snapshot(slot, rollback)
+        # What it gives up is free with the next call that looks for room: no work on the device, which could fail,
+        # stands between the request's end and the snapshot.
+        self._requests.close(slot)
         return snapshot
 
     @whole

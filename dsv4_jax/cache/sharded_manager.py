@@ -229,17 +229,28 @@ class ShardedKVCacheManager:
         found = [shard.found_tokens(token_ids, salt=salt) for shard in self.shards]
         return sorted(self.by_load(), key=lambda i: -found[i])
 
-    def _place(self, order: Iterable[int], call: Callable[[KVCacheManager], T]) -> tuple[int, T]:
-        """The first shard in `order` where the call succeeds, and what it returns; where all refuse, the first's error.
+    def _place(self, order: Iterable[int], call: Callable[[KVCacheManager], T]) -> T:
+        """What a call that begins a request returns on the first shard in `order` where it succeeds, with the slot in
+        the numbering of the whole; where all refuse, the first's error.
 
         A refusal changes nothing, so that only the shard that takes the request has changed.
         """
         first: RuntimeError | None = None
         for i in order:
             try:
-                return i, self._on(i, lambda shard=self.shards[i]: call(shard))  # type: ignore[misc]
+                came: Any = self._on(i, lambda shard=self.shards[i]: call(shard))  # type: ignore[misc]
             except RuntimeError as error:
                 first = first or error
+                continue
+            try:
+                slot = came.slot if isinstance(came, AdmittedPrompt) else came
+                whole: Any = Slot(i * self.slots_per_shard + slot, slot.generation)
+                if isinstance(came, AdmittedPrompt):
+                    whole = came._replace(slot=whole)
+                return whole
+            except BaseException:  # Ctrl-C, before anybody knows of the request
+                self.shards[i].release_request(came.slot if isinstance(came, AdmittedPrompt) else came)
+                raise
         assert first is not None
         raise first
 
@@ -247,22 +258,19 @@ class ShardedKVCacheManager:
 
     def admit_request(self, *, shard: int | None = None) -> Slot:
         """A slot on the shard with the least load, or on `shard`. Raises RuntimeError when all slots are taken."""
-        i, slot = self._place(self._order(shard, self.by_load), KVCacheManager.admit_request)
-        return self._whole_slot(i, slot)
+        return self._place(self._order(shard, self.by_load), KVCacheManager.admit_request)
 
     def admit_prompt(self, token_ids: Any, *, salt: bytes = b"", shard: int | None = None) -> AdmittedPrompt:
         """As `KVCacheManager.admit_prompt`, on the first of `by_prefix` that has a slot, or on `shard`."""
         order = self._order(shard, lambda: self.by_prefix(token_ids, salt=salt))
-        i, found = self._place(order, lambda manager: manager.admit_prompt(token_ids, salt=salt))
-        return found._replace(slot=self._whole_slot(i, found.slot))
+        return self._place(order, lambda manager: manager.admit_prompt(token_ids, salt=salt))
 
     def restore(self, snapshot: Snapshot, *, shard: int | None = None) -> Slot:
         """As `KVCacheManager.restore`, on the shard with the least load that has room, or on `shard`.
 
         The snapshot may come from any shard of any manager of the same model.
         """
-        i, slot = self._place(self._order(shard, self.by_load), lambda manager: manager.restore(snapshot))
-        return self._whole_slot(i, slot)
+        return self._place(self._order(shard, self.by_load), lambda manager: manager.restore(snapshot))
 
     def _order(self, shard: int | None, otherwise: Callable[[], list[int]]) -> list[int]:
         if shard is None:
@@ -285,7 +293,7 @@ class ShardedKVCacheManager:
 
     def fork(self, slot: int) -> Slot:
         """As `KVCacheManager.fork`; the new request is on the same shard."""
-        return self._whole_slot(self.shard_of(slot), self._call(slot, KVCacheManager.fork))
+        return self._place([self.shard_of(slot)], lambda shard: shard.fork(self._own_slot(slot)))
 
     def snapshot(self, slot: int, *, rollback: int = 0) -> Snapshot:
         """As `KVCacheManager.snapshot`; it can be restored on any shard."""

@@ -3,10 +3,8 @@
 import contextlib
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import repeat
 from typing import Any, TypeVar
 
 import jax
@@ -115,7 +113,7 @@ class DecodeLoop:
         # Tokens of a step, tokens of one slot in it; of every shard.
         self._prefill_shape = max(step_tokens, slots * verified), max(prefill_chunk, verified)
         self._verify_shape = slots * verified, verified
-        self._events: deque[Event] = deque()  # that were not handed out yet
+        self._events: list[Event] = []  # that were not handed out yet
         self._call: Call | None = None  # under way, or interrupted
         self._on_device: tuple[LoopState, Draws] | None = None  # of the slots, as long as the host changes nothing
         self._together = mesh is not None and mesh.is_multi_process
@@ -269,16 +267,21 @@ class DecodeLoop:
         self._others_busy = self._together
         while self._events or self.unfinished or self._others_busy:
             if self._events:
-                yield self._events.popleft()
+                event = self._events[0]
+                del self._events[0]
+                yield event
             else:
                 self._whole(self._advance)
 
-    # Calls.
+    # Calls. Python hears Ctrl-C at the end of a function's call: between the removal of events and their handing out
+    # there is none.
 
     def step(self) -> list[Event]:
         """One jitted call -> what it brought, an event for each sample that took part, after those still to be had."""
         self._whole(self._advance)
-        return list(map(deque.popleft, repeat(self._events, len(self._events))))
+        events = self._events[:]
+        del self._events[:]
+        return events
 
     def _advance(self) -> None:
         if self._schedule.admit():

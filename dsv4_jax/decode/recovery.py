@@ -6,7 +6,6 @@ jitted step has returned its results, the call is finished from these instead; w
 nothing, the cache is made anew and the samples read their tokens again.
 """
 
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ from .scheduler import Scheduler
 class Savepoint:
     """The samples, statistics and events of a loop as they are when it is made."""
 
-    def __init__(self, scheduler: Scheduler, stats: Stats, events: deque[Event]):
+    def __init__(self, scheduler: Scheduler, stats: Stats, events: list[Event]):
         self._scheduler, self._stats, self._events = scheduler, stats, events
         self._waiting, self._running = list(scheduler.waiting), list(scheduler.running)
         # Of those that wait, a call changes only the first, which it admits.
@@ -43,8 +42,7 @@ class Savepoint:
         self._scheduler.waiting[:], self._scheduler.running[:] = self._waiting, self._running
         self._scheduler.submitted = self._submitted
         vars(self._stats).update(self._counts)
-        while len(self._events) > self._num_events:
-            self._events.pop()
+        del self._events[self._num_events :]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Every call of the manager, interrupted at every line and refused by the device at every point: all or nothing.
+"""Every call of the manager, interrupted at every moment and refused by the device at every point: all or nothing.
 
 After it the books are as before the call or as after it, and say what the device holds; the call can be made again.
 """
@@ -18,7 +18,8 @@ from dsv4_jax import KVCacheManager, PrefixPolicy
 from dsv4_jax.cache.transfer import copies, slots
 
 BLOCK = 12
-ALL = bool(os.environ.get("DSV4_INTERRUPT_ALL"))  # at every line event instead of the first of every other line
+# At every moment when Python hears signals, instead of the first at every other place in the code.
+ALL = bool(os.environ.get("DSV4_INTERRUPT_ALL"))
 FOLDER = Path(dsv4_jax.cache.__file__).parent
 TEXT = np.random.default_rng(0).integers(0, 64, 61)
 
@@ -121,6 +122,11 @@ CALLS = {
     "reset": lambda w: w.manager.reset(),
 }  # fmt: skip
 
+HANDING_OUT = {  # what they return cannot be had again
+    "plan_step", "plan_step that evicts", "admit_request", "admit_prompt", "fork", "restore", "preempt",
+    "allocate_block",
+}  # fmt: skip
+
 DEVICE = [
     (slots, "_enter"), (slots, "_read_rows"), (slots, "_write_slot"), (slots, "_read_blocks"), (slots, "_write_blocks"),
     (copies, "copy_slot"), (dsv4_jax.cache.lifecycle, "copy_slot"),
@@ -154,16 +160,17 @@ def test_every_call_at_every_point(monkeypatch, say):
             call(world)
         after = world.seen()
         first = {}
-        for n, line in enumerate(watch.lines, 1):
-            first.setdefault(line, n)
+        for n, place in enumerate(watch.places, 1):
+            first.setdefault(place, n)
         world = make()
         for at in range(1, watch.count + 1) if ALL else sorted(first.values())[len(name) % 2 :: 2]:
+            raised = False
             try:
                 with Interrupt(FOLDER, at):
                     call(world)
             except KeyboardInterrupt:
-                points += 1
-            where = f"{name} interrupted at {watch.lines[at - 1]}"
+                points, raised = points + 1, True
+            where = f"{name} interrupted at {watch.places[at - 1]}"
             if world.cache is None and is_lost(world.manager):
                 lost += 1
                 with pytest.raises(RuntimeError, match="donated"):
@@ -178,6 +185,8 @@ def test_every_call_at_every_point(monkeypatch, say):
                 # Kept blocks may be given up without what they were given up for.
                 wrong = differing(now, before, after)
                 assert not wrong or (before and name in PREPARE and now[0] == before[0]), f"{where}: {wrong}"
+                lost_result = raised and name in HANDING_OUT and now[0] != before[0]
+                assert not lost_result, f"{where}: what it returned is lost"
                 if now != before or at % 16 == 0:
                     if now != after:
                         call(world)
@@ -210,5 +219,5 @@ def test_every_call_at_every_point(monkeypatch, say):
                 assert now in (before, after) or (before and name in PREPARE and now[0] == before[0]), (
                     f"{name}: {function}"
                 )
-    say(f"{len(CALLS)} calls interrupted at {points} lines, of which {lost} lost the cache; {refused} refused")
+    say(f"{len(CALLS)} calls interrupted at {points} moments, of which {lost} lost the cache; {refused} refused")
     assert points > 500

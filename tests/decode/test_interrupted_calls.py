@@ -1,4 +1,4 @@
-"""Every call of a loop, broken off at any line of the loop and of the cache below it, and refused by the device.
+"""Every call of a loop, broken off at any moment in the loop and of the cache below it, and refused by the device.
 
 A call has happened or has not; made again, every request gets the tokens of a run that nothing disturbed.
 """
@@ -17,7 +17,8 @@ from dsv4_jax.cache.transfer import copies, slots
 from dsv4_jax.decode.programs import OneDevice
 
 FOLDER = Path(dsv4_jax.__file__).parent
-ALL = bool(os.environ.get("DSV4_INTERRUPT_ALL"))  # at every line event instead of some of the lines' first and last
+# At every moment when Python hears signals, instead of the first and the last at some of the places in the code.
+ALL = bool(os.environ.get("DSV4_INTERRUPT_ALL"))
 REQUESTS = [ask(20, 52), ask(17, 60, start=3, temperature=1.0, num_samples=2), ask(9, 49, start=4)]
 BROKEN = (KeyboardInterrupt, MemoryError, RuntimeError)
 
@@ -100,7 +101,7 @@ SCENES = {  # as in test_interrupts.py, whose programs serve here too
 def scene(request, model):
     """A loop, and what its requests get."""
     loop = make_loop(model, **SCENES[request.param])
-    return request.param, loop, User(loop).play(Interrupt(FOLDER))
+    return request.param, loop, User(loop).play(contextlib.nullcontext())
 
 
 def undisturbed(loop, interrupt):
@@ -111,24 +112,24 @@ def undisturbed(loop, interrupt):
     return texts
 
 
-def test_broken_off_at_every_line(scene, alone, say):
+def test_broken_off_at_every_moment(scene, alone, say):
     name, loop, expected = scene
     assert expected[0, 0] == alone(REQUESTS[0])
     watch = Interrupt(FOLDER)
     assert undisturbed(loop, watch) == expected
     first, last = {}, {}
-    for n, line in enumerate(watch.lines, 1):
-        first.setdefault(line, n)
-        last[line] = n
+    for n, place in enumerate(watch.places, 1):
+        first.setdefault(place, n)
+        last[place] = n
     points = sorted({*first.values(), *last.values()})
     points = range(1, watch.count + 1) if ALL else points[:: len(points) // 18]
     restarts = loop.stats.restarts
     for i, at in enumerate(points):
         error = MemoryError if i % 4 == 3 else KeyboardInterrupt
         interrupt = Interrupt(FOLDER, at, error)
-        assert undisturbed(loop, interrupt) == expected, f"{error.__name__} at {at}: {watch.lines[at - 1]}"
+        assert undisturbed(loop, interrupt) == expected, f"{error.__name__} at {at}: {watch.places[at - 1]}"
     say(
-        f"{name}: broken off at {len(points)} of {watch.count} line events ({len(first)} lines), "
+        f"{name}: broken off at {len(points)} of {watch.count} moments ({len(first)} places), "
         f"{loop.stats.restarts - restarts} samples read again"
     )
 
@@ -157,7 +158,7 @@ def test_refused_by_the_device(scene, monkeypatch, say):
 
             with monkeypatch.context() as patch:
                 patch.setattr(module, function, refuse)
-                assert undisturbed(loop, Interrupt(FOLDER, 0)) == expected, f"{function}, call {n}"
+                assert undisturbed(loop, contextlib.nullcontext()) == expected, f"{function}, call {n}"
             if calls < n:
                 break
             refused[function] = refused.get(function, 0) + 1

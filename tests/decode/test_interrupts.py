@@ -1,19 +1,23 @@
 """Whatever interrupts a call of the loop, and wherever: it goes on with the same tokens, and nothing leaks."""
 
+import contextlib
+import dis
 import logging
 import os
 from pathlib import Path
 
 import jax
 import pytest
-from interrupt import Interrupt
+from interrupt import Interrupt, hears
 from loops import ask, assert_idle, make_loop
 
 import dsv4_jax.decode
 from dsv4_jax import PrefixPolicy
+from dsv4_jax.decode import DecodeLoop
 
 FOLDER = Path(dsv4_jax.decode.__file__).parent
-ALL = bool(os.environ.get("DSV4_INTERRUPT_ALL"))  # at every line event instead of a sixth of the lines' first and last
+# At every moment when Python hears signals, instead of the first and the last at a sixth of the places in the code.
+ALL = bool(os.environ.get("DSV4_INTERRUPT_ALL"))
 
 
 def walk(loop, requests, interrupt):
@@ -47,15 +51,15 @@ SCENES = {
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_ctrl_c_at_every_line(model, scene, say):
+def test_ctrl_c_at_every_moment(model, scene, say):
     requests, options = SCENES[scene]
-    expected = walk(make_loop(model, **options), requests, Interrupt(FOLDER))
+    expected = walk(make_loop(model, **options), requests, contextlib.nullcontext())
     watch = Interrupt(FOLDER)
     assert walk(make_loop(model, **options), requests, watch) == expected
     first, last = {}, {}
-    for n, line in enumerate(watch.lines, 1):
-        first.setdefault(line, n)
-        last[line] = n
+    for n, place in enumerate(watch.places, 1):
+        first.setdefault(place, n)
+        last[place] = n
     points = range(1, watch.count + 1) if ALL else sorted({*first.values(), *last.values()})[::6]
     loop = make_loop(model, **options)
     restarts = 0
@@ -66,11 +70,60 @@ def test_ctrl_c_at_every_line(model, scene, say):
         tokens = walk(loop, requests, interrupt := Interrupt(FOLDER, at))
         restarts += loop.stats.restarts
         assert interrupt.count >= at, f"{at} of {watch.count} was not reached"
-        assert tokens == expected, f"interrupted at line event {at}: {watch.lines[at - 1]}"
+        assert tokens == expected, f"interrupted at moment {at}: {watch.places[at - 1]}"
         assert_idle(loop)
-    say(
-        f"interrupted at {len(points)} of {watch.count} line events ({len(first)} lines), {restarts} samples read again"
-    )
+    say(f"interrupted at {len(points)} of {watch.count} moments ({len(first)} places), {restarts} samples read again")
+
+
+@pytest.mark.parametrize("function", [DecodeLoop.step, DecodeLoop.__iter__])
+def test_no_signal_is_heard_between_taking_events_and_handing_them_out(function):
+    instructions = list(dis.get_instructions(function))
+    hand_out = "RETURN_VALUE" if function is DecodeLoop.step else "YIELD_VALUE"
+    (end,) = (i for i, x in enumerate(instructions) if x.opname == hand_out)
+    since = max(i for i in range(end) if hears(instructions[i]))
+    assert "DELETE_SUBSCR" in [x.opname for x in instructions[since:end]]
+
+
+def by_step(loop, take):
+    take(loop.step())
+
+
+def by_iterator(loop, take):
+    for event in loop:
+        take([event])
+
+
+@pytest.mark.parametrize("call", [by_step, by_iterator])
+def test_no_event_is_lost(model, alone, call):
+    """Ctrl-C at every moment of `step` and of the iterator themselves, the first time and the last."""
+    requests = [ask(10, 52), ask(3, 49, start=4)]
+    expected = [alone(r) for r in requests]
+
+    def run(interrupt):
+        loop, tokens = make_loop(model), {}
+        numbers = [r.submit(loop) for r in requests]
+
+        def take(events):
+            for event in events:
+                tokens.setdefault(event.request, []).extend(event.tokens)
+
+        while loop.unfinished:
+            try:
+                with interrupt:
+                    call(loop, take)
+            except KeyboardInterrupt:
+                continue
+        return [tokens[n] for n in numbers]
+
+    watch, own = Interrupt(FOLDER / "loop.py"), {}
+    assert run(watch) == expected
+    for n, (_, function, *place) in enumerate(watch.places, 1):
+        if function in ("step", "__iter__"):
+            own.setdefault(tuple(place), []).append(n)
+    assert own
+    for place, moments in own.items():
+        for at in {moments[0], moments[-1]}:
+            assert run(Interrupt(FOLDER / "loop.py", at)) == expected, place
 
 
 @pytest.mark.parametrize("name", ["decode_steps", "prefill_step"])

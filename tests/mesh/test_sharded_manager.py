@@ -1,12 +1,15 @@
 """Requests on several shards: where they go, what they may do, and that a refusal changes nothing on any."""
 
+import pathlib
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interrupt import Interrupt
 
+import dsv4_jax.cache
 from dsv4_jax import PrefixPolicy
 from dsv4_jax.cache.sharding import join_caches, shard_devices, split_cache
 
@@ -177,3 +180,32 @@ def test_reset_begins_anew_where_the_shards_are(make_manager):
     for shard, devices in zip(manager.shards, shard_devices(manager.mesh), strict=True):
         assert all(x.devices() == set(devices) for x in jax.tree.leaves(shard.cache))
     manager.check()
+
+
+@pytest.mark.parametrize("name", ["admit_request", "admit_prompt", "fork", "restore"])
+def test_a_request_that_nobody_got_is_none(make_manager, name):
+    """Ctrl-C at every other moment at which Python hears it in the cache: who gets no slot has begun no request."""
+    manager = make_manager(2, max_rollback=1)
+    first = manager.admit_request()
+    bring(manager, {first: 10})
+    snapshot, before = manager.snapshot(first), book(manager)
+    call = {
+        "admit_request": manager.admit_request,
+        "admit_prompt": lambda: manager.admit_prompt(np.arange(20)),
+        "fork": lambda: manager.fork(first),
+        "restore": lambda: manager.restore(snapshot),
+    }[name]
+    folder = pathlib.Path(dsv4_jax.cache.__file__).parent
+    for _ in range(2):  # the first settles what there was to settle
+        with Interrupt(folder) as watch:
+            came = call()
+        manager.release_request(came.slot if name == "admit_prompt" else came)
+    places = {}
+    for n, (path, *place) in enumerate(watch.places, 1):
+        if path.endswith("sharded_manager.py"):
+            places.setdefault(tuple(place), n)
+    assert len(places) > 5
+    for place, at in places.items():
+        with pytest.raises(KeyboardInterrupt), Interrupt(folder, at):
+            call()
+        assert book(manager) == before, place

@@ -36,7 +36,8 @@ class Undo:
 
     def done(self) -> None:
         """All changes are made: they stay."""
-        vars(self).update(_notes=[], _active=False)  # at once
+        # Python hears Ctrl-C at the end of calls: without one, what the call returns cannot be lost any more.
+        self._notes, self._active = [], False
 
     def roll_back(self) -> None:
         """Undoes the changes of a call that was not done; may be interrupted and called again."""
