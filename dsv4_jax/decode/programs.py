@@ -24,8 +24,8 @@ OWN = PartitionSpec(DATA)
 """Of what every shard has its own part of, on the first axis."""
 
 
-PROCESS_TIMEOUT_S = 60.0
-"""How long a process waits for the others, in seconds: less than `jax.distributed` waits for a heartbeat."""
+PROCESS_TIMEOUT_S = 300.0
+"""How long a process waits for the others, in seconds: one may still compile where another has its programs."""
 
 _END = "expected every process to go on stepping until all have finished; end them all and start again"
 
