@@ -49,6 +49,15 @@ def plan(
         int,
         typer.Option(metavar="N", min=1, max=4096, help="Devices: each has its share of requests and routed experts."),
     ] = 1,
+    model_devices: Annotated[
+        int,
+        typer.Option(
+            metavar="M",
+            min=1,
+            max=4096,
+            help="Of these so many divide the heads of the same requests, and each has their cache.",
+        ),
+    ] = 1,
     cache: Annotated[CacheDtype, typer.Option(help="Storage of key-value records.")] = CacheDtype.fp8,
     indexer: Annotated[
         IndexerDtype | None, typer.Option(help="Storage of indexer keys; default: what goes with the records.")
@@ -70,7 +79,8 @@ def plan(
 
     The numbers are those of the arrays that would be allocated, to the byte. With --weights they are the model's too,
     held as they are stored; without, they are the cache alone. With --devices they are those of each device, which has
-    its share of the requests and of the routed experts, and a copy of all other weights. --reserve keeps room for the
+    its share of the requests and of the routed experts, and a copy of all other weights; with --model-devices too, the
+    mesh axis "model", a part of those that belong to heads. --reserve keeps room for the
     temporaries of a step. Nothing is allocated and no device is touched. The exit status is 0 where all of it fits and
     1 where it does not.
 
@@ -91,11 +101,17 @@ def plan(
             raise InputError(f"--context is {context}: the model has {limit} positions")
         if model.n_routed_experts % devices:
             raise InputError(f"--devices is {devices}: expected a number that divides {model.n_routed_experts} experts")
-        found = _weights(weights, model, devices)
+        if devices % model_devices or model.o_groups % model_devices:
+            raise InputError(
+                f"--model-devices is {model_devices}: expected a number that divides {devices} devices and "
+                f"{model.o_groups} output groups"
+            )
+        found = _weights(weights, model, devices, model_devices)
+        shards = devices // model_devices
         held = 0 if weights is None else found["held_bytes"]
         report = make_report(
             model, max(total - reserved - held, 0),
-            min(DEFAULT_CONTEXT, limit) if context is None else context, -(-concurrency // devices), cache.value,
+            min(DEFAULT_CONTEXT, limit) if context is None else context, -(-concurrency // shards), cache.value,
             indexer.value if indexer else default_indexer(cache.value), max_rollback=max_rollback,
             hca_tail=hca_tail.value,
         )  # fmt: skip
@@ -104,7 +120,7 @@ def plan(
             report["fits"] = False
             report["missing_bytes"] = report["total_bytes"] + held - (total - reserved)
         report = {"config": config, "device_bytes": total, "reserved_bytes": reserved, **report}
-        report |= {"devices": devices, "cache_tokens": _cache_tokens(report) * devices}
+        report |= {"devices": devices, "model_devices": model_devices, "cache_tokens": _cache_tokens(report) * shards}
         if plot is not None:
             from .plan_plot import draw
 
@@ -234,7 +250,7 @@ def _cache_tokens(report: dict[str, Any]) -> int:
     return max(int(left // report["bytes_per_token"]), 0) if report["bytes_per_token"] else 0
 
 
-def _weights(given: str | None, config: Any, devices: int) -> dict[str, int]:
+def _weights(given: str | None, config: Any, devices: int, model_devices: int) -> dict[str, int]:
     """Bytes of the weights in files, and as each device holds them: of `config` as released, or of what was given."""
     from ..model.files.checkpoint import held_as_stored, held_bytes
     from ..model.files.released_form import released_bytes
@@ -251,9 +267,9 @@ def _weights(given: str | None, config: Any, devices: int) -> dict[str, int]:
         stored = sum(checkpoint.info(name).nbytes for name in matched.stored.values())
         return {
             "stored_bytes": stored,
-            "held_bytes": held_bytes(config, held_as_stored(checkpoint, matched, config), devices),
+            "held_bytes": held_bytes(config, held_as_stored(checkpoint, matched, config), devices, model_devices),
         }
-    sizes = released_bytes(config if given is None else _read_config(given), devices)
+    sizes = released_bytes(config if given is None else _read_config(given), devices, model_devices)
     return {"stored_bytes": sizes.stored, "held_bytes": sizes.held}
 
 

@@ -20,7 +20,7 @@ from ..model.transformer import DSV4Model
 from .context import blocks_to_read
 from .draft import PromptLookup
 from .layout import Part, draw_arrays, row_states, slot_arrays, token_arrays
-from .programs import OneDevice, OverMesh
+from .programs import PROCESS_TIMEOUT_S, OneDevice, OverMesh
 from .recovery import Call, Savepoint, identity, is_lost
 from .request import Event, Request, Sample, Stats, check_prompt, check_sampling
 from .sampling import Draws, LogitsHook, LogProbs
@@ -76,12 +76,15 @@ class DecodeLoop:
         return_logits: bool = False,
         log_probs: int | None = None,
         logits_hook: LogitsHook | None = None,
+        process_timeout_s: float = PROCESS_TIMEOUT_S,
     ):
         """prefill_chunk: tokens of one prompt in a step at most. step_tokens: tokens of all of them in a step at most,
         by default one chunk and a decode token for every other slot. decode_chunk: steps of a decode call.
         draft_tokens: prompt-lookup drafts verified in a step at most (the manager's max_rollback must be no less).
         return_logits: events have the logits. log_probs: events have the log-probability of each token and of so many
         of the most likely ones, 0 or more; None for neither. logits_hook: changes logits before a token is chosen.
+        process_timeout_s: where several processes step together, how long one waits for the others, also for the
+        programs that they compile; then RuntimeError.
 
         Raises ValueError for sizes that make no sense and for a manager made for another configuration.
         """
@@ -89,6 +92,8 @@ class DecodeLoop:
         decode_chunk = count("decode_chunk", decode_chunk, least=1)
         if count("draft_tokens", draft_tokens) > manager.max_rollback:
             raise ValueError(f"draft_tokens is {draft_tokens}: expected 0 to max_rollback = {manager.max_rollback}")
+        if not process_timeout_s > 0:
+            raise ValueError(f"process_timeout_s is {process_timeout_s}: expected seconds, more than 0")
         if log_probs is not None:
             log_probs = count("log_probs", log_probs, most=model.config.vocab_size)
         check_cache(model.config, manager.cache)
@@ -108,7 +113,7 @@ class DecodeLoop:
         self.model, self.manager = model, manager
         self.prefill_chunk, self.decode_chunk, self.draft_tokens = prefill_chunk, decode_chunk, draft_tokens
         self.return_logits = return_logits
-        self._programs = OneDevice(model) if mesh is None else OverMesh(model, mesh)
+        self._programs = OneDevice(model) if mesh is None else OverMesh(model, mesh, process_timeout_s)
         self._wanted = Wanted(bool(return_logits), log_probs, logits_hook)
         # Tokens of a step, tokens of one slot in it; of every shard.
         self._prefill_shape = max(step_tokens, slots * verified), max(prefill_chunk, verified)

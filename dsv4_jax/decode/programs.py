@@ -1,5 +1,6 @@
 """Where a loop's steps run: on one device, or on all devices of a mesh at once."""
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +22,12 @@ Specs = tuple[PartitionSpec, ...]
 
 OWN = PartitionSpec(DATA)
 """Of what every shard has its own part of, on the first axis."""
+
+
+PROCESS_TIMEOUT_S = 300.0
+"""How long a process waits for the others, in seconds: one may still compile where another has its programs."""
+
+_END = "expected every process to go on stepping until all have finished; end them all and start again"
 
 
 class OneDevice:
@@ -66,8 +73,9 @@ class OverMesh(OneDevice):
     Host arrays are those of this process's shards, one after the other.
     """
 
-    def __init__(self, model: DSV4Model, mesh: Mesh):
+    def __init__(self, model: DSV4Model, mesh: Mesh, process_timeout_s: float = PROCESS_TIMEOUT_S):
         super().__init__(model)
+        self._process_timeout_s = process_timeout_s
         specs: Specs = tuple(weight.sharding.spec for weight in self.weights)  # type: ignore[attr-defined]
         self._steps: dict[Any, Callable[..., Any]] = {
             prefill_step: partial(_prefill_over_mesh, mesh=mesh, specs=specs),
@@ -99,15 +107,28 @@ class OverMesh(OneDevice):
         if self._own.is_fully_addressable:
             return list(wishes)
         own = np.tile(np.array(wishes, np.int32), (len(shard_devices(self.key)), 1))
-        return np.asarray(_largest(self.put(own), mesh=self.key)).tolist()
+        return np.asarray(self._when_ready(_largest(self.put(own), mesh=self.key))).tolist()
 
     def fetch(self, array: Array) -> np.ndarray:
         """What this process's shards have of a result, on the host."""
         if array.is_fully_addressable:
             return np.asarray(array)
+        self._when_ready(array)
         axis = array.sharding.spec.index(DATA)  # type: ignore[attr-defined]
         parts = {piece.index[axis].start or 0: piece.data for piece in array.addressable_shards}
         return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=axis)
+
+    def _when_ready(self, array: Array) -> Array:
+        """Waits for what all processes compute together; RuntimeError where one of them does not take part."""
+        begun, most = time.monotonic(), self._process_timeout_s
+        while not array.is_ready():  # type: ignore[attr-defined]
+            if time.monotonic() - begun > most:
+                raise RuntimeError(f"another process took no part in this call for {most:g} s: {_END}")
+            time.sleep(1e-4)
+        try:
+            return array.block_until_ready()
+        except jax.errors.JaxRuntimeError as error:
+            raise RuntimeError(f"a call of several processes failed, one may have ended ({error}): {_END}") from error
 
 
 @partial(jax.jit, static_argnames="mesh")

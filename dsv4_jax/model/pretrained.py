@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from ..cache.sharding import MODEL
 from .config import DSV4Config
 from .files.checkpoint import Progress, check_memory, read_stored_tensors, read_tensors, result_bytes
 from .sharding import check_fit, check_shards, local_experts, place_weight, with_mesh
@@ -60,16 +61,17 @@ def from_pretrained(
         raise ValueError(f"weights is {weights!r}: expected None, {' or '.join(map(repr, _WEIGHTS))}")
     if dtype is None:
         dtype = _WEIGHTS["float32" if weights is None else weights]
-    devices, experts = 1, None
+    devices, model_devices, experts = 1, 1, None
     if mesh is not None:
         mesh = check_shards(config, mesh)
         devices, experts = mesh.devices.size, local_experts(config, mesh)
+        model_devices = mesh.shape.get(MODEL, 1)
     if weights is None:
         needed, tensors = read_stored_tensors(  # checks the files
-            path, config, dtype, progress, experts=experts, devices=devices
+            path, config, dtype, progress, experts=experts, devices=devices, model_devices=model_devices
         )
     else:
-        needed = result_bytes(config, _WEIGHTS[weights], devices)
+        needed = result_bytes(config, _WEIGHTS[weights], devices, model_devices)
         tensors = read_tensors(path, config, _WEIGHTS[weights], progress, experts=experts)
     if mesh is not None:
         check_fit(needed, os.fspath(path), mesh)

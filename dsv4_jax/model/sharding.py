@@ -1,6 +1,5 @@
 """A model over a mesh of devices: experts spread over all of them, other weights copied or split along "model"."""
 
-import re
 from typing import Any
 
 import jax
@@ -11,14 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..cache.sharding import MODEL, check_mesh
 from .config import DSV4Config
 from .files.checkpoint import check_memory
+from .files.tensor_names import divided_by
 from .transformer import DSV4Model
-
-_EXPERTS = re.compile(r".*\.ffn\.experts\.w[123](_scale)?")
-# Split along "model": heads, which are rows of wq_b, whole groups of them, which are rows of wo_a and columns of wo_b,
-# and the inner values of the shared expert.
-_ROWS = re.compile(r"layers\.\d+\.(attn\.(wq_b|wo_a)|ffn\.shared_experts\.w[13])\.(weight|scale)")
-_COLUMNS = re.compile(r"layers\.\d+\.(attn\.wo_b|ffn\.shared_experts\.w2)\.(weight|scale)")
-_HEADS = re.compile(r"layers\.\d+\.attn\.attn_sink")
 
 
 def check_shards(config: DSV4Config, mesh: Any) -> Mesh:
@@ -46,14 +39,11 @@ def weight_spec(name: str, mesh: Mesh) -> PartitionSpec:
       name: canonical, such as "layers.0.ffn.experts.w1".
       mesh: from `check_shards`.
     """
-    if _EXPERTS.fullmatch(name):
-        return PartitionSpec(tuple(mesh.axis_names))
-    if mesh.shape.get(MODEL, 1) > 1:
-        if _ROWS.fullmatch(name) or _HEADS.fullmatch(name):
-            return PartitionSpec(MODEL)
-        if _COLUMNS.fullmatch(name):
-            return PartitionSpec(None, MODEL)
-    return PartitionSpec()
+    whole, rows, columns = PartitionSpec(), PartitionSpec(MODEL), PartitionSpec(None, MODEL)
+    experts = PartitionSpec(tuple(mesh.axis_names))
+    if mesh.shape.get(MODEL, 1) == 1:
+        rows = columns = whole
+    return {"experts": experts, "rows": rows, "columns": columns, None: whole}[divided_by(name)]
 
 
 def weight_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

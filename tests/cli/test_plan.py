@@ -270,3 +270,22 @@ def test_what_is_no_size_is_refused(text):
 def test_sizes_are_shown():
     shown = [show_bytes(n) for n in (0, 1023, 1024, 1536 * 1024, 2**30, 5 * 2**50)]
     assert shown == ["0 B", "1023 B", "1.00 KiB", "1.50 MiB", "1.00 GiB", "5,120.00 TiB"]
+
+
+def test_devices_of_one_request_divide_its_heads(run):
+    """Each has its cache; what is left for caches is that of fewer shards."""
+    arguments = (
+        "--config", "pro", "--weights", "pro", "--memory", "141GB", "--concurrency", 8, "--json", "--devices", 8,
+    )  # fmt: skip
+    (_, apart, _), (_, together, _) = run(*arguments), run(*arguments, "--model-devices", 4)
+    apart, together = json.loads(apart), json.loads(together)
+    assert (apart["concurrency"], together["concurrency"]) == (1, 4)
+    saved = apart["weights"]["held_bytes"] - together["weights"]["held_bytes"]
+    config = DSV4Config.pro()
+    heads, hidden, outputs = config.num_attention_heads, config.hidden_size, config.o_groups * config.o_lora_rank
+    per_layer = heads * config.head_dim * (config.q_lora_rank + config.o_lora_rank) + outputs * hidden
+    per_layer += 3 * hidden * config.moe_intermediate_size * config.n_shared_experts
+    assert saved == pytest.approx(0.75 * per_layer * config.num_hidden_layers, rel=1e-3)  # scales are the rest
+    status, _, err = run(*arguments, "--model-devices", 3)
+    assert status == 2
+    assert "--model-devices is 3: expected a number that divides 8 devices and 16 output groups" in err

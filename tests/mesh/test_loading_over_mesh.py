@@ -7,10 +7,12 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 import dsv4_jax
 from dsv4_jax.cache.sharding import check_mesh
+from dsv4_jax.model.files.released_form import released_bytes
 from dsv4_jax.model.random_weights import random_model
 from dsv4_jax.model.sharding import check_fit, local_experts
 
@@ -60,14 +62,14 @@ def test_random_weights_are_made_where_they_lie(mesh, config):
     assert layer.attn.wq_b.scale[...].sharding.spec == PartitionSpec("model")
     assert layer.attn.wo_b.weight[...].sharding.spec == PartitionSpec(None, "model")
     assert layer.ffn.experts.w1_scale[...].addressable_shards[3].index[0] == slice(6, 8)
+    on_last = [x.addressable_shards[3].data.nbytes for x in jax.tree.leaves(nnx.state(spread))]
+    assert sum(on_last) == released_bytes(config, devices=4, model_devices=2).held
     # Scales are of 128 rows and columns: what devices have must be whole blocks.
     with pytest.raises(ValueError, match=r"has shape \(1, 1\): the mesh has 2 devices along \"model\", expected a"):
         random_model(config.replace(head_dim=64), mesh=mesh((2, 2)))
 
 
 def _arrays(model):
-    from flax import nnx
-
     return [np.asarray(x) for x in jax.tree.leaves(nnx.state(model))]
 
 

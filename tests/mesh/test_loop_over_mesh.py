@@ -8,7 +8,9 @@ import pytest
 from loops import ask
 
 from dsv4_jax import PrefixPolicy
+from dsv4_jax.cache.sharding import check_mesh
 from dsv4_jax.decode import DecodeLoop
+from dsv4_jax.decode.programs import OverMesh
 
 # Ends at more than 48 and at most 72 tokens: readers look at 6 blocks.
 ASKS = [
@@ -229,3 +231,33 @@ def test_a_loop_takes_a_model_and_a_cache_of_one_mesh(model, make_manager):
     for n, m in ((0, 2), (TWO, 0), (TWO, 2)):
         with pytest.raises(ValueError, match=r"^the model lies on .* and the cache on .*: expected shard_model"):
             DecodeLoop(model(n), make_manager(m))
+
+
+class _Never:
+    """What a device computes together with one that is no more."""
+
+    def is_ready(self):
+        return False
+
+
+class _Failed:
+    """The same, where the connection tells."""
+
+    def is_ready(self):
+        return True
+
+    def block_until_ready(self):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: connection closed by peer")
+
+
+def test_a_process_that_ended_is_not_waited_for(model, mesh):
+    programs = OverMesh(model(2), check_mesh(mesh(2)), process_timeout_s=0.01)
+    with pytest.raises(RuntimeError, match=r"took no part in this call for 0.01 s: .* end them all and start again$"):
+        programs._when_ready(_Never())
+    with pytest.raises(RuntimeError, match=r"one may have ended .*closed by peer.* end them all and start again$"):
+        programs._when_ready(_Failed())
+
+
+def test_a_process_timeout_is_some_time(make_loop):
+    with pytest.raises(ValueError, match="process_timeout_s is 0: expected seconds, more than 0"):
+        make_loop(2, process_timeout_s=0)

@@ -23,7 +23,7 @@ from dsv4_jax.files.untrusted_json import shorten
 from dsv4_jax.model.config import DSV4Config
 from dsv4_jax.model.files.quantisation import check_quantisation
 from dsv4_jax.model.files.tensor_match import MatchedTensors, match_tensors
-from dsv4_jax.model.files.tensor_names import expected_tensors, is_skipped, keeps_float32, scale_name
+from dsv4_jax.model.files.tensor_names import device_share, expected_tensors, is_skipped, keeps_float32, scale_name
 from dsv4_jax.model.files.weight_formats import dequantise, scale_bytes, scale_shape
 
 _log = logging.getLogger(__name__)
@@ -85,11 +85,12 @@ def held_as_stored(
     return held
 
 
-def held_bytes(config: DSV4Config, held: Mapping[str, Held], devices: int = 1) -> int:
-    """Bytes of tensors that are held like this, scales included; on each of so many devices that share the experts."""
-    sizes = {name: _nbytes(shape, held[name]) for name, shape in expected_tensors(config).items()}
-    experts = sum(size for name, size in sizes.items() if _EXPERT.fullmatch(name))
-    return sum(sizes.values()) - experts + -(-experts // devices)
+def held_bytes(config: DSV4Config, held: Mapping[str, Held], devices: int = 1, model_devices: int = 1) -> int:
+    """Bytes of tensors that are held like this, scales included; on each of so many devices (`device_share`)."""
+    return sum(
+        device_share(_nbytes(shape, held[name]), name, devices, model_devices)
+        for name, shape in expected_tensors(config).items()
+    )
 
 
 def _nbytes(shape: tuple[int, ...], held: Held) -> int:
@@ -128,15 +129,16 @@ def read_stored_tensors(
     *,
     experts: Container[int] | None = None,
     devices: int = 1,
+    model_devices: int = 1,
 ) -> tuple[int, Iterator[tuple[str, np.ndarray]]]:
     """Like `read_tensors`, with weights held as they are stored (`held_as_stored`): bytes of all, and the tensors.
 
     Codes are uint8 under the name of the weight, scales follow them as E8M0 bytes: `layers.0.attn.wkv.weight` (out, in)
     and `layers.0.attn.wkv.scale`, `layers.0.ffn.experts.w1` (experts, out, in / 2) and `….experts.w1_scale` (experts,
-    out, in / 32). devices: the bytes are those of each of so many devices that share the experts.
+    out, in / 32). devices, model_devices: the bytes are those of each of so many devices (`device_share`).
     """
     held, tensors = _open(path, config, dtype, progress, experts, as_stored=True)
-    return held_bytes(*held, devices), tensors
+    return held_bytes(*held, devices, model_devices), tensors
 
 
 def _open(
@@ -208,10 +210,10 @@ def load_tensors(
     return dict(tensors)
 
 
-def result_bytes(config: DSV4Config, dtype: Any, devices: int = 1) -> int:
-    """Bytes of what `load_tensors` returns; on each of so many devices that share the experts."""
+def result_bytes(config: DSV4Config, dtype: Any, devices: int = 1, model_devices: int = 1) -> int:
+    """Bytes of what `load_tensors` returns; on each of so many devices (`device_share`)."""
     held = {name: Held(None, _result_dtype(name, np.dtype(dtype))) for name in expected_tensors(config)}
-    return held_bytes(config, held, devices)
+    return held_bytes(config, held, devices, model_devices)
 
 
 def check_memory(needed: int, what: str) -> None:

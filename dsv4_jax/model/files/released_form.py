@@ -30,7 +30,14 @@ from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
 from dsv4_jax.model.files.checkpoint import Progress
 from dsv4_jax.model.files.quantisation import check_quantisation
 from dsv4_jax.model.files.tensor_match import match_tensors
-from dsv4_jax.model.files.tensor_names import canonical_name, expected_tensors, keeps_float32, released_name, scale_name
+from dsv4_jax.model.files.tensor_names import (
+    canonical_name,
+    device_share,
+    expected_tensors,
+    keeps_float32,
+    released_name,
+    scale_name,
+)
 from dsv4_jax.model.files.weight_formats import BLOCK, quantise, scale_shape
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -77,24 +84,24 @@ class WeightBytes:
     held: int
 
 
-def released_bytes(config: DSV4Config, devices: int = 1) -> WeightBytes:
+def released_bytes(config: DSV4Config, devices: int = 1, model_devices: int = 1) -> WeightBytes:
     """What the weights of this configuration take in the released form; no file is needed.
 
-    devices: what is held is that of each of so many devices that share the routed experts.
+    devices, model_devices: what is held is that of each of so many devices (`device_share`).
     """
-    stored, held, experts = 0, 0, 0
+    stored, held = 0, 0
     for name, shape in expected_tensors(config).items():
         form = released_type(name)
         if form in ("fp8", "fp4"):
             rows, columns = shape
             nbytes = rows * columns // (2 if form == "fp4" else 1) + math.prod(scale_shape(form, (rows, columns)))
-            stored, held = stored + nbytes, held + nbytes
-            experts += nbytes if form == "fp4" else 0
+            stored, own = stored + nbytes, nbytes
         else:
             size = math.prod(shape)
             stored += size * DTYPES[form].itemsize
-            held += size * (4 if name.endswith(".tid2eid") or keeps_float32(name) else DTYPES[form].itemsize)
-    return WeightBytes(stored, held - experts + -(-experts // devices))
+            own = size * (4 if name.endswith(".tid2eid") or keeps_float32(name) else DTYPES[form].itemsize)
+        held += device_share(own, name, devices, model_devices)
+    return WeightBytes(stored, held)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,13 @@ _VISION = re.compile(
 )
 _LAYER = re.compile(r"layers\.(\d{1,9})\.")
 _FLOAT32 = re.compile(r"(^|.*[._])norm\.weight|.*\.?hc_[a-z_]+|.*\.(attn_sink|ape)|.*\.gate\.bias(_vl)?")
+_DIVIDED = {
+    "experts": re.compile(r"layers\.\d+\.ffn\.experts\.(\d+\.)?w[123](\.weight|\.scale|_scale)?"),
+    "rows": re.compile(
+        r"layers\.\d+\.(attn\.attn_sink|(attn\.(wq_b|wo_a)|ffn\.shared_experts\.w[13])\.(weight|scale))"
+    ),
+    "columns": re.compile(r"layers\.\d+\.(attn\.wo_b|ffn\.shared_experts\.w2)\.(weight|scale)"),
+}
 
 
 def canonical_name(name: str) -> str:
@@ -84,6 +91,21 @@ def keeps_float32(name: str) -> bool:
     """Whether the tensor with this canonical name stays float32 whatever type the model computes
     in: norms, the residual streams' weights (hc_*), sinks, ape, the router's bias."""
     return _FLOAT32.fullmatch(name) is not None
+
+
+def divided_by(name: str) -> str | None:
+    """By what a mesh divides a weight: "experts" among all devices, "rows" or "columns" along an axis "model".
+
+    Rows are the heads of wq_b and attn_sink, their groups in wo_a and inner values of the shared expert; wo_b and w2
+    take these as columns. name: canonical, a checkpoint's or an array's of the model. None: every device has it whole.
+    """
+    return next((how for how, names in _DIVIDED.items() if names.fullmatch(name)), None)
+
+
+def device_share(nbytes: int, name: str, devices: int, model_devices: int) -> int:
+    """Bytes of a weight on one of so many devices, of which model_devices lie along an axis "model"."""
+    parts = {"experts": devices, None: 1}.get(divided_by(name), model_devices)
+    return -(-nbytes // parts)
 
 
 def least_tensors(config: DSV4Config) -> int:

@@ -1,6 +1,5 @@
 """Sessions on the shards of a mesh: a slot's shard has its own blocks, and tokens come in their shard's part."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from life.fill import Fill
 from life.session import KINDS, Session, fill_with_nan
-from life.worlds import Views, unlike_before
+from life.worlds import Views, on_host, unlike_before
 
 from dsv4_jax.cache.plan import StepPlan
 from dsv4_jax.cache.sharded_manager import ShardedKVCacheManager
@@ -84,11 +83,10 @@ class ShardedViews(Views):
         self.mesh = check_mesh(mesh)
 
     def step(self, session: Session, plan: StepPlan) -> None:
-        cache, seen = self._step(session.manager.cache, plan, self._ids(session, plan))
-        session.manager.cache = cache
-        shard = np.repeat(np.arange(session.shards), len(plan.slots) // session.shards)
-        whole = replace(plan, slots=np.where(plan.slots >= 0, plan.slots + shard * session.own, -1))
-        self._compare(session, seen, plan, unlike_before(session, whole))
+        whole = self._whole(session, plan)
+        tokens = np.where(whole.slots >= 0, session.texts[whole.slots, whole.positions], 0)
+        session.manager.cache, seen = self._step(session.manager.cache, plan, tokens)
+        self.fill.compare(seen, session.expected, whole, unlike_before(session, whole))
 
     def check(self, session: Session) -> None:
         slots, positions = np.full(session.slots, -1, np.int32), np.zeros(session.slots, np.int32)
@@ -97,19 +95,17 @@ class ShardedViews(Views):
                 slots[slot], positions[slot] = slot % session.own, n - 1
         if session.expected is not None:
             plan = StepPlan(slots, positions)
-            unlike = np.zeros(len(slots), bool)
-            self._compare(session, self._look(session.manager.cache, plan), plan, unlike)
+            seen = self._look(session.manager.cache, plan)
+            self.fill.compare(seen, session.expected, self._whole(session, plan), np.zeros(len(slots), bool))
 
-    def _ids(self, session: Session, plan: StepPlan) -> np.ndarray:
+    def _whole(self, session: Session, plan: StepPlan) -> StepPlan:
+        """The plan on the host, with the slots and segments of all shards in one numbering."""
+        plan = on_host(plan)
         shard = np.repeat(np.arange(session.shards), len(plan.slots) // session.shards)
-        return np.where(plan.slots >= 0, session.texts[plan.slots + shard * session.own, plan.positions], 0)
-
-    def _compare(self, session: Session, seen: Any, plan: StepPlan, unlike: np.ndarray) -> None:
-        def part(tree: Any, shard: int) -> Any:
-            return jax.tree.map(lambda x: np.split(np.asarray(x), session.shards)[shard], tree)
-
-        for shard in range(session.shards):
-            self.fill.compare(*(part(x, shard) for x in (seen, session.expected, plan, unlike)))
+        grouped = plan.grouped
+        if grouped is not None:
+            grouped = grouped._replace(rows=grouped.rows + shard * (grouped.tokens.size // session.shards))
+        return StepPlan(np.where(plan.slots >= 0, plan.slots + shard * session.own, -1), plan.positions, grouped)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _step(self, cache: Any, plan: StepPlan, tokens: jax.Array) -> Any:

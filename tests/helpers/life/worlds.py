@@ -44,7 +44,7 @@ def _tokens(session: "Session", plan: StepPlan) -> np.ndarray:
     return np.where(plan.slots >= 0, session.texts[plan.slots, plan.positions], 0)
 
 
-def _on_host(plan: StepPlan) -> StepPlan:
+def on_host(plan: StepPlan) -> StepPlan:
     """The tokens of a plan that may lie on the device."""
     return jax.tree.map(np.asarray, StepPlan(plan.slots, plan.positions, plan.grouped))
 
@@ -74,9 +74,9 @@ class Views:
         _renew(session, slot, self.fill.recompute(session.texts[slot : slot + 1]))
 
     def step(self, session: "Session", plan: StepPlan) -> None:
-        on_host = _on_host(plan)
-        session.manager.cache, seen = self.fill.step(session.manager.cache, plan, _tokens(session, on_host))
-        self.fill.compare(seen, session.expected, on_host, unlike_before(session, on_host))
+        host_plan = on_host(plan)
+        session.manager.cache, seen = self.fill.step(session.manager.cache, plan, _tokens(session, host_plan))
+        self.fill.compare(seen, session.expected, host_plan, unlike_before(session, host_plan))
 
     def check(self, session: "Session") -> None:
         slots, positions = np.full(session.slots, -1, np.int32), np.zeros(session.slots, np.int32)
@@ -110,11 +110,11 @@ class Model:
         _renew(session, slot, np.asarray(_logits(self.graphdef, self.weights, self.fill, session.texts[slot])))
 
     def step(self, session: "Session", plan: StepPlan) -> None:
-        on_host = _on_host(plan)
+        host_plan = on_host(plan)
         logits, session.manager.cache = model_step(
-            self.graphdef, self.weights, session.manager.cache, plan, _tokens(session, on_host)
+            self.graphdef, self.weights, session.manager.cache, plan, _tokens(session, host_plan)
         )
-        plan = on_host
+        plan = host_plan
         live = (plan.slots >= 0) & ~unlike_before(session, plan)
         want = session.expected[plan.slots[live], plan.positions[live]]
         np.testing.assert_allclose(np.asarray(logits)[live], want, rtol=0, atol=5e-5)
