@@ -64,22 +64,37 @@ ffi::Error experts_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
     return launched("apply_experts", cudaMemsetAsync(call.y, 0, call.tokens * call.hidden * 2, stream));
   const bool is_few = call.tokens <= kFewTokens && call.hidden == kHidden && call.inner == kInner;
   const int64_t entries = call.tokens * call.k;
-  const int tile = is_few ? kernels::kPieceTokens : kernels::kManyTile;
 
   auto result = results.get<ffi::AnyBuffer>(1);
   if (!result.has_value()) return ffi::Error::InvalidArgument("apply_experts: got no scratch; expected one.");
   Scratch scratch((*result)->untyped_data());
-  int32_t* slots = scratch.take<int32_t>(1);
-  int32_t* expert_of = scratch.take<int32_t>(call.experts);
-  int32_t* begin = scratch.take<int32_t>(call.experts + 1);
-  int32_t* list = scratch.take<int32_t>(entries);
-  int32_t* tiles = scratch.take<int32_t>(1 + 2 * (std::min(call.experts, entries) + entries / tile));
   kernels::ManyCall many = {};
   kernels::Call& c = many.call;
-  c.inner = scratch.take<__half>(entries * call.inner);
-  c.each = scratch.take<float>(entries * call.hidden);
-  __half* packed = is_few ? nullptr : scratch.take<__half>(call.tokens * call.hidden);
-  float* inverse = is_few ? nullptr : scratch.take<float>(call.tokens);
+  const int64_t pieces = kernels::most_pieces(entries, call.experts), places = kernels::most_places(entries, call.experts);
+  int32_t *slots, *expert_of, *begin, *list, *tiles, *totals, *piece_of, *place_entries;
+  kernels::Piece* piece_list;
+  float *inverse, *shares;
+  if (is_few) {
+    slots = scratch.take<int32_t>(1);
+    expert_of = scratch.take<int32_t>(call.experts);
+    begin = scratch.take<int32_t>(call.experts + 1);
+    list = scratch.take<int32_t>(entries);
+    tiles = scratch.take<int32_t>(1 + 2 * (std::min(call.experts, entries) + entries / kernels::kPieceTokens));
+    c.inner = scratch.take<__half>(entries * call.inner);
+    c.each = scratch.take<float>(entries * call.hidden);
+  } else {
+    totals = scratch.take<int32_t>(2);
+    piece_list = scratch.take<kernels::Piece>(pieces);
+    piece_of = scratch.take<int32_t>(places / 16);
+    place_entries = scratch.take<int32_t>(places);
+    inverse = scratch.take<float>(places);
+    shares = scratch.take<float>(places);
+    many.inner_images = scratch.take<uint8_t>(places * call.inner * 2);
+    // When down writes what each expert gives, the tokens have been read.
+    many.images = scratch.take<uint8_t>(std::max(places * 2, entries * 4) * call.hidden);
+    c.each = reinterpret_cast<float*>(many.images);
+    many.totals = totals, many.pieces = piece_list, many.entries = place_entries, many.inverse = inverse, many.shares = shares;
+  }
   if (scratch.used() > static_cast<int64_t>((*result)->size_bytes())) {
     return ffi::Error::InvalidArgument("apply_experts: got scratch of " + std::to_string((*result)->size_bytes()) +
                                        " bytes; expected " + std::to_string(scratch.used()) + ".");
@@ -92,12 +107,11 @@ ffi::Error experts_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
   c.limit = limit;
   // |silu(gate) * up| stays below limit^2: as large as halves take.
   c.inner_scale = std::exp2(std::floor(std::log2(32768.0f / (limit * limit))));
-  many.packed = packed, many.inverse = inverse;
 
-  if (call.tokens > 1 || !is_few) {
+  if (is_few && call.tokens > 1) {
     c.routes = {slots, expert_of, begin, list, tiles};
     kernels::route_kernel<<<1, 1024, (2 * call.experts + 1) * 4, stream>>>(
-        call.picks, static_cast<int>(entries), c.experts, slots, expert_of, begin, list, tiles, tile);
+        call.picks, static_cast<int>(entries), c.experts, slots, expert_of, begin, list, tiles, kernels::kPieceTokens);
   }
   cudaError_t status;
   if (is_few) {
@@ -111,15 +125,18 @@ ffi::Error experts_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
                       stream, true, &c);
     }
   } else {
-    pack_kernel<Codes::kE2M1><<<c.tokens, 256, 0, stream>>>(c.x, c.hidden, packed, inverse);
-    status = launch(kernels::many_tokens_kernel<kernels::GateUpPiece, false>, kBlocks, kProductThreads,
-                    kernels::kManyShared, stream, false, &many);
+    kernels::plan_kernel<<<1, 1024, 4 * call.experts * 4, stream>>>(call.picks, static_cast<int>(entries), c.experts,
+                                                                    totals, piece_list, piece_of, place_entries);
+    kernels::image_kernel<<<static_cast<unsigned>(places / 8), 256, 0, stream>>>(
+        c.x, c.k, c.hidden, totals, piece_list, piece_of, place_entries, c.weights, c.inner_scale, many.images, inverse,
+        shares);
+    status = launch(kernels::many_tokens_kernel<false>, kBlocks, kernels::kManyThreads,
+                    kernels::ManyLayout<false>(c.hidden).bytes, stream, false, &many);
     if (status == cudaSuccess) {
-      status = launch(kernels::many_tokens_kernel<kernels::DownPiece, true>, kBlocks, kProductThreads,
-                      kernels::kManyShared, stream, false, &many);
+      status = launch(kernels::many_tokens_kernel<true>, kBlocks, kernels::kManyThreads,
+                      kernels::ManyLayout<true>(c.inner_size).bytes, stream, false, &many);
     }
   }
-  if (status != cudaSuccess) return launched("apply_experts", status);
   if (status == cudaSuccess) {
     status = launch(kernels::sum_picks_kernel, dim3((c.hidden + 1023) / 1024, c.tokens), 256, 0, stream, is_few, &c);
   }

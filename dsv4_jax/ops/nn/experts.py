@@ -142,8 +142,13 @@ def _in_jnp(x: Array, picks: Array, weights: Array, experts: ExpertWeights, limi
 def _scratch_bytes(tokens: int, k: int, number: int, inner: int, hidden: int) -> int:
     """What the CUDA form needs: who picked which expert, activations between its products, and their results."""
     entries = tokens * k
-    parts = (4, 4 * number, 4 * number + 4, 4 * entries, 4 + 8 * (number + entries), 2 * entries * inner)
-    return sum(-(-n // 256) * 256 for n in (*parts, 4 * entries * hidden, 2 * tokens * hidden, 4 * tokens))
+    few = (4, 4 * number, 4 * number + 4, 4 * entries, 4 + 8 * (number + entries), 2 * entries * inner,
+           4 * entries * hidden)  # fmt: skip
+    pieces = min(entries, number) + entries // 112
+    places = entries + 32 * pieces
+    many = (8, 16 * pieces, places // 4, 4 * places, 4 * places, 4 * places, 2 * places * inner,
+            max(2 * places, 4 * entries) * hidden)  # fmt: skip
+    return max(sum(-(-n // 256) * 256 for n in parts) for parts in (few, many))
 
 
 def _check(x: Array, picks: Array, weights: Array, experts: ExpertWeights) -> None:
