@@ -11,10 +11,10 @@ namespace dsv4 {
 
 constexpr int64_t kRowBlock = 4;      // rows of weights in a call of row_products are a multiple of it
 constexpr int64_t kMostRowBlock = 16;
-constexpr int64_t kTokenBlock = 4;    // rows of activations that share a load of them
+constexpr int64_t kTokenBlock = 3;    // rows of activations that share a load of them
 
 // Rows of weights to take at once: of many, so that activations of many tokens are fetched less often.
-inline int64_t rows_at_once(int64_t tokens) { return tokens > kTokenBlock ? kMostRowBlock : kRowBlock; }
+inline int64_t rows_at_once(int64_t tokens) { return tokens > 4 ? kMostRowBlock : kRowBlock; }
 
 #if defined(__GNUC__)
 using Lanes = float __attribute__((vector_size(32), aligned(4), may_alias));
@@ -34,54 +34,75 @@ struct Lanes {
 };
 #endif
 
-#define DSV4_SUM_LANES(v) (((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])))
+#if defined(__GNUC__) && !defined(__clang__)
+#define DSV4_INTO_CLONES __attribute__((always_inline)) inline
+#else
+#define DSV4_INTO_CLONES inline
+#endif
+
+// The sums of four rows' lanes: ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)) of each.
+DSV4_INTO_CLONES void sum_lanes(const Lanes (&v)[kRowBlock], float (&out)[kRowBlock]) {
+#if defined(__GNUC__)
+  using Four = float __attribute__((vector_size(16)));
+  Four half[kRowBlock];
+  for (int r = 0; r < kRowBlock; ++r) {
+    const Lanes lanes = v[r];
+    half[r] = __builtin_shufflevector(lanes, lanes, 0, 1, 2, 3) + __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7);
+  }
+  const Four first = __builtin_shufflevector(half[0], half[1], 0, 4, 1, 5) +
+                     __builtin_shufflevector(half[0], half[1], 2, 6, 3, 7);
+  const Four second = __builtin_shufflevector(half[2], half[3], 0, 4, 1, 5) +
+                      __builtin_shufflevector(half[2], half[3], 2, 6, 3, 7);
+  const Four sums =
+      __builtin_shufflevector(first, second, 0, 1, 4, 5) + __builtin_shufflevector(first, second, 2, 3, 6, 7);
+  std::memcpy(out, &sums, sizeof(sums));
+#else
+  for (int r = 0; r < kRowBlock; ++r)
+    out[r] = ((v[r][0] + v[r][4]) + (v[r][2] + v[r][6])) + ((v[r][1] + v[r][5]) + (v[r][3] + v[r][7]));
+#endif
+}
+
+// Four rows of weights times kTokens rows of x, to out[k * pitch + r].
+template <int kTokens>
+DSV4_INTO_CLONES void four_rows(const float* w, int64_t padded, int64_t n, const float* const* x, float* out,
+                                int64_t pitch) {
+  const int64_t whole = n / 8 * 8;
+  Lanes sum[kTokens][kRowBlock] = {};
+  for (int64_t i = 0; i < whole; i += 8) {
+    Lanes a[kRowBlock];
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRowBlock; ++r) a[r] = *reinterpret_cast<const Lanes*>(w + r * padded + i);
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kTokens; ++k) {
+      const Lanes v = *reinterpret_cast<const Lanes*>(x[k] + i);
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRowBlock; ++r) sum[k][r] += a[r] * v;
+    }
+  }
+  for (int64_t k = 0; k < kTokens; ++k) {
+    float totals[kRowBlock];
+    sum_lanes(sum[k], totals);
+    for (int64_t r = 0; r < kRowBlock; ++r) {
+      for (int64_t i = whole; i < n; ++i) totals[r] += w[r * padded + i] * x[k][i];
+      out[k * pitch + r] = totals[r];
+    }
+  }
+}
 
 // out[t * rows + r] = weights row r (of `rows`, `padded` apart) . x[t] over n values. A result does not depend on which
 // or how many the other rows are.
 DSV4_VECTOR_CLONES inline void row_products(const float* weights, int64_t rows, int64_t padded, int64_t n,
                                             const float* const* x, int64_t tokens, float* out) {
-  const int64_t whole = n / 8 * 8;
   int64_t t = 0;
   for (; t + kTokenBlock <= tokens; t += kTokenBlock) {
-    for (int64_t r = 0; r < rows; r += 2) {
-      Lanes sum[kTokenBlock][2] = {};
-      const float *w0 = weights + r * padded, *w1 = w0 + padded;
-      for (int64_t i = 0; i < whole; i += 8) {
-        const Lanes a = *reinterpret_cast<const Lanes*>(w0 + i), b = *reinterpret_cast<const Lanes*>(w1 + i);
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < kTokenBlock; ++k) {
-          const Lanes v = *reinterpret_cast<const Lanes*>(x[t + k] + i);
-          sum[k][0] += a * v;
-          sum[k][1] += b * v;
-        }
-      }
-      for (int64_t k = 0; k < kTokenBlock; ++k) {
-        float low = DSV4_SUM_LANES(sum[k][0]), high = DSV4_SUM_LANES(sum[k][1]);
-        for (int64_t i = whole; i < n; ++i) low += w0[i] * x[t + k][i], high += w1[i] * x[t + k][i];
-        out[(t + k) * rows + r] = low;
-        out[(t + k) * rows + r + 1] = high;
-      }
-    }
+    for (int64_t r = 0; r < rows; r += kRowBlock)
+      four_rows<kTokenBlock>(weights + r * padded, padded, n, x + t, out + t * rows + r, rows);
   }
   for (; t < tokens; ++t) {
-    for (int64_t first = 0; first < rows; first += kRowBlock) {
-      Lanes sum[kRowBlock] = {};
-      const float* w = weights + first * padded;
-      for (int64_t i = 0; i < whole; i += 8) {
-        const Lanes v = *reinterpret_cast<const Lanes*>(x[t] + i);
-#pragma GCC unroll 4
-        for (int64_t r = 0; r < kRowBlock; ++r) sum[r] += *reinterpret_cast<const Lanes*>(w + r * padded + i) * v;
-      }
-      for (int64_t r = 0; r < kRowBlock; ++r) {
-        float total = DSV4_SUM_LANES(sum[r]);
-        for (int64_t i = whole; i < n; ++i) total += w[r * padded + i] * x[t][i];
-        out[t * rows + first + r] = total;
-      }
-    }
+    for (int64_t r = 0; r < rows; r += kRowBlock)
+      four_rows<1>(weights + r * padded, padded, n, x + t, out + t * rows + r, rows);
   }
 }
-
-#undef DSV4_SUM_LANES
 
 }  // namespace dsv4
 
