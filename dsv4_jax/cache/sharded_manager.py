@@ -1,22 +1,25 @@
 """The host's side of a cache over a mesh: a manager for each shard, and above them one that spreads requests."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from .counts import is_integer
-from .host import planning
+from .holder import cache_size
+from .host.planning import StepSizes
 from .host.prefix import AdmittedPrompt, PrefixPolicy
 from .host.slot import Slot
 from .kv_cache import KVCache
-from .manager import KVCacheManager
+from .manager import KVCacheManager, ManagerOptions
 from .plan import StepPlan
 from .sharding import check_mesh, join_caches, shard_devices, shard_sharding, split_cache
 from .transfer.snapshot import Snapshot
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -30,6 +33,20 @@ class ShardError(RuntimeError):
     def __init__(self, shard: int, message: str):
         super().__init__(message)
         self.shard = shard
+
+
+def _of_shard(
+    method: Callable[Concatenate[KVCacheManager, int, P], T], note: str = ""
+) -> Callable[Concatenate["ShardedKVCacheManager", int, P], T]:
+    """The method of the shard that a slot belongs to."""
+
+    @functools.wraps(method)
+    def call(self: "ShardedKVCacheManager", slot: int, *arguments: P.args, **options: P.kwargs) -> T:
+        shard = self.shard_of(slot)
+        return self._on(shard, lambda: method(self.shards[shard], self._own_slot(slot), *arguments, **options))
+
+    call.__doc__ = f"As `KVCacheManager.{method.__name__}`{note and '; '}{note}."
+    return call
 
 
 class ShardedKVCacheManager:
@@ -48,7 +65,7 @@ class ShardedKVCacheManager:
       shards: the managers of this process's shards. Their slots are numbered from 0 each.
     """
 
-    def __init__(self, config: Any, schedule: Sequence[Any], *, mesh: Mesh, **options: Any):
+    def __init__(self, config: Any, schedule: Sequence[Any], *, mesh: Mesh, **options: Unpack[ManagerOptions]):
         """Allocates a cache on every device of the mesh.
 
         Args:
@@ -105,7 +122,7 @@ class ShardedKVCacheManager:
     def cache(self, cache: KVCache) -> None:
         given: Any = cache
         old = self.cache
-        if not isinstance(given, KVCache) or _shapes(given) != _shapes(old):
+        if not isinstance(given, KVCache) or cache_size(given) != cache_size(old):
             what = "a cache of another size or form" if isinstance(given, KVCache) else f"a {type(given).__name__}"
             raise ValueError(f"manager.cache got {what}: expected the cache that its step returned")
         parts = split_cache(cache, self.mesh)
@@ -198,12 +215,8 @@ class ShardedKVCacheManager:
     def _whole_slot(self, shard: int, slot: Slot) -> Slot:
         return Slot(shard * self.slots_per_shard + slot, slot.generation)
 
-    def _call(self, slot: int, call: Callable[[KVCacheManager, int], T]) -> T:
-        """Calls a method of the slot's shard; errors name the shard, whose slots they count from 0."""
-        shard = self.shard_of(slot)
-        return self._on(shard, lambda: call(self.shards[shard], self._own_slot(slot)))
-
     def _on(self, shard: int, call: Callable[[], T]) -> T:
+        """Calls a method of a shard; errors name the shard, whose slots they count from 0."""
         try:
             return call()
         except (ValueError, RuntimeError) as error:
@@ -283,41 +296,18 @@ class ShardedKVCacheManager:
         """ValueError, with the reason, for a snapshot that `restore` would refuse whatever is free."""
         self.shards[0].check_restorable(snapshot)
 
-    def release_request(self, slot: int) -> None:
-        """As `KVCacheManager.release_request`."""
-        self._call(slot, KVCacheManager.release_request)
-
-    def rollback(self, slot: int, n: int) -> None:
-        """As `KVCacheManager.rollback`."""
-        self._call(slot, lambda shard, own: shard.rollback(own, n))
+    release_request = _of_shard(KVCacheManager.release_request)
+    rollback = _of_shard(KVCacheManager.rollback)
+    snapshot = _of_shard(KVCacheManager.snapshot, "it can be restored on any shard")
+    preempt = _of_shard(KVCacheManager.preempt, "it can be restored on any shard")
+    keep_prefix = _of_shard(KVCacheManager.keep_prefix, "prompts on the same shard find what is cached")
+    advance = _of_shard(KVCacheManager.advance)
+    length = _of_shard(KVCacheManager.length)
+    blocks = _of_shard(KVCacheManager.blocks, "blocks are numbered as on the shard")
 
     def fork(self, slot: int) -> Slot:
         """As `KVCacheManager.fork`; the new request is on the same shard."""
         return self._place([self.shard_of(slot)], lambda shard: shard.fork(self._own_slot(slot)))
-
-    def snapshot(self, slot: int, *, rollback: int = 0) -> Snapshot:
-        """As `KVCacheManager.snapshot`; it can be restored on any shard."""
-        return self._call(slot, lambda shard, own: shard.snapshot(own, rollback=rollback))
-
-    def preempt(self, slot: int, *, rollback: int = 0) -> Snapshot:
-        """As `KVCacheManager.preempt`; it can be restored on any shard."""
-        return self._call(slot, lambda shard, own: shard.preempt(own, rollback=rollback))
-
-    def keep_prefix(self, slot: int, token_ids: Any, *, salt: bytes = b"") -> int:
-        """As `KVCacheManager.keep_prefix`; what is kept is found by prompts on the same shard."""
-        return self._call(slot, lambda shard, own: shard.keep_prefix(own, token_ids, salt=salt))
-
-    def advance(self, slot: int, n: int) -> None:
-        """As `KVCacheManager.advance`."""
-        self._call(slot, lambda shard, own: shard.advance(own, n))
-
-    def length(self, slot: int) -> int:
-        """Tokens planned for `slot` so far."""
-        return self._call(slot, KVCacheManager.length)
-
-    def blocks(self, slot: int) -> dict[str, list[int]]:
-        """Blocks of `slot` by kind, in order, in the numbering of its shard."""
-        return self._call(slot, KVCacheManager.blocks)
 
     # Steps.
 
@@ -362,24 +352,15 @@ class ShardedKVCacheManager:
         parts = [np.split(x, self.num_shards) for x in (own, places)]
         ends = [None] * self.num_shards if limits is None else np.array_split(np.asarray(limits), self.num_shards)
         if width is None or num_segments is None:
-            sizes = [np.unique(part[part >= 0], return_counts=True)[1] for part in parts[0]]
-            width = max([1, *(int(n.max()) for n in sizes if n.size)]) if width is None else width
-            num_segments = max(map(len, sizes)) if num_segments is None else num_segments
-        options = [
-            {
-                "lookahead": lookahead, "limits": limit, "num_segments": num_segments, "width": width,
-                "max_blocks": max_blocks,
-            }
-            for limit in ends
-        ]  # fmt: skip
-        calls = list(zip(self.shards, *parts, options, strict=True))
+            counts = [np.unique(part[part >= 0], return_counts=True)[1] for part in parts[0]]
+            width = max([1, *(int(n.max()) for n in counts if n.size)]) if width is None else width
+            num_segments = max(map(len, counts)) if num_segments is None else num_segments
+        sizes = [StepSizes(lookahead, limit, num_segments, width, max_blocks) for limit in ends]
+        calls = list(zip(self.shards, *parts, sizes, strict=True))
         # A shard that refuses is found before any has changed.
-        for i, call in enumerate(calls if self.num_shards > 1 else ()):
-            self._on(i, lambda call=call: _require_room(*call))  # type: ignore[misc]
-        plans = [
-            self._on(i, lambda shard=shard, own=own, at=at, more=more: shard.plan_step(own, at, **more))  # type: ignore[misc]
-            for i, (shard, own, at, more) in enumerate(calls)
-        ]
+        for i, (shard, *call) in enumerate(calls if self.num_shards > 1 else ()):
+            self._on(i, functools.partial(shard._require_step, *call))
+        plans = [self._on(i, functools.partial(shard._plan_step, *call)) for i, (shard, *call) in enumerate(calls)]
         plan = jax.tree.map(lambda *arrays: np.concatenate(arrays), *plans)
         object.__setattr__(plan, "parts", plans)  # outstanding as long as the whole is
         return plan
@@ -397,25 +378,3 @@ class ShardedKVCacheManager:
                 f"{expected[at] * self.slots_per_shard} to {(expected[at] + 1) * self.slots_per_shard - 1}"
             )
         return np.where(slots == -1, -1, slots % self.slots_per_shard)
-
-
-def _require_room(shard: KVCacheManager, slots: np.ndarray, positions: np.ndarray, options: dict[str, Any]) -> None:
-    """Raises what `plan_step` of the shard would raise; nothing changes."""
-    try:
-        step = planning.prepare_step(shard._requests, slots, positions, **options)
-    except ValueError:  # it may be that plans which are gone never ran: `length` asks
-        for slot in np.unique(slots[slots >= 0]).tolist():
-            shard.length(slot)
-        step = planning.prepare_step(shard._requests, slots, positions, **options)
-    for kind, need in step.need.items():
-        asked, free = sum(need.values()), shard.num_free_blocks(kind)
-        if asked > free:
-            raise RuntimeError(
-                f"OOM: {asked} more {kind.upper()} blocks are needed, {free} are free: release requests or make "
-                f"num_blocks_per_{kind}_layer larger"
-            )
-
-
-def _shapes(cache: KVCache) -> tuple[Any, ...]:
-    tables = [table.shape for table in cache.block_table.values()]
-    return cache.schemas, cache.max_requests, tables, [pool.num_blocks for pool in cache.paged.values()]

@@ -6,7 +6,7 @@ import pytest
 from small_model import SMALL
 
 from dsv4_jax import KVCacheManager, PrefixPolicy, build_schedule
-from dsv4_jax.cache import lifecycle
+from dsv4_jax.cache import holder
 
 BLOCK = 12
 
@@ -25,7 +25,7 @@ def feed(manager, slot, ids, start=0):
         n = min(BLOCK, len(ids) - at)
         plan = manager.plan_step([slot] * n, np.arange(at, at + n), num_segments=1, width=BLOCK)
         manager.cache = step(manager.cache, plan)
-        if at + n >= manager._requests.settled(slot):
+        if at + n >= manager._books.requests.settled(slot):
             manager.keep_prefix(slot, ids[: at + n])
 
 
@@ -56,7 +56,7 @@ def test_a_call_that_the_device_refuses_loses_nothing(monkeypatch, call, stages,
 
     for stage in stages:
         with monkeypatch.context() as patch:
-            patch.setattr(lifecycle, stage, refuse)
+            patch.setattr(holder, stage, refuse)
             with pytest.raises(failure, match="out of memory"):
                 getattr(manager, call)(argument)
         assert book(manager) == before, stage

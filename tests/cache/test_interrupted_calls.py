@@ -63,18 +63,18 @@ class World:
         manager = self.manager
         manager.check()
         # Without the numbers of slots: a call that is made again may take another.
-        requests = [(manager.length(s), manager._requests.settled(s)) for s in manager.active_slots]
-        written = [s for s in manager.active_slots if s != self.c and not manager._requests.pending.involves(s)]
+        requests = [(manager.length(s), manager._books.requests.settled(s)) for s in manager.active_slots]
+        written = [s for s in manager.active_slots if s != self.c and not manager._books.requests.pending.involves(s)]
         held = [
             [(name, x.tobytes()) for name, x in manager.snapshot(s).arrays.items()]
             for s in written
-            if manager.length(s) >= manager._requests._complete_from[s]
+            if manager.length(s) >= manager._books.requests._complete_from[s]
         ]
         free = {kind: manager.num_free_blocks(kind) for kind in ("csa", "hca")}
         owned = [{kind: len(ids) for kind, ids in manager.blocks(s).items()} for s in manager.active_slots]
-        prefix = manager._prefix
+        prefix = manager._books.prefix
         kept = sorted(prefix._nodes), prefix.state_bytes
-        return (requests, owned, held, len(manager._requests.pending)), free, kept
+        return (requests, owned, held, len(manager._books.requests.pending)), free, kept
 
 
 def plan(world, tokens):
@@ -129,7 +129,7 @@ HANDING_OUT = {  # what they return cannot be had again
 
 DEVICE = [
     (slots, "_enter"), (slots, "_read_rows"), (slots, "_write_slot"), (slots, "_read_blocks"), (slots, "_write_blocks"),
-    (copies, "copy_slot"), (dsv4_jax.cache.lifecycle, "copy_slot"),
+    (copies, "copy_slot"), (dsv4_jax.cache.holder, "copy_slot"),
 ]  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def test_a_plan_that_never_runs(make, how):
     manager = make(max_rollback=3)
     slot = manager.admit_request()
     manager.cache = step(manager.cache, manager.plan_step([slot] * 126, np.arange(126)))
-    before = manager.length(slot), manager.blocks(slot), manager._requests.settled(slot)
+    before = manager.length(slot), manager.blocks(slot), manager._books.requests.settled(slot)
     plan = manager.plan_step([slot] * 8, np.arange(126, 134))
     assert manager.length(slot) == 134
     if how == "cancelled":
@@ -111,7 +111,7 @@ def test_a_plan_that_never_runs(make, how):
         with pytest.raises(AttributeError):
             step(None, plan)
     del plan
-    assert (manager.length(slot), manager.blocks(slot), manager._requests.settled(slot)) == before
+    assert (manager.length(slot), manager.blocks(slot), manager._books.requests.settled(slot)) == before
     assert manager.num_free_blocks("csa") == 3
     manager.check()
     manager.rollback(slot, 3)
@@ -204,8 +204,9 @@ def test_steps_are_not_compiled_again_and_nobody_waits(make, monkeypatch):
     program = jax.jit(lambda cache, plan: cache.with_blocks(plan.new_blocks), donate_argnums=0)
     slots = [manager.admit_request(), manager.admit_request()]
     waited = []
-    look = type(manager)._look
-    monkeypatch.setattr(type(manager), "_look", lambda self, *, wait: waited.append(wait) or look(self, wait=wait))
+    books = type(manager._books)
+    look = books.look
+    monkeypatch.setattr(books, "look", lambda self, *, wait: waited.append(wait) or look(self, wait=wait))
     for p in range(3 * RAN_STEPS):
         manager.cache = program(manager.cache, manager.plan_step(slots, [p, p]))
         jax.block_until_ready(manager.cache)
@@ -213,7 +214,7 @@ def test_steps_are_not_compiled_again_and_nobody_waits(make, monkeypatch):
     assert not any(waited)
     assert 3 <= len(waited) <= 6
     assert [manager.length(s) for s in slots] == [3 * RAN_STEPS] * 2
-    assert len(manager._requests.pending) == 0
+    assert len(manager._books.requests.pending) == 0
     manager.check()
 
 

@@ -136,7 +136,7 @@ def test_broken_off_at_every_moment(scene, alone, say):
 
 DEVICE = [
     (slots, "_enter"), (slots, "_read_rows"), (slots, "_write_slot"), (slots, "_read_blocks"), (slots, "_write_blocks"),
-    (copies, "copy_slot"), (dsv4_jax.cache.lifecycle, "copy_slot"), (OneDevice, "put"), (OneDevice, "fetch"),
+    (copies, "copy_slot"), (dsv4_jax.cache.holder, "copy_slot"), (OneDevice, "put"), (OneDevice, "fetch"),
 ]  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def test_less_than_a_window_a_layer_is_not_enough(model, ids):
     s = stepper(model, "zero")
     admitted, cold = serve(s, ids[:61])
     s.manager.release_request(admitted.slot)
-    s.manager._prefix._reach -= BLOCK
+    s.manager._books.prefix._reach -= BLOCK
     admitted, logits = serve(s, ids[:61], keep=False)
     assert admitted[1:] == (48, 60, 12)
     assert not np.array_equal(logits[-1], cold[-1])

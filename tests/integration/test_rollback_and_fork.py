@@ -170,11 +170,11 @@ def test_a_fork_that_does_not_fit_changes_nothing(model, ids):
     with pytest.raises(RuntimeError, match="concurrent"):
         manager.fork(0)
     stepper.feed(other, ids[:4], (), width=WIDTH)  # takes the last free CSA block
-    manager._requests.free_slots.append(5)  # a slot would be free, a block is not
+    manager._books.requests.free_slots.append(5)  # a slot would be free, a block is not
     before = manager.blocks(0)
     with pytest.raises(RuntimeError, match="OOM: 1 more CSA blocks"):
         manager.fork(0)
-    manager._requests.free_slots.remove(5)
+    manager._books.requests.free_slots.remove(5)
     assert manager.blocks(0) == before
     assert manager.active_slots == [0, 1]
     manager.check()

@@ -127,10 +127,7 @@ class BlockLedger:
             asked, free, held = sum(by_slot.values()), self.num_free(kind), self.num_held(kind)
             if asked > free:
                 wait = f" and {held} wait until planned steps are dispatched" if held else ""
-                raise RuntimeError(
-                    f"OOM: {asked} more {kind.upper()} blocks are needed, {free} are free{wait}: release requests or "
-                    f"make num_blocks_per_{kind}_layer larger"
-                )
+                raise RuntimeError(out_of_blocks(kind, asked, free, wait))
         rows: dict[str, list[tuple[int, int, int]]] = {kind: [] for kind in need}
         for kind, by_slot in need.items():
             for slot, n in by_slot.items():
@@ -212,6 +209,14 @@ class BlockLedger:
             assert len(free) + held == int((counts == 0).sum()), f"{kind.upper()}: {len(free)} free and {held} held"
             assert not counts[free].any(), f"{kind.upper()}: blocks are owned and free: {free}"
             assert len(set(free)) == len(free), f"{kind.upper()}: a block is free twice: {free}"
+
+
+def out_of_blocks(kind: str, asked: int, free: int, wait: str = "") -> str:
+    """The message of an error."""
+    return (
+        f"OOM: {asked} more {kind.upper()} blocks are needed, {free} are free{wait}: release requests or make "
+        f"num_blocks_per_{kind}_layer larger"
+    )
 
 
 def rows_array(rows: Iterable[tuple[int, ...]], size: int, width: int) -> np.ndarray:

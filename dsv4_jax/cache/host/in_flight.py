@@ -7,7 +7,7 @@ NaN). So what is released in between is given out again only once the plan canno
 back says that its step ran, it was taken back, or no array with its number exists any more.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -65,11 +65,16 @@ class PlannedStep:
 
 
 class PendingSteps:
-    """The plans whose fate is not known, oldest first."""
+    """The plans whose fate is not known, oldest first.
 
-    def __init__(self, is_held: Callable[[int], bool], forget: Callable[[int], None], undo: Undo) -> None:
-        """is_held: whether an array with a plan's number exists. forget: it is not to be asked for any more."""
-        self._is_held, self._forget, self._undo = is_held, forget, undo
+    Attributes:
+      gone: numbers of which no array exists, as far as `observe` was told: their steps cannot be dispatched any more.
+    """
+
+    def __init__(self, undo: Undo) -> None:
+        """undo: takes note of every change."""
+        self._undo = undo
+        self.gone: frozenset[int] = frozenset()
         self._known: list[int] = []  # plans whose fate is known, not forgotten yet
         self._steps: dict[int, PlannedStep] = {}  # by number
         self._ran: dict[int, PlannedStep] = {}  # the newest that did, the last one last
@@ -88,14 +93,28 @@ class PendingSteps:
 
     def add(self, number: int, parts: dict[int, Part], given: dict[str, dict[int, int]]) -> None:
         """A plan was made."""
-        for known in self._known:
-            if known not in self._steps:
-                self._forget(known)
-        self._known = []
         self._undo.item(self._steps, number)
         self._undo.attributes(self, "count")
         self._steps[number] = PlannedStep(number, self.count, parts, given, self.caches)
         self.count += 1
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the plans, oldest first."""
+        return list(self._steps)
+
+    @property
+    def known(self) -> list[int]:
+        """Numbers of plans whose fate is known since `forget_known`."""
+        return [number for number in self._known if number not in self._steps]
+
+    def forget_known(self) -> None:
+        """`known` begins anew."""
+        self._known = []
+
+    def observe(self, gone: Iterable[int]) -> None:
+        """Of all plans, no array with one of these numbers exists any more."""
+        self.gone = frozenset(gone)
 
     def find(self, number: int) -> PlannedStep | None:
         """The plan of this number, if its fate is not known."""
@@ -107,7 +126,7 @@ class PendingSteps:
 
     def oldest(self) -> int:
         """The index of the oldest plan that may still be dispatched; when there is none, how many were made."""
-        return next((s.index for s in self._steps.values() if self._is_held(s.number)), self.count)
+        return next((s.index for s in self._steps.values() if s.number not in self.gone), self.count)
 
     def involves(self, slot: int) -> bool:
         """Whether a plan whose fate is not known brings tokens of a request of this slot."""
@@ -117,12 +136,12 @@ class PendingSteps:
         """Whether the last plan of this request is gone, and was dispatched or dropped."""
         for step in reversed(self._steps.values()):
             if slot in step.parts and step.parts[slot].generation == generation:
-                return not self._is_held(step.number)
+                return step.number in self.gone
         return False
 
     def probably_ran(self) -> bool:
         """Whether as many caches came back as plans are gone since the first of them was made."""
-        gone = [s for s in self._steps.values() if not self._is_held(s.number)]
+        gone = [s for s in self._steps.values() if s.number in self.gone]
         return not gone or self.caches - gone[0].caches >= len(gone)
 
     def later(self, step: PlannedStep) -> list[PlannedStep]:
@@ -142,7 +161,7 @@ class PendingSteps:
             new = 0
         numbers = [int(ran[1 + (int(ran[0]) - i) % size]) for i in range(min(new, size), 0, -1)]
         if new > size:  # too many to know each: what cannot come any more has run, for all that is known
-            numbers = [n for n in steps if n not in numbers and not self._is_held(n)] + numbers
+            numbers = [n for n in steps if n not in numbers and n in self.gone] + numbers
         for number in numbers:
             if (step := self._taken_back.get(number)) is not None:
                 faults.append(_fault(step.parts, "was taken back, and its step ran"))
@@ -163,9 +182,9 @@ class PendingSteps:
             faults=faults, _steps=steps, _ran=done, _known=known, _runs=ran[0], looked_at=self.caches,
         )  # fmt: skip
 
-    def gone(self) -> list[PlannedStep]:
+    def lost(self) -> list[PlannedStep]:
         """The plans that no array holds any more, the newest first."""
-        return [s for s in reversed(self._steps.values()) if not self._is_held(s.number)]
+        return [s for s in reversed(self._steps.values()) if s.number in self.gone]
 
     def take_back(self, step: PlannedStep) -> None:
         """The step will not run."""
@@ -173,11 +192,6 @@ class PendingSteps:
         taken_back = [*self._taken_back.items(), (step.number, step)][-MEMORY:]
         steps = {number: other for number, other in self._steps.items() if other is not step}
         vars(self).update(_taken_back=dict(taken_back), _steps=steps, _known=[*self._known, step.number])
-
-    def forget_all(self) -> None:
-        """Nobody asks for these plans any more."""
-        for number in self._steps:
-            self._forget(number)
 
 
 def _fault(slots: Iterable[int], what: str) -> str:

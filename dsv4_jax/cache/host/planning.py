@@ -1,7 +1,7 @@
 """Turning slots and positions into a step plan, with every check that can be made before the step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,26 @@ from ..new_blocks import NewBlocks
 from ..plan import StepPlan, group_tokens
 from .requests import RequestTable
 from .slot import Slot
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """What `KVCacheManager.plan_step` is told of a step besides its tokens."""
+
+    lookahead: int = 0
+    limits: Any = None
+    num_segments: int | None = None
+    width: int | None = None
+    max_blocks: int | None = None
+
+    def checked(self) -> "StepSizes":
+        """These sizes, `lookahead` as an int; ValueError for one that is no size."""
+        lookahead = count("lookahead", self.lookahead)
+        sizes = ("num_segments", self.num_segments, 0), ("width", self.width, 1), ("max_blocks", self.max_blocks, 0)
+        for name, size, least in sizes:
+            if size is not None:
+                count(name, size, least=least)
+        return replace(self, lookahead=lookahead)
 
 
 @dataclass(frozen=True)
@@ -36,27 +56,15 @@ class PreparedStep:
         return plan
 
 
-def prepare_step(
-    requests: RequestTable,
-    request_slots: Any,
-    positions: Any,
-    *,
-    lookahead: int = 0,
-    limits: Any = None,
-    num_segments: int | None = None,
-    width: int | None = None,
-    max_blocks: int | None = None,
-) -> PreparedStep:
+def prepare_step(requests: RequestTable, request_slots: Any, positions: Any, sizes: StepSizes) -> PreparedStep:
     """The checks of `KVCacheManager.plan_step`, and what it will take; raises its ValueErrors."""
-    lookahead = min(count("lookahead", lookahead), requests.max_context_len)
-    for name, size, least in (("num_segments", num_segments, 0), ("width", width, 1), ("max_blocks", max_blocks, 0)):
-        if size is not None:
-            count(name, size, least=least)
+    sizes = sizes.checked()
+    lookahead, max_blocks = min(sizes.lookahead, requests.max_context_len), sizes.max_blocks
     slots, positions = check_tokens(requests, request_slots, positions)
-    grouped = group_tokens(slots, positions, num_segments, width)
+    grouped = group_tokens(slots, positions, sizes.num_segments, sizes.width)
     starts, ends = _spans(slots, positions)
     _check_starts(requests, starts)
-    reach = _reach(slots, ends, lookahead, limits)
+    reach = _reach(slots, ends, lookahead, sizes.limits)
     for slot, end in () if max_blocks is None else reach.items():
         needed = max(requests.blocks_for(end).values(), default=0)
         if max_blocks is not None and needed > max_blocks:

@@ -63,6 +63,16 @@ def check_salt(salt: Any) -> None:
         raise ValueError(f"salt is {salt!r}: expected bytes")
 
 
+def token_array(token_ids: Any) -> np.ndarray:
+    """token_ids as (n,) int32; ValueError for what is no text."""
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"token_ids are {ids.dtype}{ids.shape}: expected integers (n,)")
+    if ids.size and (ids.min() < 0 or ids.max() >= 1 << 31):  # in 32 bits they would be the text of another
+        raise ValueError(f"token_ids reach from {ids.min()} to {ids.max()}: expected 0 to {(1 << 31) - 1}")
+    return ids.astype(np.int32)
+
+
 class AdmittedPrompt(NamedTuple):
     """A request for a prompt: tokens from `start` on are to be fed to it."""
 
@@ -117,6 +127,7 @@ class PrefixIndex:
         self._clock = 0
         self._with_state: set[bytes] = set()
         self.state_bytes = 0
+        self._chains: dict[int, tuple[tuple[int, bytes] | None, list[bytes]]] = {}  # keys of requests' blocks, by slot
         self.undo: Undo = NO_UNDO  # takes note of every change but of when something was used
 
     def keys(self, token_ids: np.ndarray, salt: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
@@ -129,11 +140,26 @@ class PrefixIndex:
             keys.append(hashlib.blake2b(tokens, key=keys[-1] if keys else salted, digest_size=32).digest())
         return keys
 
+    def keys_of(self, slot: Slot, token_ids: np.ndarray, salt: bytes) -> list[bytes]:
+        """`keys` of a request's tokens, of which `note_keys` may know the first."""
+        owner, known = self._chains.get(int(slot), (None, []))
+        known = known if owner == (slot.generation, salt) else []
+        return self.keys(token_ids, salt, known[: len(token_ids) // self._block_size])
+
+    def note_keys(self, slot: Slot, salt: bytes, keys: list[bytes]) -> None:
+        """These are the keys of a request's first blocks."""
+        self.undo.item(self._chains, int(slot))
+        self._chains[int(slot)] = (slot.generation, salt), keys
+
     def emptied(self) -> "PrefixIndex":
         """An index of the same policy and model that knows nothing."""
         fresh = PrefixIndex(self.policy, "", self._block_size, self._reach)
         fresh._root = self._root
         return fresh
+
+    def find(self, token_ids: np.ndarray, salt: bytes, kinds: Sequence[str], *, peek: bool = False) -> Match | None:
+        """`match` of a prompt, of which a token is left to be fed."""
+        return self.match(self.keys(token_ids[:-1], salt), kinds, peek=peek)
 
     def match(self, keys: Sequence[bytes], kinds: Sequence[str], *, peek: bool = False) -> Match | None:
         """What is there of a prompt with these keys; None where nothing spares any computing.

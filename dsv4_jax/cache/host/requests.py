@@ -1,7 +1,6 @@
 """The running requests as the host knows them: their slots, lengths and blocks."""
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 
@@ -31,20 +30,16 @@ class RequestTable:
         max_context_len: int,
         max_rollback: int,
         block_size: int,
-        is_held: Callable[[int], bool],
-        forget: Callable[[int], None],
     ):
         """num_blocks, schema_of: physical blocks and geometry of the kinds of layers that have blocks.
 
-        max_context_len: tokens of one request at most. block_size: tokens that a block covers. is_held, forget: see
-        `PendingSteps`.
+        max_context_len: tokens of one request at most. block_size: tokens that a block covers.
         """
         self.num_slots, self.schema_of = num_slots, schema_of
         self.max_context_len, self.max_rollback, self.block_size = max_context_len, max_rollback, block_size
         self.undo = Undo()
         self.ledger = BlockLedger(num_blocks, self.undo)
-        self._holders = is_held, forget
-        self.pending = PendingSteps(is_held, forget, self.undo)
+        self.pending = PendingSteps(self.undo)
         self.plans_kept_blocks = False  # whether plans say which blocks a step does not write
         self.free_slots = list(range(num_slots))  # that freed longest ago first
         self._lengths: dict[int, int] = {}
@@ -64,8 +59,6 @@ class RequestTable:
             max_context_len=self.max_context_len,
             max_rollback=self.max_rollback,
             block_size=self.block_size,
-            is_held=self._holders[0],
-            forget=self._holders[1],
         )
         fresh.plans_kept_blocks = self.plans_kept_blocks
         fresh._number = self._number
@@ -270,7 +263,7 @@ class RequestTable:
         """The cache, which is here, says which steps ran (`PendingSteps.looked`); of the others those are taken back
         that no array holds any more."""
         self.pending.looked(ran)
-        for step in self.pending.gone():
+        for step in self.pending.lost():
             try:
                 self.take_back(step)
             except ValueError:  # somebody counts on its tokens, and will be told

@@ -183,7 +183,7 @@ def test_state_is_kept_where_the_policy_says():
             kept = None if plan.kept_blocks is None else plan.kept_blocks.tolist()
             expected = [5 if slot == admitted.slot else 0 for slot in range(2)]
             assert kept == (expected if policy == "zero" else None)
-        assert (manager._prefix.state_bytes == 0) == (policy == "zero")
+        assert (manager._books.prefix.state_bytes == 0) == (policy == "zero")
 
 
 def test_kept_late_state_is_there_only_within_the_slack():
@@ -198,11 +198,11 @@ def test_kept_late_state_is_there_only_within_the_slack():
 def test_states_have_a_limit():
     one = make()
     serve(one, text(0, 13))
-    size = one._prefix.state_bytes
+    size = one._books.prefix.state_bytes
     manager = make(max_state_bytes=2 * size, blocks=16, slots=1)
     for seed in range(3):
         manager.release_request(serve(manager, text(seed, 13)).slot)
-    assert manager._prefix.state_bytes == 2 * size
+    assert manager._books.prefix.state_bytes == 2 * size
     assert [found(manager, text(seed, 13)) for seed in range(3)] == [0, 12, 12]
 
 
@@ -217,7 +217,7 @@ def test_the_index_stays_small():
     manager.release_request(serve(manager, ids).slot)
     for _ in range(300):
         assert found(manager, ids) == 24
-    assert len(manager._prefix._by_age) < 100
+    assert len(manager._books.prefix._by_age) < 100
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ class Session:
         self.config, self.limit, self.width = world.fill.config, world.fill.length, world.fill.width
         self.manager = self.new_manager(**options)
         for manager in getattr(self.manager, "shards", (self.manager,)):
-            if world.reach is not None and manager._prefix is not None:
-                manager._prefix._reach = world.reach
+            if world.reach is not None and manager._books.prefix is not None:
+                manager._books.prefix._reach = world.reach
         self.texts = np.zeros((slots, self.limit), np.int32)
         self.expected: Any = None  # of the world: what the texts give
         self.lengths: dict[int, int] = {}
@@ -307,7 +307,7 @@ class Session:
         self._done()
 
     def broken_off(self, which: int, at: int, seed: int) -> None:
-        """A call of the manager is interrupted at the at-th moment when Python hears signals: it has happened, or nothing has."""
+        """A call of the manager is interrupted at the at-th moment when Python hears signals: all of it counts, or none."""
         if (slot := self._slot(which)) is None:
             return
         manager, before = self.manager, self.book()
@@ -417,7 +417,7 @@ class Session:
         """NaN in every block and every slot that nobody owns."""
         free = {kind: np.zeros(self.num_blocks, bool) for kind in KINDS}
         for kind in KINDS:  # blocks that are kept for prompts to come count as free, and hold something
-            free[kind][self.manager._ledger.free_blocks(kind)] = True
+            free[kind][self.manager._books.ledger.free_blocks(kind)] = True
         dead = np.array([s not in self.lengths for s in range(self.slots)])
         self.manager.cache = fill_with_nan(self.manager.cache, free, dead)
         self._done()

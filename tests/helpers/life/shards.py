@@ -66,7 +66,7 @@ class ShardedSession(Session):
         for i, shard in enumerate(self.manager.shards):
             free = {kind: np.zeros(self.num_blocks // self.shards, bool) for kind in KINDS}
             for kind in KINDS:
-                free[kind][shard._ledger.free_blocks(kind)] = True
+                free[kind][shard._books.ledger.free_blocks(kind)] = True
             dead = np.array([i * self.own + s not in self.lengths for s in range(self.own)])
             shard.cache = fill_with_nan(shard.cache, free, dead)
         self._done()
