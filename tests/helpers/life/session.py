@@ -307,7 +307,7 @@ class Session:
         self._done()
 
     def broken_off(self, which: int, at: int, seed: int) -> None:
-        """A call of the manager is interrupted at the at-th moment when Python hears signals: all of it counts, or none."""
+        """A call of the manager is interrupted at the at-th moment of hearing signals: all counts, or nothing."""
         if (slot := self._slot(which)) is None:
             return
         manager, before = self.manager, self.book()
