@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from .ops.dispatch import native_calls as native_calls
     from .ops.formats.fp4 import hadamard as hadamard
     from .ops.read.attend import RawQuery as RawQuery
+    from .ops.write.append_swa_fused import RawWindow as RawWindow
     from .ops.write.compress import CompressorWeights as CompressorWeights
-    from .ops.write.write_layer import Projections as Projections
-    from .ops.write.write_layer import RawWindow as RawWindow
+    from .ops.write.compress import Projections as Projections
 
 _MODULES = {
     # What the cache needs to know of a model.
@@ -68,8 +68,8 @@ _MODULES = {
     # A layer of a step: what it writes and reads.
     "LayerCacheHandle": ".cache.handle",
     "CompressorWeights": ".ops.write.compress",
-    "Projections": ".ops.write.write_layer",
-    "RawWindow": ".ops.write.write_layer",
+    "Projections": ".ops.write.compress",
+    "RawWindow": ".ops.write.append_swa_fused",
     "RawQuery": ".ops.read.attend",
     "SWAView": ".cache.views",
     "ClassicalView": ".cache.views",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import TypeVar
 
 import jax
@@ -12,16 +11,16 @@ from jax.typing import DTypeLike
 from ..ops.formats.record import Record, decode_record, encode_record
 from ..ops.nn.rms_norm import rms_norm
 from ..ops.nn.rope import apply_rope
-from ..ops.read.attend import Fresh, RawQuery, attend
+from ..ops.read.attend import RawQuery, attend
 from ..ops.read.entries import read_entries, read_keys
 from ..ops.read.select import select
 from ..ops.read.window import read_window
-from ..ops.segments import Segments, per_token, to_segments
+from ..ops.segments import Segments, StepTokens, per_token, to_segments
 from ..ops.write.append_swa import SWARing, append_swa
-from ..ops.write.append_swa_fused import append_swa_fused
-from ..ops.write.compress import CompressorWeights, compress, compress_indexer
+from ..ops.write.append_swa_fused import RawWindow, append_swa_fused
+from ..ops.write.compress import CompressorWeights, Projections, compress, compress_indexer
 from ..ops.write.ordering import after as ordered_after
-from ..ops.write.write_layer import LayerState, Projections, RawWindow, write_layer
+from ..ops.write.write_layer import LayerInputs, LayerState, write_layer
 from .kv_cache import KVCache
 from .layer_inputs import FLOATS, check_array, check_floating, check_raw, check_rows, check_weights, layer_number
 from .paged_cache import PagedKVPool
@@ -164,7 +163,14 @@ class LayerCacheHandle:
         after: what was computed from `read_swa_view(kv)`, so that the update can come after the read. Raises ValueError
         for another shape or dtype.
         """
-        return self._write_window(append_swa, (kv,), lambda: kv, after)
+
+        def append(ring: SWARing, tokens: StepTokens) -> SWARing:
+            return append_swa(
+                ring, kv, tokens.slots, tokens.positions, layer=self._index, one_token_per_slot=tokens.one_per_slot
+            )
+
+        self._check("kv", kv, self.schema.head_dim)
+        return self._write_window(append, lambda: kv, after)
 
     def write_swa_fused(
         self, kv: Array, norm: Array, cos: Array, sin: Array, *, eps: float = 1e-6, after: Array | None = None
@@ -176,35 +182,26 @@ class LayerCacheHandle:
         of another dtype.
         """
 
+        def append(ring: SWARing, tokens: StepTokens) -> SWARing:
+            return append_swa_fused(ring, RawWindow(kv, norm, cos, sin), tokens, eps=eps, layer=self._index)
+
         def values() -> Array:
             return apply_rope(rms_norm(kv.astype(jnp.float32), norm, eps=eps), cos, sin)
 
-        return self._write_window(partial(append_swa_fused, eps=eps), (kv, norm, cos, sin), values, after)
+        self._check("kv", kv, self.schema.head_dim)
+        return self._write_window(append, values, after)
 
     def _write_window(
-        self,
-        append: Callable[..., SWARing],
-        inputs: tuple[Array, ...],
-        values: Callable[[], Array],
-        after: Array | None,
+        self, append: Callable[[SWARing, StepTokens], SWARing], values: Callable[[], Array], after: Array | None
     ) -> "LayerCacheHandle":
-        """append(ring, *inputs, slots, positions), which stores values()."""
-        self._check("kv", inputs[0], self.schema.head_dim)
-        pending = None
-        slots = self._slots
+        """append(ring, tokens), which stores values()."""
+        pending, tokens = None, self._tokens
         if not self.plan.one_token_per_slot:
             if after is None:
                 pending = self.read_swa_view(values())
                 after = pending.kv
-            slots = ordered_after(slots, after)
-        ring = append(
-            self._state.ring,
-            *inputs,
-            slots,
-            jnp.asarray(self.plan.positions),
-            layer=self._index,
-            one_token_per_slot=self.plan.one_token_per_slot,
-        )
+            tokens = tokens._replace(slots=ordered_after(tokens.slots, after))
+        ring = append(self._state.ring, tokens)
         return replace(self, cache=self.cache.with_state(self.schema.kind, ring=ring), pending=pending)
 
     def read_swa_view(self, fresh: Array | None = None, dtype: DTypeLike = jnp.float32) -> SWAView:
@@ -281,7 +278,7 @@ class LayerCacheHandle:
         if fresh is not None:
             self._check("fresh", fresh, schema.head_dim)
             # As it will be stored, so that results do not depend on where a prompt is cut.
-            own = Fresh(encode_record(fresh, stored), self._segments)
+            own = encode_record(fresh, stored)
         elif not self.plan.one_token_per_slot:
             raise ValueError(
                 f"layer {self._name}: attend got several tokens of a slot without fresh, expected their kv: attend "
@@ -291,11 +288,9 @@ class LayerCacheHandle:
         return attend(
             q,
             sink,
-            self._slots,
-            jnp.asarray(self.plan.positions),
+            self._tokens,
             stored,
             None if pool is None else pool.entries,
-            None if pool is None else self._table,
             selected,
             own,
             raw,
@@ -324,8 +319,7 @@ class LayerCacheHandle:
         old = self._state.tail
         assert old is not None  # of these kinds of layers
         entries, tail = compress(
-            _given(self._pool).entries, old, kv, gate, weights, *self._where(),
-            layer=self._index, eps=eps,
+            _given(self._pool).entries, old, Projections(kv, gate, weights), self._written, layer=self._index, eps=eps,
         )  # fmt: skip
         cache = self.cache.with_state(self.schema.kind, tail=tail).with_paged(self.schema.kind, entries=entries)
         return replace(self, cache=cache)
@@ -336,8 +330,8 @@ class LayerCacheHandle:
         """As `write_compressed`, for the indexer's keys: kv, gate (T, 2 * index_head_dim); CSA layers only."""
         self._check_indexer(kv, gate, weights)
         keys, tail = compress_indexer(
-            _given(_given(self._pool).indexer), _given(self._state.indexer_tail), kv, gate, weights,
-            *self._where(), format=self.schema.indexer_dtype, layer=self._index, eps=eps,
+            _given(_given(self._pool).indexer), _given(self._state.indexer_tail), Projections(kv, gate, weights),
+            self._written, format=self.schema.indexer_dtype, layer=self._index, eps=eps,
         )  # fmt: skip
         cache = self.cache.with_state("csa", indexer_tail=tail).with_paged("csa", indexer=keys)
         return replace(self, cache=cache)
@@ -386,8 +380,8 @@ class LayerCacheHandle:
         if indexer is not None:
             self._check_indexer(*indexer)
         arrays = write_layer(
-            self._arrays(), window, compressor, indexer, *self._where(), format=self.schema.indexer_dtype,
-            layer=self._index, eps=eps,
+            self._arrays(), LayerInputs(window, compressor, indexer), self._written,
+            format=self.schema.indexer_dtype, layer=self._index, eps=eps,
         )  # fmt: skip
         cache = self.cache.with_state(kind, ring=arrays.ring, tail=arrays.tail, indexer_tail=arrays.keys_tail)
         if self._pool is not None:
@@ -400,13 +394,20 @@ class LayerCacheHandle:
             return LayerState(state.ring)
         return LayerState(state.ring, pool.entries, state.tail, pool.indexer, state.indexer_tail)
 
-    def _where(self):
-        plan = self.plan
+    @property
+    def _tokens(self) -> StepTokens:
+        """Where the plan's tokens are."""
         table = self.cache.block_table.get(self.schema.kind)
-        if table is not None and plan.kept_blocks is not None:
-            column = jnp.arange(table.shape[1], dtype=jnp.int32)[None]
-            table = jnp.where(column < jnp.asarray(plan.kept_blocks)[:, None], -1, table)
-        return self._slots, jnp.asarray(plan.positions), self._segments, table
+        return StepTokens(self._slots, jnp.asarray(self.plan.positions), self._segments, table)
+
+    @property
+    def _written(self) -> StepTokens:
+        """`_tokens` with the blocks that the step writes."""
+        tokens, kept = self._tokens, self.plan.kept_blocks
+        if tokens.table is None or kept is None:
+            return tokens
+        column = jnp.arange(tokens.table.shape[1], dtype=jnp.int32)[None]
+        return tokens._replace(table=jnp.where(column < jnp.asarray(kept)[:, None], -1, tokens.table))
 
     @property
     def _table(self) -> Array:
@@ -491,10 +492,8 @@ class LayerCacheHandle:
         for name, x in zip(("cos", "sin"), raw or (), strict=False):
             check_array(self._name, name, x, (tokens, "r"), (jnp.float32,))
         return select(
-            q, weights, self._slots, jnp.asarray(self.plan.positions), _given(_given(self._pool).indexer),
-            self._table, self._segments, k,
-            format=self.schema.indexer_dtype, layer=self._index, ratio=self.schema.compress_ratio,
-            max_entries=self.max_entries, raw=raw,
+            q, weights, self._tokens, _given(_given(self._pool).indexer), k, format=self.schema.indexer_dtype,
+            layer=self._index, ratio=self.schema.compress_ratio, max_entries=self.max_entries, raw=raw,
         )  # fmt: skip
 
     @property

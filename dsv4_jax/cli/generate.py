@@ -6,7 +6,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.progress import Progress
@@ -154,7 +154,9 @@ def generate(
 
     indexer_name = indexer.value if indexer else default_indexer(cache.value)
     if as_json:
-        print(json.dumps(_report(outcome, rows, new_texts, folder, dtype, devices, cache, indexer_name, stops, probs)))
+        settings = Settings(str(folder), str(dtype), devices, str(cache), indexer_name)
+        answers = list(map(Answer, rows, outcome.tokens, new_texts, probs))
+        print(json.dumps(_report(outcome, settings, answers, stops)))
         sys.stdout.flush()
     elif not streams:
         for b, text in enumerate(new_texts):
@@ -209,25 +211,32 @@ def _walk(
             start = time.perf_counter()
 
 
-def _report(
-    outcome: Outcome,
-    rows: Sequence[list[int]],
-    texts: Sequence[str],
-    folder: pathlib.Path,
-    dtype: str,
-    devices: int,
-    cache: str,
-    indexer: str,
-    stops: Sequence[int],
-    probs: Sequence[list[Any]],
-) -> dict[str, Any]:
+class Settings(NamedTuple):
+    """What a run was made with."""
+
+    checkpoint: str
+    dtype: str
+    devices: int
+    records: str
+    indexer: str
+
+
+class Answer(NamedTuple):
+    """One continuation of a prompt."""
+
+    prompt: list[int]
+    tokens: list[int]
+    text: str
+    log_probs: list[Any]
+
+
+def _report(outcome: Outcome, settings: Settings, answers: Sequence[Answer], stops: Sequence[int]) -> dict[str, Any]:
     """The object of --json. Seconds and rates leave compilation out; "stopped" says that an end-of-text token came."""
-    results = zip(rows, outcome.tokens, texts, probs, strict=True)
     return {
-        "checkpoint": str(folder),
-        "dtype": str(dtype),
-        "devices": devices,
-        "cache": {"records": str(cache), "indexer": indexer, "bytes": outcome.cache_bytes},
+        "checkpoint": settings.checkpoint,
+        "dtype": settings.dtype,
+        "devices": settings.devices,
+        "cache": {"records": settings.records, "indexer": settings.indexer, "bytes": outcome.cache_bytes},
         "prompt_tokens": outcome.prompt_tokens,
         "new_tokens": outcome.new_tokens,
         "drafts": outcome.stats
@@ -242,6 +251,6 @@ def _report(
                 "stopped": bool(new) and new[-1] in stops,
                 **({"log_probs": log_probs} if log_probs else {}),
             }
-            for prompt, new, text, log_probs in results
+            for prompt, new, text, log_probs in answers
         ],
     }

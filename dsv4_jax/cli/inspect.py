@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -47,7 +47,8 @@ def inspect(
     """
     console = make_console(quiet)
     if run or tokens:
-        _run(pathlib.Path(path), run or [], tokens or [], steps, cache.value, picture, as_json, console)
+        wanted = Wanted(run or [], tokens or [], steps, cache.value)
+        _run(pathlib.Path(path), wanted, picture, as_json, console)
         return 0
     if picture is not None:
         raise InputError("--picture draws the states of a run: give a prompt with --run")
@@ -82,10 +83,16 @@ def _is_snapshot(path: str) -> bool:
     return SafetensorsFile(path).metadata.get("format") == FORMAT
 
 
-def _run(
-    folder: pathlib.Path, texts: list[str], tokens: list[str], steps: int, cache: str, picture: str | None,
-    as_json: bool, console: Console,
-) -> None:  # fmt: skip
+class Wanted(NamedTuple):
+    """A small run: prompts as texts and as token ids, decode steps, the cache's records."""
+
+    texts: list[str]
+    tokens: list[str]
+    steps: int
+    cache: str
+
+
+def _run(folder: pathlib.Path, wanted: Wanted, picture: str | None, as_json: bool, console: Console) -> None:
     """A small run: its states as text or JSON to stdout as they come, and as a picture."""
     from .small_run import small_run
     from .state_svg import picture as draw
@@ -93,15 +100,15 @@ def _run(
 
     if picture is not None and not picture.endswith(".svg"):
         raise InputError(f"--picture {picture}: expected the name of an .svg file")
-    ids = [parse_tokens(text) for text in tokens]
+    ids = [parse_tokens(text) for text in wanted.tokens]
     # A picture that cannot be written is refused before anything runs.
     with written_whole(picture) if picture is not None else contextlib.nullcontext() as temporary:
         model = load_model(folder, console)
         codec = make_codec(folder, model.config.vocab_size)
-        prompts = check_prompts([*(codec.encode(os.fsencode(text)) for text in texts), *ids], model.config)
+        prompts = check_prompts([*(codec.encode(os.fsencode(text)) for text in wanted.texts), *ids], model.config)
         states = []
         with status(console, "running") as spinner:
-            for title, state in in_background(lambda: small_run(model, prompts, steps, cache)):
+            for title, state in in_background(lambda: small_run(model, prompts, wanted.steps, wanted.cache)):
                 states.append((title, state))
                 if not as_json:
                     spinner.stop()

@@ -19,7 +19,7 @@ from ..model.transformer import DSV4Model
 from .context import round_up_blocks
 from .loop import DECODE_STEPS, PREFILL_CHUNK, DecodeLoop
 from .memory import check_memory
-from .request import Stats, check_prompt, check_prompts, check_sampling
+from .request import Sampling, Stats, check_prompt, check_prompts
 from .sampling import LogitsHook, LogProbs
 
 _LOG = logging.getLogger(__name__)
@@ -121,10 +121,8 @@ def stream(
     max_new_tokens = count("max_new_tokens", max_new_tokens)
     prompts = check_prompts(prompts)
     ids = [check_prompt(model.config, p, max_new_tokens, f"prompt {i}") for i, p in enumerate(prompts)]
-    options = check_sampling(
-        model.config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples, top_k=top_k,
-        top_p=top_p, min_p=min_p, stop_texts=stop_texts, decode=decode,
-    )  # fmt: skip
+    sampling = Sampling(temperature, seed, stop_tokens, num_samples, top_k, top_p, min_p, stop_texts, decode)
+    options = sampling.checked(model.config)
     prefill_chunk = count("prefill_chunk", prefill_chunk, least=1)
     decode_chunk = count("decode_chunk", decode_chunk, least=1)
     draft_tokens = count("draft_tokens", draft_tokens)

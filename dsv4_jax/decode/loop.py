@@ -22,11 +22,11 @@ from .draft import PromptLookup
 from .layout import Part, draw_arrays, row_states, slot_arrays, token_arrays
 from .programs import PROCESS_TIMEOUT_S, OneDevice, OverMesh
 from .recovery import Call, Savepoint, identity, is_lost
-from .request import Event, Request, Sample, Stats, check_prompt, check_sampling
+from .request import Event, Request, Sample, Sampling, Stats, check_prompt
 from .sampling import Draws, LogitsHook, LogProbs
 from .scheduler import Scheduler
 from .snapshot import RequestSnapshot, SampleSnapshot
-from .steps import Chosen, LoopState, Wanted, decode_steps, prefill_step
+from .steps import Chosen, DecodeInputs, DecodeProgram, LoopState, PrefillInputs, Wanted, decode_steps, prefill_step
 
 T = TypeVar("T")
 
@@ -171,13 +171,12 @@ class DecodeLoop:
         config = self.model.config
         max_new_tokens = count("max_new_tokens", max_new_tokens, least=1)
         ids = check_prompt(config, prompt, max_new_tokens)
-        options = check_sampling(
-            config, temperature=temperature, seed=seed, stop_tokens=stop_tokens, num_samples=num_samples, top_k=top_k,
-            top_p=top_p, min_p=min_p, stop_texts=stop_texts, decode=decode,
-        )  # fmt: skip
+        sampling = Sampling(temperature, seed, stop_tokens, num_samples, top_k, top_p, min_p, stop_texts, decode)
         check_salt(salt)
         index = count("index", index, most=(1 << 31) - 1)
-        request = Request(ids, max_new_tokens, index=index, salt=salt, hook_argument=hook_argument, **options)
+        request = Request(
+            ids, max_new_tokens, index=index, salt=salt, hook_argument=hook_argument, **sampling.checked(config)
+        )
         self._schedule.check_fits(request)
 
         def queue() -> int:
@@ -350,8 +349,8 @@ class DecodeLoop:
         on_device = None if short else self._on_device
         loop, draws = on_device or self._programs.put(slot_arrays(to_come, num_slots, self._wanted.hook))
         decode = self._programs.over(decode_steps)
-        step = partial(decode, steps=self.decode_chunk, max_blocks=plan.max_blocks, wanted=self._wanted)
-        self._dispatch(step, loop, self._programs.operands(plan.new_blocks), draws)
+        step = partial(decode, program=DecodeProgram(self.decode_chunk, plan.max_blocks, self._wanted))
+        self._dispatch(step, loop, DecodeInputs(self._programs.operands(plan.new_blocks), draws))
         state = jax.tree.unflatten(jax.tree.structure(loop), self._call.results[0][1])
         self._on_device = None if short else (state, draws)
         self._book(self._call)
@@ -375,11 +374,14 @@ class DecodeLoop:
         loop, draws = programs.put(slot_arrays([], num_slots, self._wanted.hook))
         rows = num_slots * (-(-self.decode_chunk // size) + 1)  # as in a plan
         new_blocks = programs.operands(self._schedule.no_blocks(rows // len(self._schedule.shards)))
-        step = partial(programs.over(decode_steps), steps=self.decode_chunk, max_blocks=max_blocks, wanted=self._wanted)
+        program = DecodeProgram(self.decode_chunk, max_blocks, self._wanted)
+        step = partial(programs.over(decode_steps), program=program)
 
         def compile_it() -> None:
             with contextlib.suppress(Exception):  # what is wrong, the call itself will say
-                programs.compile(step, programs.structure, programs.weights, cache, loop, new_blocks, draws)
+                programs.compile(
+                    step, programs.structure, programs.weights, cache, loop, DecodeInputs(new_blocks, draws)
+                )
 
         thread = threading.Thread(target=compile_it, name="dsv4-jax-compile")
         thread.start()
@@ -410,7 +412,7 @@ class DecodeLoop:
         self._on_device = None
         states = _side_by_side([row_states(own, most, self._wanted.hook) for own in by_shard])
         step = partial(self._programs.over(prefill_step), wanted=self._wanted)
-        self._dispatch(step, *self._programs.operands((plan, ids, rows, draws, states)))
+        self._dispatch(step, *self._programs.operands((plan, PrefillInputs(ids, rows, draws, states))))
         self._book(self._call)
 
     def _dispatch(self, step: Callable, *operands: Any) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,18 @@ from ..cache.kv_cache import KVCache
 from ..cache.plan import StepPlan
 from ..cache.sharding import DATA, cache_specs, shard_devices
 from ..model.transformer import DSV4Model
-from .sampling import Draws
-from .steps import TOKENS, WITH_LOGITS, LoopState, Structure, Wanted, decode_steps, prefill_step, split_model
+from .steps import (
+    WITH_LOGITS,
+    DecodeInputs,
+    DecodeProgram,
+    LoopState,
+    PrefillInputs,
+    Structure,
+    Wanted,
+    decode_steps,
+    prefill_step,
+    split_model,
+)
 
 Array = jax.Array
 Specs = tuple[PartitionSpec, ...]
@@ -78,8 +88,8 @@ class OverMesh(OneDevice):
         self._process_timeout_s = process_timeout_s
         specs: Specs = tuple(weight.sharding.spec for weight in self.weights)  # type: ignore[attr-defined]
         self._steps: dict[Any, Callable[..., Any]] = {
-            prefill_step: partial(_prefill_over_mesh, mesh=mesh, specs=specs),
-            decode_steps: partial(_decode_over_mesh, mesh=mesh, specs=specs),
+            prefill_step: partial(_prefill_over_mesh, spread=Spread(mesh, specs)),
+            decode_steps: partial(_decode_over_mesh, spread=Spread(mesh, specs)),
         }
         self.key = mesh
         self._own = NamedSharding(mesh, OWN)
@@ -143,19 +153,22 @@ def _largest(wishes: Array, *, mesh: Mesh) -> Array:
     )(wishes)
 
 
-@partial(jax.jit, static_argnames=("structure", "mesh", "specs", "wanted"), donate_argnames="cache")
+class Spread(NamedTuple):
+    """Where the weights of a model lie."""
+
+    mesh: Mesh
+    specs: Specs
+
+
+@partial(jax.jit, static_argnames=("structure", "spread", "wanted"), donate_argnames="cache")
 def _prefill_over_mesh(
     structure: Structure,
     weights: list[Array],
     cache: KVCache,
     plan: StepPlan,
-    token_ids: Array,
-    rows: Array,
-    draws: Draws,
-    hook_states: Any = None,
+    given: PrefillInputs,
     *,
-    mesh: Mesh,
-    specs: Specs,
+    spread: Spread,
     wanted: Wanted = WITH_LOGITS,
 ) -> tuple[list[Array], list[Array]]:
     """`prefill_step` on every shard: T tokens, N rows each; arrays have those of all shards, one after the other."""
@@ -166,44 +179,36 @@ def _prefill_over_mesh(
 
     inside = jax.shard_map(
         local,
-        mesh=mesh,
-        in_specs=(list(specs), caches, OWN, OWN, OWN, OWN, OWN),
+        mesh=spread.mesh,
+        in_specs=(list(spread.specs), caches, OWN, OWN),
         out_specs=(OWN, jax.tree.leaves(caches)),
         check_vma=False,
     )
-    return inside(weights, cache, plan, token_ids, rows, draws, hook_states)
+    return inside(weights, cache, plan, given)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("structure", "mesh", "specs", "steps", "max_blocks", "wanted"),
-    donate_argnames="cache",
-)
+@partial(jax.jit, static_argnames=("structure", "spread", "program"), donate_argnames="cache")
 def _decode_over_mesh(
     structure: Structure,
     weights: list[Array],
     cache: KVCache,
     loop: LoopState,
-    new_blocks: dict[str, Array],
-    draws: Draws,
+    given: DecodeInputs,
     *,
-    mesh: Mesh,
-    specs: Specs,
-    steps: int,
-    max_blocks: int | None,
-    wanted: Wanted = TOKENS,
+    spread: Spread,
+    program: DecodeProgram,
 ) -> tuple[list[Array], list[Array], list[Array]]:
     """`decode_steps` on every shard, of R slots each; arrays have those of all shards, one after the other."""
     caches = cache_specs(cache)
 
     def local(*operands: Any) -> tuple[list[Array], list[Array], list[Array]]:
-        return decode_steps(structure, *operands, steps=steps, max_blocks=max_blocks, wanted=wanted)
+        return decode_steps(structure, *operands, program=program)
 
     inside = jax.shard_map(
         local,
-        mesh=mesh,
-        in_specs=(list(specs), caches, OWN, OWN, OWN),
+        mesh=spread.mesh,
+        in_specs=(list(spread.specs), caches, OWN, OWN),
         out_specs=(PartitionSpec(None, DATA), OWN, jax.tree.leaves(caches)),
         check_vma=False,
     )
-    return inside(weights, cache, loop, new_blocks, draws)
+    return inside(weights, cache, loop, given)

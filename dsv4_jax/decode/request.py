@@ -169,56 +169,62 @@ def check_prompts(prompts: Any) -> list[Any]:
         raise ValueError(f"prompts is {str(prompts)[:60]!r}: expected a list of prompts, lists of token ids") from None
 
 
-def check_sampling(
-    config: DSV4Config,
-    *,
-    temperature: float,
-    seed: int,
-    stop_tokens: Iterable[int],
-    num_samples: int,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    stop_texts: Iterable[str] = (),
-    decode: Callable[[list[int]], str] | None = None,
-) -> dict[str, Any]:
-    """The options as `Request` takes them; ValueError for options that make no sense."""
-    if not _within(temperature, 0, MAX_TEMPERATURE):  # NaN is not
-        raise ValueError(
-            f"temperature is {temperature!r}: expected 0 (greedy) or a positive number, at most {MAX_TEMPERATURE:.5g}"
-        )
-    count("seed", seed, most=(1 << 32) - 1)
-    count("num_samples", num_samples, least=1, most=MAX_SAMPLES)
-    top_k = count("top_k", top_k, most=(1 << 31) - 1)
-    if not _within(top_p, 0, 1) or not top_p > 0:
-        raise ValueError(f"top_p is {top_p!r}: expected a number above 0, at most 1 (all tokens)")
-    if not _within(min_p, 0, 1):
-        raise ValueError(f"min_p is {min_p!r}: expected a number from 0 (all tokens) to 1")
-    try:
-        stops = frozenset(operator.index(token) for token in stop_tokens)
-    except TypeError:
-        raise ValueError(f"stop_tokens are {stop_tokens!r}: expected a list of token ids") from None
-    if any(not 0 <= token < config.vocab_size for token in stops):
-        raise ValueError(f"stop_tokens are {sorted(stops)}: expected 0 to {config.vocab_size - 1}")
-    given: Any = stop_texts
-    texts: tuple[Any, ...] = (given,) if isinstance(given, str) else tuple(given)
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"stop_texts are {given!r}: expected texts of one character or more")
-    if texts and decode is None:
-        if config.vocab_size != 256:
-            raise ValueError("stop_texts need `decode`, which turns token ids into text: this vocabulary is not bytes")
-        decode = _decode_bytes
-    return {
-        "temperature": temperature,
-        "seed": seed,
-        "stop_tokens": stops,
-        "num_samples": num_samples,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "stop_texts": texts,
-        "decode": decode,
-    }
+@dataclass(frozen=True)
+class Sampling:
+    """How samples of a prompt are drawn and when they end, as a caller gives it; see `Request`."""
+
+    temperature: float
+    seed: int
+    stop_tokens: Iterable[int]
+    num_samples: int
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_texts: Iterable[str] = ()
+    decode: Callable[[list[int]], str] | None = None
+
+    def checked(self, config: DSV4Config) -> dict[str, Any]:
+        """The options as `Request` takes them; ValueError for options that make no sense."""
+        temperature, top_p, min_p, decode = self.temperature, self.top_p, self.min_p, self.decode
+        if not _within(temperature, 0, MAX_TEMPERATURE):  # NaN is not
+            raise ValueError(
+                f"temperature is {temperature!r}: expected 0 (greedy) or a positive number, at most "
+                f"{MAX_TEMPERATURE:.5g}"
+            )
+        count("seed", self.seed, most=(1 << 32) - 1)
+        count("num_samples", self.num_samples, least=1, most=MAX_SAMPLES)
+        top_k = count("top_k", self.top_k, most=(1 << 31) - 1)
+        if not _within(top_p, 0, 1) or not top_p > 0:
+            raise ValueError(f"top_p is {top_p!r}: expected a number above 0, at most 1 (all tokens)")
+        if not _within(min_p, 0, 1):
+            raise ValueError(f"min_p is {min_p!r}: expected a number from 0 (all tokens) to 1")
+        try:
+            stops = frozenset(operator.index(token) for token in self.stop_tokens)
+        except TypeError:
+            raise ValueError(f"stop_tokens are {self.stop_tokens!r}: expected a list of token ids") from None
+        if any(not 0 <= token < config.vocab_size for token in stops):
+            raise ValueError(f"stop_tokens are {sorted(stops)}: expected 0 to {config.vocab_size - 1}")
+        given: Any = self.stop_texts
+        texts: tuple[Any, ...] = (given,) if isinstance(given, str) else tuple(given)
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"stop_texts are {given!r}: expected texts of one character or more")
+        if texts and decode is None:
+            if config.vocab_size != 256:
+                raise ValueError(
+                    "stop_texts need `decode`, which turns token ids into text: this vocabulary is not bytes"
+                )
+            decode = _decode_bytes
+        return {
+            "temperature": temperature,
+            "seed": self.seed,
+            "stop_tokens": stops,
+            "num_samples": self.num_samples,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "stop_texts": texts,
+            "decode": decode,
+        }
 
 
 def _within(value: Any, least: float, most: float) -> bool:

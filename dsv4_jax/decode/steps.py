@@ -5,7 +5,6 @@ tuple or a dataclass, jit runs Python code once the donated cache is gone: a Ctr
 the results with it.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,6 +87,30 @@ class Wanted(NamedTuple):
 TOKENS, WITH_LOGITS = Wanted(), Wanted(logits=True)
 
 
+class PrefillInputs(NamedTuple):
+    """What a prefill step computes, of T tokens, and where it draws one, N times."""
+
+    token_ids: Any  # (T,) int32, laid out as the plan
+    rows: Any  # (N,) int32, the tokens after which one is drawn, in any order and as often as is wanted
+    draws: Draws  # how, a row for each
+    hook_states: Any = None  # states of the logits hook, arrays (N, ...)
+
+
+class DecodeInputs(NamedTuple):
+    """What decode steps are given beside the state of the slots."""
+
+    new_blocks: Any  # as in a StepPlan
+    draws: Draws  # how each slot draws
+
+
+class DecodeProgram(NamedTuple):
+    """What is fixed in a program of decode steps. Static."""
+
+    steps: int
+    max_blocks: int | None  # as in a StepPlan
+    wanted: Wanted = TOKENS
+
+
 def _choose(wanted: Wanted, state: Any, logits: Array, positions: Array, draws: Draws) -> Chosen:
     if wanted.hook is not None:
         logits = jax.vmap(wanted.hook.apply)(state, logits)
@@ -102,10 +125,7 @@ def prefill_step(
     weights: list[Array],
     cache: KVCache,
     plan: StepPlan,
-    token_ids: Array,
-    rows: Array,
-    draws: Draws,
-    hook_states: Any = None,
+    given: PrefillInputs,
     *,
     wanted: Wanted = WITH_LOGITS,
 ) -> tuple[list[Array], list[Array]]:
@@ -115,61 +135,50 @@ def prefill_step(
       structure, weights: the model, from `split_model`.
       cache: donated.
       plan: the step's plan, over T tokens.
-      token_ids: (T,) int32, laid out as `plan`.
-      rows: (N,) int32, the tokens after which one is drawn, in any order and as often as is wanted.
-      draws: how, a row for each.
-      hook_states: states of the logits hook, arrays (N, ...).
+      given: the tokens, and where to draw.
       wanted: static; what is returned beside the tokens.
 
     Returns:
       The leaves of what was drawn, a Chosen (N, ...), and those of the cache.
     """
     model = structure.model(weights)
-    hidden, cache = model.hidden(token_ids, cache, plan)
-    logits = model.logits(hidden[rows])
-    chosen = _choose(wanted, hook_states, logits, jnp.asarray(plan.positions)[rows], draws)
+    hidden, cache = model.hidden(given.token_ids, cache, plan)
+    logits = model.logits(hidden[given.rows])
+    chosen = _choose(wanted, given.hook_states, logits, jnp.asarray(plan.positions)[given.rows], given.draws)
     return jax.tree.leaves(chosen), jax.tree.leaves(cache)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("structure", "steps", "max_blocks", "wanted"),
-    donate_argnames="cache",
-)
+@partial(jax.jit, static_argnames=("structure", "program"), donate_argnames="cache")
 def decode_steps(
     structure: Structure,
     weights: list[Array],
     cache: KVCache,
     loop: LoopState,
-    new_blocks: Mapping[str, Array],
-    draws: Draws,
+    given: DecodeInputs,
     *,
-    steps: int,
-    max_blocks: int | None,
-    wanted: Wanted = TOKENS,
+    program: DecodeProgram,
 ) -> tuple[list[Array], list[Array], list[Array]]:
-    """`steps` decode steps in one call. A slot with nothing remaining is padding and writes nothing.
+    """Decode steps in one call. A slot with nothing remaining is padding and writes nothing.
 
     Args:
-      structure, weights, cache, wanted: as in `prefill_step`.
+      structure, weights, cache: as in `prefill_step`.
       loop: where each of the R slots stands.
-      new_blocks, max_blocks: as in a StepPlan.
-      draws: how each slot draws.
-      steps: static.
+      given: blocks, and how to draw.
+      program: static; how many steps, and what is returned beside the tokens.
 
     Returns:
       The leaves of what was drawn, a Chosen (steps, R, ...) with tokens -1 for padding, of the slots' state and of the
       cache.
     """
-    model = structure.model(weights)
+    model, wanted = structure.model(weights), program.wanted
     slots = jnp.arange(loop.tokens.shape[0], dtype=jnp.int32)
 
     def step(carry: tuple[KVCache, LoopState], _: None):
         cache, loop = carry
         live = loop.remaining > 0
-        plan = StepPlan(jnp.where(live, slots, -1), loop.positions, max_blocks=max_blocks)
+        plan = StepPlan(jnp.where(live, slots, -1), loop.positions, max_blocks=program.max_blocks)
         logits, cache = model(loop.tokens, cache, plan)
-        chosen = _choose(wanted, loop.hook, logits, loop.positions, draws)
+        chosen = _choose(wanted, loop.hook, logits, loop.positions, given.draws)
         loop = LoopState(
             tokens=jnp.where(live, chosen.tokens, loop.tokens),
             positions=jnp.where(live, loop.positions + 1, loop.positions),
@@ -178,5 +187,5 @@ def decode_steps(
         )
         return (cache, loop), chosen._replace(tokens=jnp.where(live, chosen.tokens, -1))
 
-    (cache, loop), chosen = jax.lax.scan(step, (cache.with_blocks(new_blocks), loop), length=steps)
+    (cache, loop), chosen = jax.lax.scan(step, (cache.with_blocks(given.new_blocks), loop), length=program.steps)
     return jax.tree.leaves(chosen), jax.tree.leaves(loop), jax.tree.leaves(cache)

@@ -11,8 +11,8 @@ from ..cache.handle import LayerCacheHandle
 from ..ops.nn.rms_norm import rms_norm
 from ..ops.nn.rope import apply_rope, rope_angles, rope_frequencies
 from ..ops.read.attend import RawQuery
-from ..ops.write.compress import CompressorWeights
-from ..ops.write.write_layer import Projections, RawWindow
+from ..ops.write.append_swa_fused import RawWindow
+from ..ops.write.compress import CompressorWeights, Projections
 from .config import DSV4Config
 from .layer_schedule import AttentionType, LayerSpec
 from .layers import Linear, RMSNorm, project_by_each

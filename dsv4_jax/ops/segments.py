@@ -25,6 +25,32 @@ class Segments(NamedTuple):
     rows: Array  # (T,) s * C + c of each token, S * C for a padding token
 
 
+class StepTokens(NamedTuple):
+    """Where the tokens of a step go. T tokens, R slots, B blocks of a request at most."""
+
+    slots: Array  # (T,) int32, -1 for padding
+    positions: Array  # (T,) int32
+    segments: Segments | None = None  # the same by request; None where nothing needs it
+    table: Array | None = None  # (R, B) int32 block table, -1 where no block is given; None in a layer without blocks
+
+    @property
+    def one_per_slot(self) -> bool:
+        """Whether the grouping promises that no slot comes twice, as in a decode step."""
+        return self.segments is not None and self.segments.tokens.shape[1] == 1
+
+    @property
+    def grouped(self) -> Segments:
+        """The segments, which an operation needs."""
+        assert self.segments is not None
+        return self.segments
+
+    @property
+    def blocks(self) -> Array:
+        """The block table, which an operation needs."""
+        assert self.table is not None
+        return self.table
+
+
 def one_token_segments(slots: Array, positions: Array) -> Segments:
     """Segments of a decode step: slots (T,), positions (T,) int32, each slot at most once, -1 for padding."""
     rows = jnp.arange(slots.shape[0], dtype=jnp.int32)

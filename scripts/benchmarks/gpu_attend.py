@@ -14,8 +14,8 @@ from gpu_reads import random_records
 from gpu_timing import Row, warmed
 
 from dsv4_jax.ops.formats.record import Record
-from dsv4_jax.ops.read.attend import Fresh, RawQuery, attend
-from dsv4_jax.ops.segments import Segments
+from dsv4_jax.ops.read.attend import RawQuery, attend
+from dsv4_jax.ops.segments import Segments, StepTokens
 
 Array = jax.Array
 
@@ -81,13 +81,12 @@ def decode(heads: int, entries: int, batch: int) -> Row:
         out = []
         for i in range(calls):
             slots = (jnp.arange(batch, dtype=jnp.int32) + i // LAYERS * batch) % SLOTS
-            of_pool = {"entries": pool, "table": table, "ratio": ratio} if entries else {}
+            of_pool = {"entries": pool, "ratio": ratio} if entries else {}
             out.append(
                 attend(
                     q,
                     sink,
-                    slots,
-                    positions,
+                    StepTokens(slots, positions, table=table if entries else None),
                     ring,
                     selected=selected if selects else None,
                     raw=RawQuery(cos, sin, raw.eps),
@@ -131,11 +130,12 @@ def several(kind: str, slots: int, each: int) -> tuple[Callable, Array]:
 
     @jax.jit
     def run(ring, pool, table, q, sink, cos, sin, selected, fresh, slots, positions, segments):
-        of_pool = {"entries": pool, "table": table, "ratio": ratio} if ratio else {}
+        of_pool = {"entries": pool, "ratio": ratio} if ratio else {}
+        where = StepTokens(slots, positions, segments, table if ratio else None)
         return [
             attend(
-                q, sink, slots, positions, ring, selected=selected if kind == "csa" else None,
-                fresh=Fresh(fresh, segments), raw=RawQuery(cos, sin, raw.eps), layer=layer, window=128,
+                q, sink, where, ring, selected=selected if kind == "csa" else None,
+                fresh=fresh, raw=RawQuery(cos, sin, raw.eps), layer=layer, window=128,
                 scale=512**-0.5, **of_pool,
             )
             for layer in range(LAYERS)

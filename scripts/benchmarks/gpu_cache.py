@@ -20,7 +20,8 @@ from dsv4_jax.cache.plan import StepPlan
 from dsv4_jax.cache.schema import build_schema
 from dsv4_jax.ops.nn.rope import rope_angles
 from dsv4_jax.ops.read.attend import RawQuery
-from dsv4_jax.ops.write.write_layer import Projections, RawWindow
+from dsv4_jax.ops.write.append_swa_fused import RawWindow
+from dsv4_jax.ops.write.compress import Projections
 
 Array = jax.Array
 

@@ -12,7 +12,7 @@ from gpu_timing import Row, warmed
 from dsv4_jax.cache.formats import key_bytes
 from dsv4_jax.ops.formats.fp4 import GROUP_SIZE
 from dsv4_jax.ops.read.select import select
-from dsv4_jax.ops.segments import Segments, one_token_segments
+from dsv4_jax.ops.segments import Segments, StepTokens, one_token_segments
 from dsv4_jax.ops.write.compress import IndexerKeys
 
 Array = jax.Array
@@ -59,9 +59,9 @@ def decode(form: str, entries: int, batch: int, goal: float | None, k: int = 512
         out = []
         for i in range(calls):
             slots = (jnp.arange(batch, dtype=jnp.int32) + i // LAYERS * batch) % requests
-            segments = one_token_segments(slots, positions)
+            tokens = StepTokens(slots, positions, one_token_segments(slots, positions), table)
             where = {"layer": i % LAYERS, "format": form, "ratio": RATIO, "raw": raw}
-            out.append(select(q, weights, slots, positions, keys, table, segments, k, **where))
+            out.append(select(q, weights, tokens, keys, k, **where))
         return out
 
     return warmed(
@@ -87,8 +87,8 @@ def chunk(form: str, tokens: int, context: int, k: int = 512) -> Row:
     @jax.jit
     def run(keys, table, q, weights, raw, slots, positions, segments):
         where = {"format": form, "ratio": RATIO, "raw": raw}
-        step = slots, positions, keys, table, segments
-        return [select(q, weights, *step, k, layer=i, **where) for i in range(LAYERS)]
+        step = StepTokens(slots, positions, segments, table)
+        return [select(q, weights, step, keys, k, layer=i, **where) for i in range(LAYERS)]
 
     return warmed(
         f"select, {k} of {form} keys, chunk of {tokens} tokens up to {context}",

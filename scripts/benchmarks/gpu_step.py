@@ -16,8 +16,8 @@ from dsv4_jax.cache.kv_cache import KVCache
 from dsv4_jax.cache.plan import StepPlan
 from dsv4_jax.cache.schema import CacheSchema, build_schema
 from dsv4_jax.ops.nn.rope import rope_angles, rope_frequencies
-from dsv4_jax.ops.write.compress import CompressorWeights
-from dsv4_jax.ops.write.write_layer import Projections, RawWindow
+from dsv4_jax.ops.write.append_swa_fused import RawWindow
+from dsv4_jax.ops.write.compress import CompressorWeights, Projections
 
 Array = jax.Array
 CONFIG = DSV4Config.flash()

@@ -9,10 +9,10 @@ from gpu_timing import Row, warmed
 
 from dsv4_jax.cache.formats import allocate_keys, record_format
 from dsv4_jax.ops.nn.rope import rope_frequencies
-from dsv4_jax.ops.segments import Segments, one_token_segments
+from dsv4_jax.ops.segments import Segments, StepTokens, one_token_segments
 from dsv4_jax.ops.write.append_swa import SWARing, append_swa
-from dsv4_jax.ops.write.append_swa_fused import append_swa_fused
-from dsv4_jax.ops.write.compress import CompressorTail, CompressorWeights, compress, compress_indexer
+from dsv4_jax.ops.write.append_swa_fused import RawWindow, append_swa_fused
+from dsv4_jax.ops.write.compress import CompressorTail, CompressorWeights, Projections, compress, compress_indexer
 from dsv4_jax.ops.write.running_tail import RunningTail, running_rows
 
 Array = jax.Array
@@ -46,15 +46,17 @@ def repeated(operation: Callable, layers: int, steps: int, rounds: int = 1):
     return run
 
 
-def appender(fused: bool, **options):
-    """append(ring, (kv, norm, cos, sin), slots, positions), plain or fused."""
+def appender(fused: bool, layer: int):
+    """append(ring, window, tokens), plain or fused."""
     if fused:
-        return lambda ring, inputs, *where: append_swa_fused(ring, *inputs, *where, eps=1e-6, **options)
-    return lambda ring, inputs, *where: append_swa(ring, inputs[0], *where, **options)
+        return functools.partial(append_swa_fused, eps=1e-6, layer=layer)
+    return lambda ring, window, tokens: append_swa(
+        ring, window.kv, *tokens[:2], layer=layer, one_token_per_slot=tokens.one_per_slot
+    )
 
 
-def append_inputs(tokens: int, dtype, seed: int):
-    return (
+def append_inputs(tokens: int, dtype, seed: int) -> RawWindow:
+    return RawWindow(
         jax.random.normal(jax.random.key(seed), (tokens, 512), dtype), jnp.ones(512),
         jax.random.uniform(jax.random.key(7), (tokens, 32)), jax.random.uniform(jax.random.key(8), (tokens, 32)),
     )  # fmt: skip
@@ -64,7 +66,7 @@ def append_prefill(dtype, fused: bool, tokens: int = 65536, layers: int = 8, for
     inputs = [append_inputs(tokens, dtype, i) for i in range(layers)]
     order = jax.random.permutation(jax.random.key(1), tokens // 128).astype(jnp.int32)
     slots, positions = jnp.repeat(order, 128), jnp.arange(tokens, dtype=jnp.int32) % 128
-    run = repeated(lambda r, i, x: appender(fused, layer=i)(r, x[i], slots, positions), layers, 1)
+    run = repeated(lambda r, i, x: appender(fused, i)(r, x[i], StepTokens(slots, positions)), layers, 1)
     record = record_format(form).record_bytes(448, 64)
     return warmed(
         f"append_swa{' fused' * fused}, {tokens} tokens, {jnp.dtype(dtype).name}{(', ' + form) * (form != 'fp8')}",
@@ -80,7 +82,7 @@ def append_decode(tokens: int, fused: bool, layers: int = 43, rounds: int = 3, s
     at = jnp.arange(tokens, dtype=jnp.int32)
 
     def operation(ring, layer, inputs):
-        return appender(fused, layer=layer, one_token_per_slot=True)(ring, inputs, at, at + 130)
+        return appender(fused, layer)(ring, inputs, StepTokens(at, at + 130, one_token_segments(at, at + 130)))
 
     run = repeated(operation, layers, steps, rounds)
     name = f"append_swa{' fused' * fused}, decode, {tokens} tokens"
@@ -118,12 +120,12 @@ def compress_decode(
     at = jnp.arange(batch, dtype=jnp.int32)
     positions = jnp.full(batch, 2 * ratio - (1 if closing else 2), jnp.int32)
     table = jnp.arange(2 * batch, dtype=jnp.int32).reshape(batch, 2)
-    segments = one_token_segments(at, positions)
+    tokens = StepTokens(at, positions, one_token_segments(at, positions), table)
     shape = (batch, LANES[ratio] * dim)
     kv, gate = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2))
 
     def operation(state, layer, operands):
-        return compressor(keys, layer=layer)(*state, *operands, weights, at, positions, segments, table)
+        return compressor(keys, layer=layer)(*state, Projections(*operands, weights), tokens)
 
     run = repeated(operation, layers, steps, rounds)
     kind = KINDS[ratio] + " running" * running + (f" indexer {keys}" if keys else "") + (", " + form) * (form != "fp8")
@@ -153,11 +155,12 @@ def compress_prefill(
         t.reshape(slots, per_slot), t,
     )  # fmt: skip
     table = jnp.arange(slots * columns, dtype=jnp.int32).reshape(slots, columns)
+    where = StepTokens(at, positions, segments, table)
     shape = (tokens, LANES[ratio] * dim)
     inputs = [[jax.random.normal(jax.random.key(2 * i + j), shape, dtype) for j in range(2)] for i in range(layers)]
 
     def operation(state, layer, inputs):
-        return compressor(keys, layer=layer)(*state, *inputs[layer], weights, at, positions, segments, table)
+        return compressor(keys, layer=layer)(*state, Projections(*inputs[layer], weights), where)
 
     run = repeated(operation, layers, 1)
     record = dim // 2 + dim // 16 if keys else 448 + 128 + 4

@@ -15,7 +15,8 @@ from dsv4_jax.ops.formats.fp8 import dequantise_fp8, quantise_fp8
 from dsv4_jax.ops.formats.record import pack_records, unpack_records
 from dsv4_jax.ops.nn.rms_norm import rms_norm
 from dsv4_jax.ops.nn.rope import apply_rope, rope_angles
-from dsv4_jax.ops.write.write_layer import Projections, RawWindow
+from dsv4_jax.ops.write.append_swa_fused import RawWindow
+from dsv4_jax.ops.write.compress import Projections
 
 SWA, CSA, HCA = 0, 1, 2
 

@@ -10,8 +10,8 @@ import pytest
 from dsv4_jax import CacheGeometry, KVCacheManager, LayerCacheHandle
 from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.read.attend import RawQuery
-from dsv4_jax.ops.write.compress import CompressorWeights
-from dsv4_jax.ops.write.write_layer import Projections, RawWindow
+from dsv4_jax.ops.write.append_swa_fused import RawWindow
+from dsv4_jax.ops.write.compress import CompressorWeights, Projections
 
 GEOMETRY = CacheGeometry(
     layers=("swa", "csa", "hca", "swa", "csa", "hca"), head_dim=96, rope_dim=32, window=8, index_head_dim=32,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dsv4_jax import CacheGeometry, KVCacheManager, LayerCacheHandle, native_calls
-from dsv4_jax.ops.write.compress import CompressorWeights
-from dsv4_jax.ops.write.write_layer import Projections, RawWindow
+from dsv4_jax.ops.write.append_swa_fused import RawWindow
+from dsv4_jax.ops.write.compress import CompressorWeights, Projections
 
 SIZES = {"head_dim": 96, "rope_dim": 32, "window": 8, "index_head_dim": 32, "csa_ratio": 4, "hca_ratio": 6}
 

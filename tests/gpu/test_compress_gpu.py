@@ -25,8 +25,8 @@ from compress_cases import (
 
 from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.formats.record import Record
-from dsv4_jax.ops.segments import one_token_segments
-from dsv4_jax.ops.write.compress import CompressorTail, compress, compress_indexer
+from dsv4_jax.ops.segments import StepTokens, one_token_segments
+from dsv4_jax.ops.write.compress import CompressorTail, Projections, compress, compress_indexer
 
 pytestmark = pytest.mark.gpu
 
@@ -106,7 +106,8 @@ def test_offsets_beyond_32_bits(rng):
     for position in range(4):
         kv = jnp.broadcast_to(jnp.asarray(rng.standard_normal((1, 1024)), jnp.float32), (2, 1024))
         positions = jnp.full(2, position, jnp.int32)
-        stored, tail = step(stored, tail, kv, kv, weights, at, positions, one_token_segments(at, positions), table)
+        tokens = StepTokens(at, positions, one_token_segments(at, positions), table)
+        stored, tail = step(stored, tail, Projections(kv, kv, weights), tokens)
     first, last = (jax.tree.map(lambda x, b=b: np.asarray(x[0, b, 0]), stored) for b in (0, blocks - 1))
     assert_same_bits(first, last)
     assert np.count_nonzero(first.nope) > 400
@@ -127,12 +128,10 @@ def test_many_steps_in_one_call_replay_correctly(same_angles, rng, g):
     def decode(implementation):
         def step(i, carry):
             positions = jnp.full(slots, i, jnp.int32) + order % 3
-            segments = one_token_segments(order, positions)
+            tokens = StepTokens(order, positions, one_token_segments(order, positions), jnp.asarray(state.table))
             for layer in range(layers):
-                carry = op(
-                    *carry, kv[i] + layer, gate[i], weights, order, positions, segments, jnp.asarray(state.table),
-                    layer=layer, eps=EPS, implementation=implementation,
-                )  # fmt: skip
+                given = Projections(kv[i] + layer, gate[i], weights)
+                carry = op(*carry, given, tokens, layer=layer, eps=EPS, implementation=implementation)
             return carry
 
         run = jax.jit(lambda carry: jax.lax.fori_loop(0, steps, step, carry), donate_argnums=0)

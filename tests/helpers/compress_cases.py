@@ -12,8 +12,15 @@ from dsv4_jax.cache.plan import group_tokens
 from dsv4_jax.ops.formats.fp4 import GROUP_SIZE, hadamard_matrix
 from dsv4_jax.ops.formats.record import Record
 from dsv4_jax.ops.nn.rope import rope_frequencies
-from dsv4_jax.ops.segments import Segments, one_token_segments
-from dsv4_jax.ops.write.compress import CompressorTail, CompressorWeights, IndexerKeys, compress, compress_indexer
+from dsv4_jax.ops.segments import Segments, StepTokens, one_token_segments
+from dsv4_jax.ops.write.compress import (
+    CompressorTail,
+    CompressorWeights,
+    IndexerKeys,
+    Projections,
+    compress,
+    compress_indexer,
+)
 from dsv4_jax.ops.write.running_tail import RunningTail, running_rows
 
 BF16 = ml_dtypes.bfloat16
@@ -90,7 +97,8 @@ def new_weights(rng, g):
     jax.jit, static_argnames=("key_format", "layer", "rotate", "implementation"), donate_argnames=("stored", "tail")
 )
 def run(stored, tail, kv, gate, weights, slots, positions, segments, table, key_format, **options):
-    args = (stored, tail, kv, gate, weights, slots, positions, segments, table)
+    tokens = StepTokens(slots, positions, segments, table)
+    args = (stored, tail, Projections(kv, gate, weights), tokens)
     if key_format is None:
         options.pop("rotate", None)
         return compress(*args, eps=EPS, **options)

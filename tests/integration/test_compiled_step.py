@@ -12,8 +12,8 @@ import pytest
 from dsv4_jax import DSV4Config, KVCacheManager, build_schedule
 from dsv4_jax.cache.handle import LayerCacheHandle
 from dsv4_jax.ops import dispatch
-from dsv4_jax.ops.write.compress import CompressorWeights
-from dsv4_jax.ops.write.write_layer import Projections, RawWindow
+from dsv4_jax.ops.write.append_swa_fused import RawWindow
+from dsv4_jax.ops.write.compress import CompressorWeights, Projections
 
 # A batch unlike the heads and the layers of a kind, so that a shape tells whose array it is.
 BATCH, CONTEXT, HEADS, TOP_K = 3, 512, 2, 32

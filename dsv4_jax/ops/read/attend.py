@@ -10,8 +10,8 @@ import numpy as np
 from .. import dispatch
 from ..every_layer import attribute, is_static, segments_of, slots_of, table_of
 from ..formats.record import Record
-from ..segments import Segments
-from .attend_jnp import attend_in_jnp
+from ..segments import Segments, StepTokens
+from .attend_jnp import Operands, Rule, attend_in_jnp
 
 Array = jax.Array
 
@@ -20,13 +20,6 @@ CUDA_CAPABILITY = "9.0"
 
 MAX_HEADS = 128
 """Heads that the CUDA form takes."""
-
-
-class Fresh(NamedTuple):
-    """The step's own tokens, as records in the form of the ring, which is still as it was before the step."""
-
-    record: Record  # (T, ...)
-    segments: Segments  # of the step's T tokens
 
 
 class RawQuery(NamedTuple):
@@ -40,13 +33,11 @@ class RawQuery(NamedTuple):
 def attend(
     q: Array,
     sink: Array,
-    slots: Array,
-    positions: Array,
+    tokens: StepTokens,
     ring: Record,
     entries: Record | None = None,
-    table: Array | None = None,
     selected: Array | None = None,
-    fresh: Fresh | None = None,
+    fresh: Record | None = None,
     raw: RawQuery | None = None,
     *,
     layer: int | Array,
@@ -72,14 +63,14 @@ def attend(
     Args:
       q: (T, H, d) float32 | bfloat16, normed and rotated; with `raw` neither.
       sink: (H,) float32.
-      slots: (T,) int32.
-      positions: (T,) int32.
+      tokens: slots and positions; with `fresh` the segments; with `entries` the table: entry e of slot s lies in block
+        table[s, e // E].
       ring: arrays (L, R, W, ...); the row of a position is position mod W. It holds the token itself, unless `fresh`.
       entries: arrays (L, N, E, ...), the blocks of a pool; None for a layer without entries.
-      table: (R, B) int32, entry e of slot s lies in block table[s, e // E], -1 for none; with `entries`.
       selected: (T, K) int32, entries by index in the request in any order, -1 for none; one that is not visible counts
         as none, one that comes twice counts twice. None: every visible entry.
-      fresh: the step's tokens where they are not in the ring yet; several of a slot see each other by position.
+      fresh: (T, ...), the step's tokens as records in the form of the ring, where that is still as it was before the
+        step; several of a slot see each other by position.
       raw: norms q per head (no weight), rotates its last 2 * cos.shape[1] dimensions, and rotates the output back.
       layer: index into L; an array () int32 must be one.
       window: positions a token sees in the ring, at most W.
@@ -93,27 +84,28 @@ def attend(
       TypeError: for a wrong dtype.
       ValueError: for a wrong shape, layer, window or ratio, and for an implementation that cannot be used.
     """
-    max_entries = _check(
-        q, sink, slots, positions, ring, entries, table, selected, fresh, raw, layer, window, ratio, max_entries
-    )
-    if not max_entries or (selected is not None and not selected.shape[1]):
-        entries = table = selected = None
     angles, eps = (None, 0.0) if raw is None else ((raw.cos, raw.sin), raw.eps)
-    options: dict[str, Any] = {
-        "layer": layer, "window": window, "ratio": ratio, "max_entries": max_entries, "scale": scale, "eps": eps,
-    }  # fmt: skip
+    segments = None if fresh is None else tokens.grouped
+    given = Operands(
+        q, sink, tokens.slots, tokens.positions, ring, entries, tokens.table, selected, fresh, segments, angles
+    )
+    rule = Rule(layer, window, ratio, _check(given, layer, window, ratio, max_entries), scale, eps)
+    if not rule.max_entries or (selected is not None and not selected.shape[1]):
+        given = given._replace(entries=None, table=None, selected=None)
 
-    def in_jnp(*operands: Any) -> Array:
-        readers = "jnp" if implementation == "jnp" else None  # elsewhere records are still read by native code
-        return attend_in_jnp(*operands, readers=readers, **options)
+    def in_jnp(given: Operands) -> Array:
+        # Elsewhere records are still read by native code.
+        return attend_in_jnp(given, rule, "jnp" if implementation == "jnp" else None)
 
-    def in_native(*operands: Any) -> Array:
-        parts = {"has_entries": entries, "has_selected": selected, "has_fresh": fresh, "raw": raw}
+    def in_native(given: Operands) -> Array:
+        parts = {
+            "has_entries": given.entries, "has_selected": given.selected, "has_fresh": given.fresh, "raw": given.angles,
+        }  # fmt: skip
         attributes: dict[str, Any] = {name: np.int64(part is not None) for name, part in parts.items()}
-        for name, value in {**options, "layer": attribute(layer)}.items():
+        for name, value in {**rule._asdict(), "layer": attribute(layer)}.items():
             attributes[name] = (np.float32 if name in ("scale", "eps") else np.int64)(value)
         call = dispatch.ffi_call("dsv4_attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
-        return call(*jax.tree.leaves(_addressed(*operands, layer=layer)), **attributes)
+        return call(*jax.tree.leaves(_addressed(given, layer)), **attributes)
 
     return dispatch.call(
         "attend",
@@ -121,31 +113,18 @@ def attend(
         lambda platform: _native_limit(platform, q.shape[1], ring, entries),
         in_native,
         in_jnp,
-        *(q, sink, slots, positions, ring, entries, table, selected, fresh, angles),
+        given,
     )
 
 
-def _addressed(
-    q: Array,
-    sink: Array,
-    slots: Array,
-    positions: Array,
-    ring: Record,
-    entries: Record | None,
-    table: Array | None,
-    selected: Array | None,
-    fresh: Fresh | None,
-    angles: Any,
-    *,
-    layer: int | Array,
-) -> tuple[Any, ...]:
+def _addressed(given: Operands, layer: int | Array) -> Operands:
     """The operands as the native form takes them with `attribute(layer)`."""
-    num_slots = ring.nope.shape[1]
-    if entries is not None and table is not None:
-        table = table_of(table, layer, *entries.nope.shape[:2])
-    if fresh is not None:
-        fresh = Fresh(fresh[0], segments_of(fresh[1], layer, num_slots))
-    return q, sink, slots_of(slots, layer, num_slots), positions, ring, entries, table, selected, fresh, angles
+    num_slots = given.ring.nope.shape[1]
+    if given.entries is not None and given.table is not None:
+        given = given._replace(table=table_of(given.table, layer, *given.entries.nope.shape[:2]))
+    if given.segments is not None:
+        given = given._replace(segments=segments_of(given.segments, layer, num_slots))
+    return given._replace(slots=slots_of(given.slots, layer, num_slots))
 
 
 def _native_limit(platform: str, heads: int, ring: Record, entries: Record | None) -> str | None:
@@ -175,29 +154,15 @@ def compute_capability() -> str | None:
         return None
 
 
-def _check(
-    q: Array,
-    sink: Array,
-    slots: Array,
-    positions: Array,
-    ring: Record,
-    entries: Record | None,
-    table: Array | None,
-    selected: Array | None,
-    fresh: Fresh | None,
-    raw: RawQuery | None,
-    layer: int | Array,
-    window: int,
-    ratio: int,
-    max_entries: int | None,
-) -> int:
+def _check(given: Operands, layer: int | Array, window: int, ratio: int, max_entries: int | None) -> int:
     """Raises for what does not fit together; returns how many entries of a request are looked at, 0 without any."""
+    q, ring, entries, table, selected = given.q, given.ring, given.entries, given.table, given.selected
     tokens, heads = q.shape[:2] if q.ndim == 3 else (0, 0)
     nope, rope = ring.nope.shape[-1], ring.rope.shape[-1]
     _expect("q", q, (tokens, heads, nope + rope), (jnp.float32, jnp.bfloat16))
-    _expect("sink", sink, (heads,), (jnp.float32,))
-    _expect("slots", slots, (tokens,), (jnp.int32,))
-    _expect("positions", positions, (tokens,), (jnp.int32,))
+    _expect("sink", given.sink, (heads,), (jnp.float32,))
+    _expect("slots", given.slots, (tokens,), (jnp.int32,))
+    _expect("positions", given.positions, (tokens,), (jnp.int32,))
     stacks = [("ring", ring)] if entries is None else [("ring", ring), ("entries", entries)]
     for name, record in stacks:
         if record.nope.ndim != 4:
@@ -208,19 +173,20 @@ def _check(
     if not 1 <= window <= ring.nope.shape[2]:
         raise ValueError(f"attend: got window {window}; expected 1 to {ring.nope.shape[2]}, the rows of the ring")
     if (entries is None) != (table is None):
-        missing, given = ("entries", "table") if entries is None else ("table", "entries")
-        raise ValueError(f"attend: got {given} without {missing}")
-    if fresh is not None:
-        segments = fresh.segments
-        _expect_record("fresh", fresh.record, (tokens,), ring)
+        missing, there = ("entries", "table") if entries is None else ("table", "entries")
+        raise ValueError(f"attend: got {there} without {missing}")
+    if given.fresh is not None and given.segments is not None:
+        segments = given.segments
+        _expect_record("fresh", given.fresh, (tokens,), ring)
         shapes = (*[segments.slots.shape[:1]] * 3, (*segments.slots.shape[:1], *segments.tokens.shape[1:2]), (tokens,))
         for name, x, shape in zip(Segments._fields, segments, shapes, strict=True):
             _expect(f"segments.{name}", x, shape, (jnp.int32,))
-    if raw is not None:
-        if not 0 < 2 * raw.cos.shape[-1] <= nope + rope:
-            raise ValueError(f"attend: raw.cos has shape {raw.cos.shape}, expected ({tokens}, {rope // 2})")
-        for name, x in (("cos", raw.cos), ("sin", raw.sin)):
-            _expect(f"raw.{name}", x, (tokens, raw.cos.shape[-1]), (jnp.float32,))
+    if given.angles is not None:
+        cos, sin = given.angles
+        if not 0 < 2 * cos.shape[-1] <= nope + rope:
+            raise ValueError(f"attend: raw.cos has shape {cos.shape}, expected ({tokens}, {rope // 2})")
+        for name, x in (("cos", cos), ("sin", sin)):
+            _expect(f"raw.{name}", x, (tokens, cos.shape[-1]), (jnp.float32,))
     if entries is None or table is None:
         if selected is not None:
             raise ValueError("attend: got selected without entries")

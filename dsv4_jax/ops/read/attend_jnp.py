@@ -27,6 +27,33 @@ SCORES = 1 << 22
 """Scores of a request in one piece: 16 MiB."""
 
 
+class Operands(NamedTuple):
+    """The arrays of `attend`, in the order in which the native form takes them."""
+
+    q: Array
+    sink: Array
+    slots: Array
+    positions: Array
+    ring: Record
+    entries: Record | None
+    table: Array | None  # with `entries`
+    selected: Array | None
+    fresh: Record | None
+    segments: Segments | None  # with `fresh`
+    angles: tuple[Array, Array] | None  # cos and sin of `RawQuery`
+
+
+class Rule(NamedTuple):
+    """What of a layer a token of `attend` sees, and how much it counts. Static, but for the layer."""
+
+    layer: int | Array
+    window: int
+    ratio: int
+    max_entries: int
+    scale: float
+    eps: float  # of `RawQuery`
+
+
 class Keys(NamedTuple):
     """Vectors that serve as keys and as values, and how often each token of a tile sees them."""
 
@@ -42,33 +69,18 @@ class Softmax(NamedTuple):
     out: Array  # (S, C, H, d)
 
 
-def attend_in_jnp(
-    q: Array,
-    sink: Array,
-    slots: Array,
-    positions: Array,
-    ring: Record,
-    entries: Record | None,
-    table: Array | None,
-    selected: Array | None,
-    fresh: tuple[Record, Segments] | None,
-    angles: tuple[Array, Array] | None,
-    *,
-    layer: int | Array,
-    window: int,
-    ratio: int,
-    max_entries: int,
-    scale: float,
-    eps: float,
-    readers: str | None,
-) -> Array:
-    """Operands as in `attend`; `angles` (cos, sin) and eps are those of `raw`, `readers` how records are read."""
-    x = q.astype(jnp.float32)
-    turn = None if angles is None else (angles[0][:, None], angles[1][:, None])
+def attend_in_jnp(given: Operands, rule: Rule, readers: str | None) -> Array:
+    """See `attend`; `readers`: how records are read."""
+    ring, selected, slots, positions = given.ring, given.selected, given.slots, given.positions
+    layer, window, max_entries, scale = rule.layer, rule.window, rule.max_entries, rule.scale
+    x = given.q.astype(jnp.float32)
+    turn = None if given.angles is None else (given.angles[0][:, None], given.angles[1][:, None])
     if turn is not None:
-        x = apply_rope(rms_norm(x, eps=eps), *turn)
+        x = apply_rope(rms_norm(x, eps=rule.eps), *turn)
     known = (slots >= 0) & (slots < ring.nope.shape[1]) & (positions >= 0)
-    segments = one_token_segments(jnp.where(known, slots, -1), positions) if fresh is None else fresh[1]
+    segments = given.segments
+    if segments is None:
+        segments = one_token_segments(jnp.where(known, slots, -1), positions)
     lead, width = segments.tokens.shape, x.shape[-1]
     of_a_token = selected is not None and not _shared(lead[1], selected.shape[1], max_entries, x.shape[1])
     tile = min(max(1, lead[1]), TILE)
@@ -82,7 +94,9 @@ def attend_in_jnp(
     offsets = jnp.arange(padded, dtype=jnp.int32)[None]
     live = (segments.slots >= 0) & (segments.slots < ring.nope.shape[1])
     at = jnp.where(live[:, None] & (offsets < segments.counts[:, None]), segments.starts[:, None] + offsets, -1)
-    line = None if fresh is None else _line(ring, fresh, padded, layer=layer, window=window, readers=readers)
+    line = None
+    if given.fresh is not None:
+        line = _line(ring, (given.fresh, segments), padded, layer=layer, window=window, readers=readers)
 
     def window_keys(at: Array, first: Array | int) -> Keys:
         """Of the tokens first … first + C - 1 of each segment, at positions `at` (S, C)."""
@@ -106,15 +120,14 @@ def attend_in_jnp(
         """x (S, C, H, d), at (S, C), selected (S, C, K), of the tokens `first` on of each segment."""
         groups = [window_keys(at, first)]
         many: Array | int = 0
-        if entries is not None and table is not None:
+        if given.entries is not None and given.table is not None:
             piece, pieces, many = _entry_pieces(
-                entries, table, segments.slots, at, selected, heads=x.shape[2], layer=layer, ratio=ratio,
-                max_entries=max_entries, of_a_token=of_a_token, readers=readers,
-            )  # fmt: skip
+                given, segments.slots, at, selected, rule, of_a_token=of_a_token, readers=readers
+            )
             if pieces == 1:  # few: all in one, which is faster
                 groups.append(piece(0))
                 many = 0
-        state = _begin(x, groups, sink, scale)
+        state = _begin(x, groups, given.sink, scale)
         if not isinstance(many, int):
             state = jax.lax.fori_loop(0, many, lambda i, state: _join(state, x, piece(i), scale), state)
         return state.out / jnp.where(state.total == 0, 1.0, state.total)
@@ -132,7 +145,7 @@ def attend_in_jnp(
     out = jnp.where(known[:, None, None], out, 0.0)  # also where the sink is not finite
     if turn is not None:
         out = apply_rope(out, *turn, inverse=True)
-    return out.astype(q.dtype)
+    return out.astype(given.q.dtype)
 
 
 def _shared(tokens: int, chosen: int, max_entries: int, heads: int) -> bool:
@@ -173,22 +186,25 @@ def _line(
 
 
 def _entry_pieces(
-    entries: Record,
-    table: Array,
+    given: Operands,
     slots: Array,
     at: Array,
     selected: Array | None,
+    rule: Rule,
     *,
-    heads: int,
-    layer: int | Array,
-    ratio: int,
-    max_entries: int,
     of_a_token: bool,
     readers: str | None,
 ) -> tuple[Callable[[Any], Keys], int, Array]:
-    """piece(i) -> the i-th part of the entries, how many parts there may be, and how many hold something."""
+    """piece(i) -> the i-th part of the entries, how many parts there may be, and how many hold something.
+
+    Of the tokens at positions `at` (S, C) of slots (S,); selected: (S, C, K).
+    """
+    entries, table, layer, max_entries = given.entries, given.table, rule.layer, rule.max_entries
+    assert entries is not None
+    assert table is not None
+    whole = table
     blocks, per_block = entries.nope.shape[1:3]
-    visible = jnp.minimum((at + 1) // ratio, max_entries)  # (S, C), 0 for padding
+    visible = jnp.minimum((at + 1) // rule.ratio, max_entries)  # (S, C), 0 for padding
     of_slot = table.at[jnp.maximum(slots, 0)].get(mode="clip")
     of_slot = jnp.where((of_slot >= 0) & (of_slot < blocks), of_slot, -1)
 
@@ -207,14 +223,16 @@ def _entry_pieces(
         def chosen(i: Any) -> Keys:
             part = jax.lax.dynamic_slice_in_dim(asked, i * rows, rows, axis=2)
             kv = read_entries(
-                entries, table, each_slot, each_visible, part.reshape(-1, rows), layer=layer, implementation=readers
+                entries, whole, each_slot, each_visible, part.reshape(-1, rows), layer=layer, implementation=readers
             )
             return Keys(kv.reshape(*at.shape, rows, -1), part >= 0)
 
         return chosen, pieces, jnp.int32(pieces)
 
     columns_in_all = -(-max_entries // per_block)
-    columns = max(1, min(columns_in_all, PIECE // per_block, max(256, SCORES // (at.shape[1] * heads)) // per_block))
+    columns = max(
+        1, min(columns_in_all, PIECE // per_block, max(256, SCORES // (at.shape[1] * given.q.shape[1])) // per_block)
+    )
     pieces, rows = -(-columns_in_all // columns), columns * per_block
     fill = max(0, pieces * columns - table.shape[1])
     table, of_slot = (jnp.pad(x, [(0, 0), (0, fill)], constant_values=-1) for x in (table, of_slot))

@@ -1,6 +1,6 @@
 """The k best entries of those a token sees, by the score of the CSA indexer (arXiv 2606.19348, section 2.3)."""
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from .. import dispatch
 from ..every_layer import attribute, is_static, slots_of, table_of
 from ..formats.fp4 import GROUP_SIZE, hadamard
 from ..nn.rope import apply_rope
-from ..segments import Segments, per_token, to_segments, to_tokens
+from ..segments import Segments, StepTokens, per_token, to_segments, to_tokens
 from ..write.compress import IndexerKeys
 from .attend import CUDA_CAPABILITY, compute_capability
 from .entries import read_keys
@@ -32,14 +32,31 @@ GROUP = 16
 """Entries whose best score the CUDA form keeps beside the scores."""
 
 
+class Operands(NamedTuple):
+    """The arrays of `select`."""
+
+    q: Array
+    weights: Array  # float32
+    tokens: StepTokens
+    keys: IndexerKeys
+    raw: tuple[Array, Array] | None
+
+
+class Rule(NamedTuple):
+    """What of a layer a token of `select` sees, and how much it takes. Static, but for the layer."""
+
+    k: int
+    format: str
+    layer: int | Array
+    ratio: int
+    max_entries: int
+
+
 def select(
     q: Array,
     weights: Array,
-    slots: Array,
-    positions: Array,
+    tokens: StepTokens,
     keys: IndexerKeys,
-    table: Array,
-    segments: Segments,
     k: int,
     *,
     format: str,
@@ -69,11 +86,8 @@ def select(
     Args:
       q: (T, heads, d) float32 | bfloat16, rotated by RoPE, not by Hadamard.
       weights: (T, heads) floating.
-      slots: (T,) int32.
-      positions: (T,) int32.
+      tokens: slots, positions, segments and table; entries of a block that is not given are not seen.
       keys: IndexerKeys arrays (L, N, E, ...).
-      table: (R, blocks of a request) int32, -1 where no block is given: its entries are not seen.
-      segments: how the tokens are grouped.
       k: how many.
       format: of the keys, "nvfp4" | "mxfp4" | "bf16" | "fp32"; against FP4 keys the query is rotated by Hadamard here.
       layer: index into L; an array () int32 must be one.
@@ -90,25 +104,24 @@ def select(
       ValueError: for a layer, ratio or k out of range, and for an implementation that cannot be used.
     """
     layers, _, per_block = keys.keys.shape[:3]
-    num_slots = table.shape[0]
+    num_slots, columns = tokens.blocks.shape
     if is_static(layer) and not 0 <= layer < layers:
         raise ValueError(f"select: got layer {layer}; keys has layers 0 to {layers - 1}")
     if ratio < 1 or k < 1:
         raise ValueError(f"select: got ratio {ratio} and k {k}; expected at least 1")
-    most = table.shape[1] * per_block
+    most = columns * per_block
     max_entries = most if max_entries is None else min(max_entries, most)
     weights = weights.astype(jnp.float32)
 
-    def in_jnp(*operands: Any) -> Array:
-        return _in_jnp(
-            *operands, k=k, format=format, layer=layer, ratio=ratio, max_entries=max_entries, piece_bytes=piece_bytes,
-            readers="jnp" if implementation == "jnp" else None,
-        )  # fmt: skip
+    rule = Rule(k, format, layer, ratio, max_entries)
 
-    def in_native(*operands: Any) -> Array:
-        q, weights, slots, positions, keys, table, _, angles = operands
-        table = table_of(table, layer, *keys.keys.shape[:2])
-        given = q, weights, slots_of(slots, layer, num_slots), positions, keys, table
+    def in_jnp(given: Operands) -> Array:
+        return _in_jnp(given, rule, piece_bytes, "jnp" if implementation == "jnp" else None)
+
+    def in_native(given: Operands) -> Array:
+        q, weights, tokens, keys, angles = given
+        table = table_of(tokens.blocks, layer, *keys.keys.shape[:2])
+        slots = slots_of(tokens.slots, layer, num_slots)
         results = [jax.ShapeDtypeStruct((q.shape[0], k), jnp.int32)]
         if max_entries > k:  # room for scores, and for the best of every few
             row = -(-max_entries // 64) * (64 + 64 // GROUP)
@@ -117,7 +130,7 @@ def select(
         numbers = {"ratio": ratio, "k": k, "max_entries": max_entries, "raw": raw is not None}
         call = dispatch.ffi_call("dsv4_select", results)
         return call(
-            *jax.tree.leaves((given, angles)),
+            *jax.tree.leaves((q, weights, slots, tokens.positions, keys, table, angles)),
             layer=attribute(layer),
             **{name: np.int64(x) for name, x in numbers.items()},
         )[0]
@@ -128,7 +141,7 @@ def select(
         lambda platform: _native_limit(platform, q, keys, format, k, raw),
         in_native,
         in_jnp,
-        *(q, weights, slots, positions, keys, table, segments, raw),
+        Operands(q, weights, tokens, keys, raw),
     )
 
 
@@ -158,35 +171,22 @@ def _native_limit(
     return None
 
 
-def _in_jnp(
-    q: Array,
-    weights: Array,
-    slots: Array,
-    positions: Array,
-    keys: IndexerKeys,
-    table: Array,
-    segments: Segments,
-    raw: tuple[Array, Array] | None,
-    *,
-    k: int,
-    format: str,
-    layer: int | Array,
-    ratio: int,
-    max_entries: int,
-    piece_bytes: int,
-    readers: str | None,
-) -> Array:
+def _in_jnp(given: Operands, rule: Rule, piece_bytes: int, readers: str | None) -> Array:
+    """See `select`; `readers`: how keys are read."""
+    q, weights, (slots, positions, _, _), keys, raw = given
+    table, segments = given.tokens.blocks, given.tokens.grouped
+    k, format, layer, ratio, max_entries = rule
     per_block = keys.keys.shape[2]
     columns = max_entries // per_block
     live = (slots >= 0) & (slots < table.shape[0]) & (positions >= 0)
     visible = jnp.where(live, jnp.minimum((positions + 1) // ratio, max_entries), 0)
-    given = jnp.zeros((segments.slots.shape[0], 0), bool)
+    has_block = jnp.zeros((segments.slots.shape[0], 0), bool)
     if columns:
         of_slot = table.at[jnp.maximum(segments.slots, 0)].get(mode="clip")[:, :columns]
-        given = jnp.repeat((of_slot >= 0) & (segments.slots >= 0)[:, None], per_block, axis=1)
+        has_block = jnp.repeat((of_slot >= 0) & (segments.slots >= 0)[:, None], per_block, axis=1)
     if max_entries <= k:
         entry = jnp.arange(max_entries, dtype=jnp.int32)[None]
-        seen = per_token(given, segments) & (entry < visible[:, None])
+        seen = per_token(has_block, segments) & (entry < visible[:, None])
         return jnp.pad(jnp.where(seen, entry, -1), ((0, 0), (0, k - max_entries)), constant_values=-1)
     # What is not finite is NaN: the sums of an infinity depend on their order.
     q, weights = (jnp.where(jnp.isfinite(x), x, jnp.nan).astype(jnp.float32) for x in (q, weights))
@@ -203,7 +203,7 @@ def _in_jnp(
     pieces = (to_segments(q, segments), to_segments(weights, segments), rows)
 
     def best(piece: tuple[Array, Array, Array]) -> Array:
-        return _best(*piece, vectors, given, k)
+        return _best(*piece, vectors, has_block, k)
 
     requests, tokens = rows.shape
     fits = max(1, piece_bytes // max(1, requests * q.shape[1] * max_entries * 4))

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,26 @@ from .. import dispatch
 from ..every_layer import attribute, slots_of
 from ..nn.rms_norm import rms_norm
 from ..nn.rope import apply_rope
+from ..segments import StepTokens
 from .append_swa import SWARing, append_swa, native_limit, resolve_writes
+
+
+class RawWindow(NamedTuple):
+    """What ``append_swa_fused`` takes of T tokens."""
+
+    kv: Array  # (T, n + r) float32 | bfloat16, raw output of the wkv projection
+    norm: Array  # (n + r,) float32, the RMSNorm weight
+    cos: Array  # (T, r / 2) float32, of each token's position
+    sin: Array  # (T, r / 2) float32
 
 
 def append_swa_fused(
     ring: SWARing,
-    kv: Array,
-    norm: Array,
-    cos: Array,
-    sin: Array,
-    slots: Array,
-    positions: Array,
+    window: RawWindow,
+    tokens: StepTokens,
     *,
     eps: float,
     layer: int | Array | None = None,
-    one_token_per_slot: bool = False,
     implementation: str | None = None,
 ) -> SWARing:
     """``append_swa`` of ``apply_rope(rms_norm(kv, norm, eps=eps), cos, sin)``, computed in float32 throughout.
@@ -37,15 +42,11 @@ def append_swa_fused(
 
     Args:
       ring: the rings, R slots of W rows.
-      kv: (T, n + r) float32 or bfloat16, the raw output of the wkv projection, the part without position first.
-      norm: (n + r,) float32, the RMSNorm weight.
-      cos: (T, r / 2) float32, of each token's position.
-      sin: (T, r / 2) float32.
-      slots: (T,) int32.
-      positions: (T,) int32.
+      window: raw output of the wkv projection, the part without position first, and what norms and rotates it.
+      tokens: slots and positions; segments of one token each promise that no slot comes twice, which saves the ordering
+        of tokens.
       eps: of the RMSNorm.
       layer: which layer to write, for a stacked ring; an array () int32 must be one of its layers.
-      one_token_per_slot: a promise that no slot comes twice, as in a decode step; saves the ordering of tokens.
       implementation: "jnp", "cpu" or "cuda"; None takes the native one where there is one.
     Returns:
       The ring after the writes.
@@ -53,66 +54,48 @@ def append_swa_fused(
       TypeError: for a wrong dtype.
       ValueError: for a wrong shape, layer or implementation.
     """
-    _check(ring, kv, norm, cos, sin)
-    options: dict[str, Any] = {"layer": layer, "one_token_per_slot": one_token_per_slot}
+    _check(ring, window)
 
-    def in_jnp(ring, kv, norm, cos, sin, slots, positions, form=None):
+    def in_jnp(ring: SWARing, window: RawWindow, tokens: StepTokens, form: str | None = None) -> SWARing:
+        kv, norm, cos, sin = window
         values = apply_rope(rms_norm(kv.astype(jnp.float32), norm, eps=eps), cos, sin)
-        return append_swa(ring, values, slots, positions, implementation=form, **options)
+        return append_swa(
+            ring, values, tokens.slots, tokens.positions, layer=layer, one_token_per_slot=tokens.one_per_slot,
+            implementation=form,
+        )  # fmt: skip
 
-    operands = (ring, kv, norm, cos, sin, slots, positions)
     # What append_swa checks, it checks here too.
-    jax.eval_shape(functools.partial(in_jnp, form=implementation), *operands)
+    jax.eval_shape(functools.partial(in_jnp, form=implementation), ring, window, tokens)
     if implementation == "jnp":
-        return in_jnp(*operands, form="jnp")
-    in_native: Callable[..., SWARing] = functools.partial(_in_native, eps=eps, **options)
+        return in_jnp(ring, window, tokens, form="jnp")
+    in_native: Callable[..., SWARing] = functools.partial(_in_native, eps=eps, layer=layer)
     if implementation is not None:
-        return in_native(*operands)
+        return in_native(ring, window, tokens)
     choices = {platform: in_native for platform in dispatch.available() if native_limit(platform, ring) is None}
-    return dispatch.on_platform(*operands, default=in_jnp, **choices)
+    return dispatch.on_platform(ring, window, tokens, default=in_jnp, **choices)
 
 
 def _in_native(
-    ring: SWARing,
-    kv: Array,
-    norm: Array,
-    cos: Array,
-    sin: Array,
-    slots: Array,
-    positions: Array,
-    *,
-    eps: float,
-    layer: int | Array | None,
-    one_token_per_slot: bool,
+    ring: SWARing, window: RawWindow, tokens: StepTokens, *, eps: float, layer: int | Array | None
 ) -> SWARing:
-    inputs = fused_operands(ring, kv, norm, cos, sin, slots, positions, layer, one_token_per_slot=one_token_per_slot)
     arrays = jax.tree.leaves(ring)
     results = dispatch.ffi_call(
         "dsv4_append_swa_fused",
         tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays),
         input_output_aliases={i: i for i in range(len(arrays))},
-    )(*arrays, *inputs, layer=attribute(layer), eps=np.float32(eps))
+    )(*arrays, *fused_operands(ring, window, tokens, layer), layer=attribute(layer), eps=np.float32(eps))
     return SWARing(*results)
 
 
-def fused_operands(
-    ring: SWARing,
-    kv: Array,
-    norm: Array,
-    cos: Array,
-    sin: Array,
-    slots: Array,
-    positions: Array,
-    layer: int | Array | None,
-    *,
-    one_token_per_slot: bool,
-) -> list[Array]:
+def fused_operands(ring: SWARing, window: RawWindow, tokens: StepTokens, layer: int | Array | None) -> list[Array]:
     """The native operation's operands after the ring's arrays."""
-    roles = resolve_writes(slots, positions, ring.head.shape[-1], ring.pos.shape[-1], one_token_per_slot)
-    return [kv, slots_of(slots, layer, ring.head.shape[-1]), positions, roles, norm, cos, sin]
+    (num_slots, num_rows), (slots, positions) = (ring.head.shape[-1], ring.pos.shape[-1]), tokens[:2]
+    roles = resolve_writes(slots, positions, num_slots, num_rows, tokens.one_per_slot)
+    return [window.kv, slots_of(slots, layer, num_slots), positions, roles, window.norm, window.cos, window.sin]
 
 
-def _check(ring: SWARing, kv: Array, norm: Array, cos: Array, sin: Array) -> None:
+def _check(ring: SWARing, window: RawWindow) -> None:
+    kv, norm, cos, sin = window
     if kv.dtype not in (jnp.float32, jnp.bfloat16):
         raise TypeError(f"append_swa_fused: got kv {kv.dtype}; expected float32 or bfloat16.")
     pairs = (*kv.shape[:1], ring.rope.shape[-1] // 2)

@@ -18,9 +18,9 @@ from ..formats.fp4 import GROUP_SIZE, hadamard, quantise_fp4
 from ..formats.record import Record, encode_record
 from ..nn.rms_norm import rms_norm
 from ..nn.rope import apply_rope, rope_angles
-from ..segments import Segments
+from ..segments import StepTokens
 from . import compressor_tail, running_tail
-from .compressor_tail import CompressorTail
+from .compressor_tail import ClosedWindows, CompressorTail
 from .rows import set_rows
 from .running_tail import RunningTail
 
@@ -34,6 +34,14 @@ class CompressorWeights(NamedTuple):
     ape: Array  # (ratio, lanes * d) float32, added to the gate by position mod ratio
     norm: Array  # (d,) float32, RMSNorm weight
     inv_freq: Array  # (rope_dim // 2,) float32, RoPE frequencies of compressed layers
+
+
+class Projections(NamedTuple):
+    """What ``compress`` and ``compress_indexer`` take of T tokens."""
+
+    kv: Array  # (T, lanes * d) float32 | bfloat16, lane a first
+    gate: Array  # as kv
+    weights: CompressorWeights
 
 
 class IndexerKeys(NamedTuple):
@@ -56,42 +64,29 @@ def _compress(
     stored: Any,
     encode: Callable[[Array], Any],
     tail: Tail,
-    kv: Array,
-    gate: Array,
-    weights: CompressorWeights,
-    slots: Array,
-    positions: Array,
-    segments: Segments,
-    table: Array,
+    given: Projections,
+    tokens: StepTokens,
     layer: int | Array,
     eps: float,
 ) -> tuple[Any, Tail]:
+    weights, positions = given.weights, tokens.positions
     ratio = weights.ape.shape[0]
-    kv = kv.astype(jnp.float32)
-    gate = gate.astype(jnp.float32) + weights.ape[jnp.where(positions >= 0, positions % ratio, 0)]
+    kv = given.kv.astype(jnp.float32)
+    gate = given.gate.astype(jnp.float32) + weights.ape[jnp.where(positions >= 0, positions % ratio, 0)]
+    closed: ClosedWindows
     if isinstance(tail, RunningTail):
-        closed, tail = running_tail.take_tokens(tail, kv, gate, layer, segments, ratio)
+        closed, tail = running_tail.take_tokens(tail, kv, gate, layer, tokens.grouped, ratio)
     else:
-        closed, tail = compressor_tail.take_tokens(tail, kv, gate, layer, slots, positions, segments, ratio)
+        closed, tail = compressor_tail.take_tokens(tail, kv, gate, layer, tokens, ratio)
     values = rms_norm(closed.pooled, weights.norm, eps=eps)
     values = apply_rope(values, *rope_angles(closed.entries * ratio, weights.inv_freq))
-    block, offset = block_address(table, closed.slots, closed.entries, jax.tree.leaves(stored)[0].shape[2])
+    block, offset = block_address(tokens.blocks, closed.slots, closed.entries, jax.tree.leaves(stored)[0].shape[2])
     stored = jax.tree.map(lambda rows, new: set_rows(rows, (layer, block, offset), new), stored, encode(values))
     return stored, tail
 
 
 def _compress_native(
-    stored: Any,
-    tail: Tail,
-    kv: Array,
-    gate: Array,
-    weights: CompressorWeights,
-    segments: Segments,
-    table: Array,
-    *,
-    name: str,
-    layer: int | Array,
-    **attributes: Any,
+    stored: Any, tail: Tail, given: Projections, tokens: StepTokens, *, name: str, layer: int | Array, **attributes: Any
 ) -> tuple[Any, Tail]:
     state, structure = jax.tree.flatten((stored, tail))
     results = dispatch.ffi_call(
@@ -100,25 +95,27 @@ def _compress_native(
         input_output_aliases={i: i for i in range(len(state))},
     )(
         *state,
-        *compress_operands(kv, gate, weights, *addresses(stored, tail, segments, table, layer)),
+        *compress_operands(given, addressed(tokens, stored, tail, layer)),
         layer=attribute(layer),
         **attributes,
     )
     return jax.tree.unflatten(structure, results)
 
 
-def addresses(stored: Any, tail: Tail, segments: Segments, table: Array, layer: int | Array) -> tuple[Segments, Array]:
+def addressed(tokens: StepTokens, stored: Any, tail: Tail, layer: int | Array) -> StepTokens:
     """Segments and table as the native operations take them with `attribute(layer)`."""
     num_layers, num_slots = tail[0].shape[:2]
     num_blocks = jax.tree.leaves(stored)[0].shape[1]
-    return segments_of(segments, layer, num_slots), table_of(table, layer, num_layers, num_blocks)
+    return tokens._replace(
+        segments=segments_of(tokens.grouped, layer, num_slots),
+        table=table_of(tokens.blocks, layer, num_layers, num_blocks),
+    )
 
 
-def compress_operands(
-    kv: Array, gate: Array, weights: CompressorWeights, segments: Segments, table: Array
-) -> list[Array]:
+def compress_operands(given: Projections, tokens: StepTokens) -> list[Array]:
     """The native operations' operands after the arrays of pool and tail."""
-    ratio = weights.ape.shape[0]
+    kv, gate, weights = given
+    segments, ratio = tokens.grouped, weights.ape.shape[0]
     windows = (segments.tokens.shape[1] - 1) // ratio + 1
     entries = segments.starts[:, None] // ratio + jnp.arange(windows, dtype=jnp.int32)[None]
     # The same for every layer of a step, and so computed once.
@@ -128,35 +125,8 @@ def compress_operands(
     if segments.tokens.shape[1] == 1:
         # Token s is that of segment s, and nobody reads `tokens`; XLA would count them anew in a launch for every call.
         segments = segments._replace(tokens=segments.slots[:, None])
-    where = (segments.slots, segments.starts, segments.counts, segments.tokens, table)
+    where = (segments.slots, segments.starts, segments.counts, segments.tokens, tokens.blocks)
     return [kv, gate, weights.ape, weights.norm, cos, sin, *where]
-
-
-def _dispatch(
-    name: str,
-    implementation: str | None,
-    limit: Callable[[str], str | None],
-    in_jnp: Callable[..., tuple[Any, Any]],
-    in_native: Callable[..., tuple[Any, Any]],
-    operands: tuple,
-    tokens: tuple[Array, Array],
-) -> tuple[Any, Any]:
-    """The implementation asked for, or on each platform the native one if there is one; `tokens`: slots, positions."""
-    if implementation not in (None, "jnp", "cpu", "cuda"):
-        raise ValueError(f"{name}: got implementation {implementation!r}; expected None, 'jnp', 'cpu' or 'cuda'.")
-    if implementation in ("cpu", "cuda"):
-        if reason := limit(implementation):
-            raise ValueError(f"{name}: implementation {implementation!r} cannot be used: {reason}; leave it to None.")
-        return in_native(*operands)
-    choices = {} if implementation else {p: in_native for p in dispatch.available() if limit(p) is None}
-
-    def native(operands: tuple, tokens: tuple) -> tuple[Any, Any]:
-        return in_native(*operands)
-
-    choices = dict.fromkeys(choices, native)
-    return dispatch.on_platform(
-        operands, tokens, default=lambda operands, tokens: in_jnp(*operands, *tokens), **choices
-    )
 
 
 def native_limit(platform: str, stored: Any, tail: Tail, weights: CompressorWeights) -> str | None:
@@ -180,13 +150,8 @@ def native_limit(platform: str, stored: Any, tail: Tail, weights: CompressorWeig
 def compress(
     entries: Record,
     tail: Tail,
-    kv: Array,
-    gate: Array,
-    weights: CompressorWeights,
-    slots: Array,
-    positions: Array,
-    segments: Segments,
-    table: Array,
+    given: Projections,
+    tokens: StepTokens,
     *,
     layer: int | Array,
     eps: float,
@@ -194,31 +159,34 @@ def compress(
 ) -> tuple[Record, Tail]:
     """Takes the step's tokens into the tail and writes an entry for every window that closes.
 
-    entries: Record arrays (L, blocks, entries per block, ...). tail: a full one, or a running one where there is no
-    overlap. kv, gate: raw projections (T, lanes * d) float32 | bfloat16, lane a first. slots, positions (T,) int32 with
-    the segments made of them. table (R, blocks of a request) int32. A padding token changes nothing; an entry whose
-    block is not in the table is dropped.
-    layer: an int, or an array () int32 that is one of L.
-    `implementation`: "jnp", "cpu" or "cuda"; None takes the native one where there is one. The native ones agree bit
-    for bit with each other; before it is quantised, an entry is that of the jax.numpy form, with either tail, within
-    1e-6.
-    Returns the new entries and tail; ValueError for an implementation that cannot be used.
+    A padding token changes nothing; an entry whose block is not in the table is dropped. The native implementations
+    agree bit for bit with each other; before it is quantised, an entry is that of the jax.numpy form, with either tail,
+    within 1e-6.
+
+    Args:
+      entries: Record arrays (L, blocks, entries per block, ...).
+      tail: a full one, or a running one where there is no overlap.
+      given: the raw projections.
+      tokens: where they go, with segments and table.
+      layer: index into L; an array () int32 must be one.
+      eps: of the RMSNorm.
+      implementation: "jnp", "cpu" or "cuda"; None takes the native one where there is one.
+    Returns:
+      The new entries and tail.
+    Raises:
+      ValueError: for an implementation that cannot be used.
     """
 
-    def in_jnp(entries, tail, kv, gate, weights, segments, table, slots, positions):
-        return _compress(
-            entries, lambda x: encode_record(x, entries), tail, kv, gate, weights, slots, positions, segments, table,
-            layer, eps,
-        )  # fmt: skip
+    def in_jnp(entries: Record, tail: Tail, given: Projections, tokens: StepTokens) -> tuple[Record, Tail]:
+        return _compress(entries, lambda x: encode_record(x, entries), tail, given, tokens, layer, eps)
 
-    return _dispatch(
+    return dispatch.call(
         "compress",
         implementation,
-        lambda platform: native_limit(platform, entries, tail, weights),
-        in_jnp,
+        lambda platform: native_limit(platform, entries, tail, given.weights),
         functools.partial(_compress_native, name="dsv4_compress", layer=layer, eps=np.float32(eps)),
-        (entries, tail, kv, gate, weights, segments, table),
-        (slots, positions),
+        in_jnp,
+        *(entries, tail, given, tokens),
     )
 
 
@@ -235,13 +203,8 @@ def encode_keys(x: Array, format: str, *, rotate: bool = True) -> IndexerKeys:
 def compress_indexer(
     keys: IndexerKeys,
     tail: CompressorTail,
-    kv: Array,
-    gate: Array,
-    weights: CompressorWeights,
-    slots: Array,
-    positions: Array,
-    segments: Segments,
-    table: Array,
+    given: Projections,
+    tokens: StepTokens,
     *,
     format: str,
     layer: int | Array,
@@ -263,20 +226,16 @@ def compress_indexer(
             f"{tail.ka.shape[-1]} values for {format!r}."
         )
 
-    def in_jnp(keys, tail, kv, gate, weights, segments, table, slots, positions):
-        return _compress(
-            keys, lambda x: encode_keys(x, format, rotate=rotate), tail, kv, gate, weights, slots, positions, segments,
-            table, layer, eps,
-        )  # fmt: skip
+    def in_jnp(keys: IndexerKeys, tail: Tail, given: Projections, tokens: StepTokens) -> tuple[IndexerKeys, Tail]:
+        return _compress(keys, lambda x: encode_keys(x, format, rotate=rotate), tail, given, tokens, layer, eps)
 
-    return _dispatch(
+    return dispatch.call(
         "compress_indexer",
         implementation,
-        lambda platform: native_limit(platform, keys, tail, weights),
-        in_jnp,
+        lambda platform: native_limit(platform, keys, tail, given.weights),
         functools.partial(
             _compress_native, name="dsv4_compress_indexer", layer=layer, eps=np.float32(eps), rotate=rotate
         ),
-        (keys, tail, kv, gate, weights, segments, table),
-        (slots, positions),
+        in_jnp,
+        *(keys, tail, given, tokens),
     )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..segments import Segments, to_segments
+from ..segments import Segments, StepTokens, to_segments
 from .append_swa import resolve_writes
 from .ordering import after
 from .rows import set_rows
@@ -93,20 +93,14 @@ def _pool(
 
 
 def _store_tail(
-    tail: CompressorTail,
-    kv: Array,
-    gate: Array,
-    layer: int | Array,
-    slots: Array,
-    positions: Array,
-    one_token_per_slot: bool,
-    read: Array,
+    tail: CompressorTail, kv: Array, gate: Array, layer: int | Array, tokens: StepTokens, read: Array
 ) -> CompressorTail:
     """Tail with the step's tokens written; kv, gate (T, lanes * d); `read` is what had to be read before."""
     d = tail.ka.shape[-1]
+    slots, positions = tokens[:2]
 
     def store(rows: Array, values: Array) -> Array:
-        roles = resolve_writes(slots, positions, rows.shape[1], rows.shape[2], one_token_per_slot)
+        roles = resolve_writes(slots, positions, rows.shape[1], rows.shape[2], tokens.one_per_slot)
         target = after(jnp.where(roles > 0, slots, -1), read)
         return set_rows(rows, (layer, target, positions % rows.shape[2]), values)
 
@@ -119,16 +113,9 @@ def _store_tail(
 
 
 def take_tokens(
-    tail: CompressorTail,
-    kv: Array,
-    gate: Array,
-    layer: int | Array,
-    slots: Array,
-    positions: Array,
-    segments: Segments,
-    ratio: int,
+    tail: CompressorTail, kv: Array, gate: Array, layer: int | Array, tokens: StepTokens, ratio: int
 ) -> tuple[ClosedWindows, CompressorTail]:
     """Windows that the step's tokens close, and the tail with the tokens; kv, gate (T, lanes * d) float32 with ape."""
+    segments = tokens.grouped
     closed = _pool(tail, to_segments(kv, segments), to_segments(gate, segments), layer, segments, ratio)
-    one_token_per_slot = segments.tokens.shape[1] == 1
-    return closed, _store_tail(tail, kv, gate, layer, slots, positions, one_token_per_slot, closed.pooled)
+    return closed, _store_tail(tail, kv, gate, layer, tokens, closed.pooled)

@@ -10,8 +10,8 @@ import pytest
 
 from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.formats.record import Record
-from dsv4_jax.ops.read.attend import Fresh, RawQuery, attend
-from dsv4_jax.ops.segments import Segments
+from dsv4_jax.ops.read.attend import RawQuery, attend
+from dsv4_jax.ops.segments import Segments, StepTokens
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 LAYERS, LAYER = 2, 1
@@ -40,7 +40,11 @@ STATIC = ("layer", "window", "ratio", "scale", "eps", "max_entries", "implementa
 @jax.jit(static_argnames=STATIC)
 def run(call, *, eps, **options):
     raw = call.pop("angles", None)
-    return attend(**call, raw=None if raw is None else RawQuery(*raw, eps), **options)
+    return call_attend(**call, raw=None if raw is None else RawQuery(*raw, eps), **options)
+
+
+def call_attend(*, slots, positions, table=None, segments=None, **call):
+    return attend(tokens=StepTokens(slots, positions, segments, table), **call)
 
 
 def new_records(rng, *shape, form="fp8"):
@@ -135,7 +139,8 @@ class Case:
         call = {
             "q": self.q, "sink": self.sink, "slots": self.slots, "positions": self.positions, "ring": self.ring,
             "entries": self.entries, "table": self.table, "selected": self.selected, "angles": self.angles,
-            "fresh": None if self.fresh is None else Fresh(self.fresh, grouped(self.slots, self.positions, self.sizes)),
+            "fresh": self.fresh,
+            "segments": None if self.fresh is None else grouped(self.slots, self.positions, self.sizes),
         }  # fmt: skip
         return np.asarray(
             run(
@@ -563,7 +568,7 @@ def test_errors(rng, monkeypatch):
         }
         for name, value in changes.items():
             (options if name in options else operands)[name] = value
-        return attend(**jax.tree.map(jnp.asarray, operands), **options)
+        return call_attend(**jax.tree.map(jnp.asarray, operands), **options)
 
     for changes, message in [
         ({"q": case.q[..., :500]}, r"attend: q has shape \(2, 4, 500\), expected \(2, 4, 512\)"),
@@ -623,8 +628,8 @@ def test_the_cpu_form_refuses_segments_of_other_tokens(rng):
     segments = grouped(case.slots, case.positions, case.sizes)
     for name, value in (("counts", [2, 0]), ("tokens", [[0, 9], [2, 4]])):
         wrong = segments._replace(**{name: np.array(value, np.int32)})
-        operands = jax.tree.map(jnp.asarray, (case.q, case.sink, case.slots, case.positions, case.ring))
-        fresh = Fresh(*jax.tree.map(jnp.asarray, (case.fresh, wrong)))
+        tokens = StepTokens(case.slots, case.positions, wrong)
+        *operands, fresh = jax.tree.map(jnp.asarray, (case.q, case.sink, tokens, case.ring, case.fresh))
         with jax.default_device(jax.devices("cpu")[0]), pytest.raises(jax.errors.JaxRuntimeError, match="other tokens"):
             jax.block_until_ready(attend(*operands, fresh=fresh, layer=1, window=128, scale=1.0, implementation="cpu"))
 

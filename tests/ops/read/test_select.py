@@ -12,7 +12,7 @@ from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.formats.fp4 import dequantise_fp4, hadamard_matrix, quantise_fp4
 from dsv4_jax.ops.read import select as module
 from dsv4_jax.ops.read.select import select
-from dsv4_jax.ops.segments import Segments
+from dsv4_jax.ops.segments import Segments, StepTokens
 from dsv4_jax.ops.write.compress import IndexerKeys
 
 E, D, RATIO = 32, 128, 4
@@ -44,7 +44,11 @@ def rng():
 # What decides the shapes is static; the rest is data, so that few programs serve many cases.
 @jax.jit(static_argnames=("k", "format", "layer", "ratio", "max_entries", "piece_bytes", "implementation"))
 def run(call, **options):
-    return select(**call, **options)
+    return call_select(**call, **options)
+
+
+def call_select(*, slots, positions, segments, table, **call):
+    return select(tokens=StepTokens(slots, positions, segments, table), **call)
 
 
 def segments_of(slots, positions):
@@ -373,11 +377,9 @@ def test_messages(rng):
     case = new_case(rng, [0], [100], 8)
     with pytest.raises(ValueError, match=r"select: got ratio 4 and k 0; expected at least 1"):
         dataclasses.replace(case, k=0)("jnp")
+    tokens = StepTokens(np.zeros(1, np.int32), np.zeros(1, np.int32), segments_of([0], [0]), case.table)
     with pytest.raises(ValueError, match=r"select: got layer 3; keys has layers 0 to 0"):
-        select(
-            *(case.q, case.weights, np.zeros(1, np.int32), np.zeros(1, np.int32), case.keys, case.table),
-            segments_of([0], [0]), 8, format="nvfp4", layer=3, ratio=4,
-        )  # fmt: skip
+        select(case.q, case.weights, tokens, case.keys, 8, format="nvfp4", layer=3, ratio=4)
     with pytest.raises(ValueError, match=r"expected None, 'jnp', 'cpu' or 'cuda'"):
         case("gpu")
     if "cpu" in dispatch.available():

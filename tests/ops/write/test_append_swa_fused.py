@@ -11,8 +11,9 @@ import pytest
 from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.formats.record import Record, decode_record
 from dsv4_jax.ops.nn.rope import rope_frequencies
+from dsv4_jax.ops.segments import StepTokens
 from dsv4_jax.ops.write.append_swa import SWARing
-from dsv4_jax.ops.write.append_swa_fused import append_swa_fused
+from dsv4_jax.ops.write.append_swa_fused import RawWindow, append_swa_fused
 
 pytestmark = pytest.mark.optimised
 
@@ -35,9 +36,9 @@ def implementation(request):
         yield name
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "one_token_per_slot", "implementation"), donate_argnames="ring")
+@functools.partial(jax.jit, static_argnames=("layer", "implementation"), donate_argnames="ring")
 def append(ring, kv, norm, cos, sin, slots, positions, **options):
-    return append_swa_fused(ring, kv, norm, cos, sin, slots, positions, eps=EPS, **options)
+    return append_swa_fused(ring, RawWindow(kv, norm, cos, sin), StepTokens(slots, positions), eps=EPS, **options)
 
 
 def new_ring(*shape, nope=448, rope=64, form="fp8"):
@@ -151,7 +152,9 @@ def test_wrong_arguments_are_named(rng):
     ring, slots = jax.tree.map(jnp.asarray, new_ring(2, 128)), np.zeros(4, np.int32)
 
     def call(kv=kv, norm=norm, cos=cos, **options):
-        return append_swa_fused(ring, *map(jnp.asarray, (kv, norm, cos, sin, slots, positions)), eps=EPS, **options)
+        window = RawWindow(*map(jnp.asarray, (kv, norm, cos, sin)))
+        tokens = StepTokens(*map(jnp.asarray, (slots, positions)))
+        return append_swa_fused(ring, window, tokens, eps=EPS, **options)
 
     with pytest.raises(ValueError, match=r"got norm \(511,\); expected \(512,\)"):
         call(norm=norm[1:])

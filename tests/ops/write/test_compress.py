@@ -29,8 +29,8 @@ from compress_cases import (
 from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.formats.fp4 import dequantise_fp4
 from dsv4_jax.ops.formats.record import Record, decode_record
-from dsv4_jax.ops.segments import one_token_segments
-from dsv4_jax.ops.write.compress import compress, compress_indexer
+from dsv4_jax.ops.segments import StepTokens, one_token_segments
+from dsv4_jax.ops.write.compress import Projections, compress, compress_indexer
 from dsv4_jax.ops.write.compressor_tail import closing_positions
 from dsv4_jax.ops.write.running_tail import RunningTail
 
@@ -325,12 +325,10 @@ def assert_in_place(g, implementation, tokens=2, layers=6):
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(stored, tail, kv, gate, weights, slots, positions, table):
-        segments = one_token_segments(slots, positions)
+        where = StepTokens(slots, positions, one_token_segments(slots, positions), table)
         for layer in range(layers):
-            stored, tail = op(
-                stored, tail, kv, gate, weights, slots, positions, segments, table,
-                layer=layer, eps=EPS, implementation=implementation,
-            )  # fmt: skip
+            given = Projections(kv, gate, weights)
+            stored, tail = op(stored, tail, given, where, layer=layer, eps=EPS, implementation=implementation)
             read = stored[0][layer, slots, 0, : kv.shape[1] // 8].astype(jnp.float32)
             kv = kv + jnp.sum(read, axis=-1, keepdims=True)
         return stored, tail, kv
@@ -400,7 +398,7 @@ def test_a_geometry_no_native_form_serves_falls_back(rng, monkeypatch, platform,
     step = new_step(rng, g, lengths, np.array([1, 1]), np.float32)
     op = compress if g.key_format is None else functools.partial(compress_indexer, format=g.key_format)
     program = jax.make_jaxpr(lambda *args: op(*args, layer=0, eps=EPS))(
-        *state[:2], step.kv, step.gate, weights, step.slots, step.positions, step.segments, state.table
+        *state[:2], Projections(step.kv, step.gate, weights), StepTokens(*step[2:], state.table)
     )
     assert ("dsv4_compress" in str(program)) == native_form
 

@@ -23,11 +23,11 @@ from compress_cases import (
 )
 
 from dsv4_jax.ops import dispatch
-from dsv4_jax.ops.segments import Segments, one_token_segments
+from dsv4_jax.ops.segments import Segments, StepTokens, one_token_segments
 from dsv4_jax.ops.write.append_swa import SWARing
-from dsv4_jax.ops.write.append_swa_fused import append_swa_fused
-from dsv4_jax.ops.write.compress import compress, compress_indexer
-from dsv4_jax.ops.write.write_layer import LayerState, Projections, RawWindow, write_layer
+from dsv4_jax.ops.write.append_swa_fused import RawWindow, append_swa_fused
+from dsv4_jax.ops.write.compress import Projections, compress, compress_indexer
+from dsv4_jax.ops.write.write_layer import LayerInputs, LayerState, write_layer
 
 pytestmark = pytest.mark.optimised
 
@@ -92,21 +92,19 @@ def new_inputs(rng, entries, keys, weights, positions, dtype):
 
 @functools.partial(jax.jit, static_argnames=("format", "implementation"), donate_argnums=0)
 def at_once(state, window, compressor, indexer, slots, positions, table, **options):
-    segments = one_token_segments(slots, positions)
-    return write_layer(
-        state, window, compressor, indexer, slots, positions, segments, table, layer=1, eps=EPS, **options
-    )
+    tokens = StepTokens(slots, positions, one_token_segments(slots, positions), table)
+    return write_layer(state, LayerInputs(window, compressor, indexer), tokens, layer=1, eps=EPS, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "implementation"), donate_argnums=0)
 def one_by_one(state, window, compressor, indexer, slots, positions, table, format, implementation):
     options = {"layer": 1, "eps": EPS, "implementation": implementation}
-    where = slots, positions, one_token_segments(slots, positions), table
-    ring = append_swa_fused(state.ring, *window, slots, positions, one_token_per_slot=True, **options)
-    entries = compress(state.entries, state.tail, *compressor, *where, **options)
+    tokens = StepTokens(slots, positions, one_token_segments(slots, positions), table)
+    ring = append_swa_fused(state.ring, window, tokens, **options)
+    entries = compress(state.entries, state.tail, compressor, tokens, **options)
     keys = state.keys, state.keys_tail
     if indexer is not None:
-        keys = compress_indexer(*keys, *indexer, *where, format=format, **options)
+        keys = compress_indexer(*keys, indexer, tokens, format=format, **options)
     return LayerState(ring, *entries, *keys)
 
 
@@ -175,8 +173,9 @@ def test_a_layer_without_compressor_is_the_fused_append(rng):
     state, _, weights = new_layer(rng, CSA, None)
     state = LayerState(jax.tree.map(jnp.asarray, state.ring))
     window, _, _, *where = new_inputs(rng, CSA, None, weights, np.arange(SLOTS), np.float32)
-    got = write_layer(state, window, None, None, *where, one_token_segments(*where), None, layer=1, eps=EPS)
-    expected = append_swa_fused(state.ring, *window, *where, layer=1, eps=EPS, one_token_per_slot=True)
+    tokens = StepTokens(*where, one_token_segments(*where))
+    got = write_layer(state, LayerInputs(window), tokens, layer=1, eps=EPS)
+    expected = append_swa_fused(state.ring, window, tokens, layer=1, eps=EPS)
     assert_same_bits(got, LayerState(expected))
 
 
@@ -187,10 +186,8 @@ def test_wrong_arguments_are_named(rng):
     segments = one_token_segments(*where)
 
     def call(state=state, compressor=compressor, indexer=indexer, segments=segments, layer=1, **options):
-        write_layer(
-            state, window, compressor, indexer, *where, segments, jnp.asarray(table), layer=layer, eps=EPS,
-            format="nvfp4", **options,
-        )  # fmt: skip
+        given, tokens = LayerInputs(window, compressor, indexer), StepTokens(*where, segments, jnp.asarray(table))
+        write_layer(state, given, tokens, layer=layer, eps=EPS, format="nvfp4", **options)
 
     with pytest.raises(ValueError, match=r"got it for state\.keys; expected None in an HCA layer"):
         call(indexer=None)
