@@ -18,7 +18,7 @@ class BlockAllocator:
     def __init__(self, num_total_blocks: int, undo: Undo = NO_UNDO):
         """Raises ValueError for a negative number. undo: takes note of every change."""
         self.num_total_blocks, self._undo = count("num_total_blocks", num_total_blocks), undo
-        self._free, self._given = list(range(self.num_total_blocks)), 0  # of the list, so many are given out
+        self._free, self._given = list(range(self.num_total_blocks)), 0  # how many of the list are given out
         self._held: set[int] = set()
         self._kept = np.zeros(self.num_total_blocks, bool)
         self._owners = np.zeros(self.num_total_blocks, np.int32)
@@ -66,7 +66,7 @@ class BlockAllocator:
         self._owners[ids] += 1
 
     def release(self, ids: Sequence[int] | np.ndarray, *, hold: bool = False) -> list[int]:
-        """Takes ids (n,) back -> those that nobody owns any more; they are free, or held if `hold`.
+        """Takes ids (n,) back -> those without an owner; they are free, or held if `hold`.
 
         ValueError for one that is unknown, not owned or named twice; then nothing changed.
         """
@@ -101,7 +101,7 @@ class BlockAllocator:
         self._kept[list(ids)] = True
 
     def drop(self, ids: Sequence[int]) -> list[int]:
-        """Takes back what `keep` gave; those nobody owns any more are held, and returned."""
+        """Takes back what `keep` gave; those without an owner are held, and returned."""
         gone = self.release(ids, hold=True)
         self._undo.elements(self._kept, list(ids))
         self._kept[list(ids)] = False

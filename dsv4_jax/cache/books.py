@@ -120,7 +120,7 @@ class Books:
         self.settle()
 
     def observe(self) -> None:
-        """Tells the books of which plans no array exists any more."""
+        """Tells the books of which plans no array exists."""
         pending = self.requests.pending
         pending.observe(number for number in pending.numbers if not is_held(number))
 
@@ -144,7 +144,7 @@ class Books:
         return True
 
     def settle(self, *, wait: bool = False) -> None:
-        """Gives back what was released and no planned step can read any more, once the cache is here to be cleared.
+        """Frees what was released and no planned step can still read, once the cache is here to be cleared.
 
         wait: for steps in flight, to know whether they were those.
         """
@@ -156,7 +156,7 @@ class Books:
         self.requests.undo.keep()  # a request whose places are cleared does not come back
         for released in self.requests.settling():
             # An entry that nobody gave a block must find none, not that of a former owner. The device comes first:
-            # where it refuses, what was released goes on waiting.
+            # where it refuses, what was released keeps waiting.
             self.holder.enter(self.ledger.entered(released.cells))
             self.holder.make_unreadable(released.blocks, released.slots)
             self.requests.free(released)

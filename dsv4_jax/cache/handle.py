@@ -44,8 +44,8 @@ class LayerCacheHandle:
 
     The plan's new blocks are entered in the cache's tables, unless they are already (`KVCache.with_blocks`).
 
-    A decode step writes its token, then reads the window. A step that brings several tokens of a slot overwrites ring
-    rows which its own first tokens still need: it reads first (`read_swa_view(kv)`) and writes after
+    A decode step writes its token, then reads the window. A step with several tokens of a slot overwrites ring rows
+    that its own first tokens still need: it reads first (`read_swa_view(kv)`) and writes after
     (`write_swa(kv, after=output)`), which keeps the update in place. Writing first is right too (the handle keeps what
     is needed), but may cost a copy of the ring.
     """
@@ -244,7 +244,7 @@ class LayerCacheHandle:
     ) -> Array:
         """One softmax over the window, the compressed entries and a sink, straight from the stored records.
 
-        A decode step writes its token, then attends. A step that brings several tokens of a slot attends first, with
+        A decode step writes its token, then attends. A step with several tokens of a slot attends first, with
         `fresh`, and writes after (`write_swa(fresh, after=output)`); its entries are written before in both. Slots,
         positions and tables decide what a token sees, never what a row holds; padding gets 0. What numbers are promised
         is in docs/records.md. (arXiv 2606.19348, section 2.3.)
@@ -261,7 +261,7 @@ class LayerCacheHandle:
         Returns:
           (T, heads, head_dim) in the dtype of q.
         Raises:
-          ValueError: for another shape or dtype, `selected` in an SWA layer, or a step that brings several tokens of a
+          ValueError: for another shape or dtype, `selected` in an SWA layer, or a step with several tokens of a
             slot without `fresh`.
         """
         tokens, schema = self.plan.slots.shape[0], self.schema

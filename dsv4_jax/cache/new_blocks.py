@@ -2,7 +2,7 @@
 
 The number goes into the step with the blocks, and the cache carries it out (`KVCache.ran`). So which steps ran is read
 from the cache that comes back, never guessed. Beside that the host knows which arrays that hold a number still exist,
-copies included: a plan of which nothing is left cannot run any more.
+copies included: a plan of which nothing is left can no longer run.
 """
 
 import itertools

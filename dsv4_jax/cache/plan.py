@@ -1,4 +1,4 @@
-"""The plan of a step: which tokens it brings, for which slots, and which blocks were given out for them."""
+"""The plan of a step: its tokens, their slots, and the blocks given out for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,12 +25,12 @@ Array = jax.Array
 class StepPlan:
     """What the host tells a step: O(tokens) numbers, whatever the context. A pytree.
 
-    slots, positions: (T,) int32, token-major, slot -1 for padding. `grouped` is None when every slot brings one token.
+    slots, positions: (T,) int32, token-major, slot -1 for padding. `grouped` is None when every slot has one token.
     `new_blocks` by kind: (n, 3) int32 rows (slot, column, block), entered in the tables before anything else; with
     them goes the plan's number, by which the cache says that the step ran.
     `max_blocks` (static) bounds how many blocks of a request readers look at; None is all the table has.
-    `kept_blocks` (R,) int32: so many first blocks of each slot's request the step reads and does not write, because the
-    tokens there are fed again only for ring and tails; None where there are none.
+    `kept_blocks` (R,) int32: how many first blocks of each slot's request the step reads and does not write, because
+    the tokens there are fed again only for ring and tails; None where there are none.
     """
 
     slots: Array | np.ndarray
@@ -42,14 +42,14 @@ class StepPlan:
 
     @property
     def one_token_per_slot(self) -> bool:
-        """Whether this is a plain decode step, in which no slot brings two tokens."""
+        """Whether this is a plain decode step, in which no slot has two tokens."""
         return self.grouped is None
 
     def cancel(self) -> None:
         """Says that the step will not run: the requests are as they were before the plan. Twice is as good as once.
 
         Dropping the plan and all copies of it says the same. Raises ValueError, and changes nothing, when the step ran
-        (then roll back instead) or a later plan goes on from its tokens (then cancel that one first).
+        (then roll back instead) or a later plan continues from its tokens (then cancel that one first).
         """
         cancel(self.new_blocks)
 
@@ -65,7 +65,7 @@ serialisable(StepPlan, list, tuple)
 
 
 def group_tokens(slots: np.ndarray, positions: np.ndarray, num_segments: int | None = None, width: int | None = None):
-    """Segments (numpy) of tokens in any order, or None when no slot brings two tokens.
+    """Segments (numpy) of tokens in any order, or None when no slot has two tokens.
 
     slots, positions: (T,) int32, slot -1 for padding. num_segments and width pad S and C to fixed sizes, so that steps
     of one shape compile once. Raises ValueError when a slot's positions are not consecutive (a gap, or one twice), or

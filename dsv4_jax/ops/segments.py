@@ -13,7 +13,7 @@ Array = jax.Array
 
 
 class Segments(NamedTuple):
-    """The tokens of one step by request: segment s is the run of consecutive positions that one slot brings.
+    """The tokens of one step by request: segment s is the run of consecutive positions of one slot.
 
     Shapes: S segments, C most tokens of one segment, T tokens of the step. All int32.
     """

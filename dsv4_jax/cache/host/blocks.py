@@ -56,7 +56,7 @@ class BlockLedger:
         return self._allocators[kind].num_held
 
     def num_reclaimable(self, kind: str) -> int:
-        """Blocks of a kind that are only kept for prompts to come, and are given out when others run short."""
+        """Blocks of a kind that are only cached for later prompts, and are given out when others run short."""
         return int(self._allocators[kind].kept_only.sum())
 
     def kept_only(self) -> dict[str, np.ndarray]:
@@ -78,7 +78,7 @@ class BlockLedger:
         return any(allocator.owners(block) > 1 for block in self._blocks[slot][kind][first:end])
 
     def drop(self, blocks: dict[str, list[int]]) -> Released:
-        """Kept blocks, by kind, stay no longer; those nobody owns any more are held until `unhold`."""
+        """Cached blocks, by kind, are evicted; those without an owner are held until `unhold`."""
         gone = {kind: self._allocators[kind].drop(ids) for kind, ids in blocks.items()}
         return Released({kind: [] for kind in gone}, gone)
 
@@ -103,7 +103,7 @@ class BlockLedger:
         self._blocks[slot] = {kind: [] for kind in self._allocators}
 
     def close(self, slot: int) -> Released:
-        """Gives up a request's share of all its blocks; those nobody owns any more are held until `unhold`."""
+        """Releases a request's share of all its blocks; those without an owner are held until `unhold`."""
         released = self.truncate(slot, dict.fromkeys(self.kinds, 0))
         self._undo.item(self._blocks, slot)
         del self._blocks[slot]
@@ -139,7 +139,7 @@ class BlockLedger:
         return rows
 
     def truncate(self, slot: int, keep: dict[str, int]) -> Released:
-        """Gives up the blocks after the first keep[kind]; those nobody owns any more are held until `unhold`."""
+        """Releases the blocks after the first keep[kind]; those without an owner are held until `unhold`."""
         cells: dict[str, list[tuple[int, int]]] = {}
         blocks: dict[str, list[int]] = {}
         for kind, n in keep.items():

@@ -3,8 +3,8 @@
 A step in flight needs no care: every step takes the cache that the step before it returned, and XLA runs what data ties
 together in that order, so whatever is dispatched later writes later. But between `plan_step` and the dispatch nothing
 orders the step after what the host does meanwhile (a restored request is written at once, a freed block filled with
-NaN). So what is released in between is given out again only once the plan cannot come any more: the cache that came
-back says that its step ran, it was taken back, or no array with its number exists any more.
+NaN). So what is released in between is given out again only once the plan can no longer be dispatched: the cache that
+came back says that its step ran, it was taken back, or no array with its number exists.
 """
 
 from collections.abc import Iterable
@@ -21,16 +21,16 @@ MEMORY = 256
 
 @dataclass
 class Released:
-    """What a request gave up at once: it waits for the plans that were outstanding then."""
+    """What a request released at once: it waits for the plans that were outstanding then."""
 
     cells: dict[str, list[tuple[int, int]]]  # (slot, column) of the block tables, by kind
-    blocks: dict[str, list[int]]  # blocks nobody owns any more, by kind
+    blocks: dict[str, list[int]]  # blocks without an owner, by kind
     slots: list[int] = field(default_factory=list)
     after: int = 0  # how many plans had been made by then
 
 
 class Part(NamedTuple):
-    """What one request brings to a step, and what the books said of it before."""
+    """The tokens of one request in a step, and what the books said of it before."""
 
     generation: int  # which of the slot's requests
     start: int
@@ -49,7 +49,7 @@ class PlannedStep:
     caches: int  # caches that had come back before it was made
 
     def on_top(self, other: "PlannedStep") -> bool:
-        """Whether this step goes on where tokens of the other one are."""
+        """Whether this step continues from tokens of the other one."""
         return any(
             slot in other.parts
             and part.generation == other.parts[slot].generation
@@ -68,7 +68,7 @@ class PendingSteps:
     """The plans whose fate is not known, oldest first.
 
     Attributes:
-      gone: numbers of which no array exists, as far as `observe` was told: their steps cannot be dispatched any more.
+      gone: numbers of which no array exists, as far as `observe` was told: their steps can no longer be dispatched.
     """
 
     def __init__(self, undo: Undo) -> None:
@@ -113,7 +113,7 @@ class PendingSteps:
         self._known = []
 
     def observe(self, gone: Iterable[int]) -> None:
-        """Of all plans, no array with one of these numbers exists any more."""
+        """Of all plans, no array with one of these numbers exists."""
         self.gone = frozenset(gone)
 
     def find(self, number: int) -> PlannedStep | None:
@@ -129,7 +129,7 @@ class PendingSteps:
         return next((s.index for s in self._steps.values() if s.number not in self.gone), self.count)
 
     def involves(self, slot: int) -> bool:
-        """Whether a plan whose fate is not known brings tokens of a request of this slot."""
+        """Whether a plan whose fate is not known has tokens of a request of this slot."""
         return any(slot in s.parts for s in self._steps.values())
 
     def is_doubtful(self, slot: int, generation: int) -> bool:
@@ -160,7 +160,7 @@ class PendingSteps:
             faults.append("the cache that came back is older than the one before")
             new = 0
         numbers = [int(ran[1 + (int(ran[0]) - i) % size]) for i in range(min(new, size), 0, -1)]
-        if new > size:  # too many to know each: what cannot come any more has run, for all that is known
+        if new > size:  # too many to know each: what can no longer come has run, for all that is known
             numbers = [n for n in steps if n not in numbers and n in self.gone] + numbers
         for number in numbers:
             if (step := self._taken_back.get(number)) is not None:
@@ -183,7 +183,7 @@ class PendingSteps:
         )  # fmt: skip
 
     def lost(self) -> list[PlannedStep]:
-        """The plans that no array holds any more, the newest first."""
+        """The plans that no array holds, the newest first."""
         return [s for s in reversed(self._steps.values()) if s.number in self.gone]
 
     def take_back(self, step: PlannedStep) -> None:

@@ -1,7 +1,7 @@
-"""Prompts that begin like earlier ones: which blocks hold their tokens, and what is needed to go on from there.
+"""Prompts that begin like earlier ones: which blocks hold their tokens, and what is needed to continue from there.
 
 A block is found by a hash of the model, a salt and all tokens up to its end: equal blocks after different beginnings,
-of different models or under different salts are different blocks. Entries alone do not let a request go on. It also
+of different models or under different salts are different blocks. Entries alone do not let a request continue. It also
 needs the last window - 1 ring rows of every layer and, where compressed windows overlap, lane a of the last one. What
 there is of that, a policy says:
 
@@ -34,7 +34,7 @@ State = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class PrefixPolicy:
-    """What is kept beside blocks so that a request can go on from them.
+    """What is kept beside blocks so that a request can continue from them.
 
     "full" spares all computing and keeps ring and tails for every block; "zero" keeps nothing but blocks and computes
     some window * layers tokens again; "periodic" lies between. The manager that gets one checks it.
@@ -228,9 +228,9 @@ class PrefixIndex:
     def _next_to_forget(self) -> list[bytes]:
         """Blocks with state, in the order in which states go.
 
-        A conversation goes on from the last state of its text; those before it serve only texts that part there. So
-        first go states with a later one in the same text, unless texts part right after them; the others only when none
-        of those is left. Among either, the least recently used goes first.
+        A conversation continues from the last state of its text; the states before it serve only texts that part there.
+        So states with a later one in the same text go first, unless texts part right after them; the others only when
+        none of those is left. Among either, the least recently used goes first.
         """
         followed = set()
         for key in self._with_state:

@@ -17,8 +17,8 @@ _TABLES = itertools.count(1)
 class RequestTable:
     """Which slots hold a request, how long it is and which blocks it owns.
 
-    Every call that fails leaves it as it was. What a request gives up is free after the next `settle` that finds no
-    older plan outstanding.
+    Every call that fails leaves it as it was. Released blocks and slots become free at the next `settle` after
+    every plan made before the release was dispatched.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class RequestTable:
         self._lengths[slot], self._settled[slot] = length, settled
 
     def settle_at(self, slot: int, length: int) -> None:
-        """No rollback takes back the first `length` tokens of a request any more: others may read their blocks."""
+        """No rollback takes back the first `length` tokens of a request from now on: others may read their blocks."""
         self._set(slot, self._lengths[slot], max(self._settled[slot], length))
 
     def kept_blocks(self) -> np.ndarray | None:
@@ -192,7 +192,7 @@ class RequestTable:
         return kept
 
     def shrink(self, slot: int, length: int) -> None:
-        """A request has only `length` tokens any more; it gives up the blocks beyond.
+        """A request is cut to `length` tokens; its blocks beyond are released.
 
         While a prefix hit is computed again, blocks beyond the length hold entries that are not written a second time.
         """
@@ -200,11 +200,11 @@ class RequestTable:
         self.give_up(self.ledger.truncate(slot, self.blocks_for(max(length, self._complete_from[slot]))))
 
     def blocks_for(self, num_tokens: int) -> dict[str, int]:
-        """Blocks that so many tokens of one request need, by kind."""
+        """Blocks that `num_tokens` tokens of one request need, by kind."""
         return {kind: schema.blocks_for(num_tokens) for kind, schema in self.schema_of.items()}
 
     def missing(self, kind: str, slot: int, num_tokens: int) -> int:
-        """Blocks that `slot` lacks to hold so many tokens (at most max_context_len)."""
+        """Blocks that `slot` lacks to hold `num_tokens` tokens (at most max_context_len)."""
         needed = self.schema_of[kind].blocks_for(min(num_tokens, self.max_context_len))
         return max(needed - self.ledger.count(slot, kind), 0)
 
@@ -217,7 +217,7 @@ class RequestTable:
     # Steps that were planned, and what waits for them.
 
     def planned(self, number: int, starts: dict[int, int], ends: dict[int, int], new: dict[str, list]) -> None:
-        """A plan was made, which brings tokens of positions [start, end) by slot; new: rows of the blocks given out."""
+        """A plan was made, of tokens at positions [start, end) by slot; new: rows of the blocks given out."""
         settled = {slot: self._settled[slot] for slot in ends}
         parts = {s: Part(self._generations[s], starts[s], end, settled[s]) for s, end in ends.items()}
         given: dict[str, dict[int, int]] = {kind: {} for kind in new}
@@ -238,8 +238,8 @@ class RequestTable:
     def take_back(self, step: PlannedStep) -> None:
         """A planned step will not run: its requests are as they were before it.
 
-        ValueError where a later plan goes on from its tokens. A request that went back before it and was planned anew
-        stays as it is.
+        ValueError where a later plan continues from its tokens. A request that was rolled back before it and planned
+        anew stays as it is.
         """
         later = self.pending.later(step)
         if any(other.on_top(step) for other in later):
@@ -261,7 +261,7 @@ class RequestTable:
 
     def looked(self, ran: np.ndarray) -> None:
         """The cache, which is here, says which steps ran (`PendingSteps.looked`); of the others those are taken back
-        that no array holds any more."""
+        that no array holds."""
         self.pending.looked(ran)
         for step in self.pending.lost():
             try:
@@ -270,13 +270,13 @@ class RequestTable:
                 continue
 
     def give_up(self, released: Released, after: int | None = None) -> None:
-        """What was released is free when none of the first `after` plans may be dispatched any more; None: of all."""
+        """What was released becomes free when none of the first `after` plans can still be dispatched; None: of all."""
         released.after = self.pending.count if after is None else after
         self.undo.attributes(self, "_released")
         self._released = [*self._released, released]
 
     def settling(self) -> list[Released]:
-        """What no outstanding plan can read any more; its places in the tables are to be entered, then it is free."""
+        """What no outstanding plan can still read; its places in the tables are to be entered, then it is free."""
         oldest = self.pending.oldest()
         return [released for released in self._released if released.after <= oldest]
 
@@ -294,7 +294,7 @@ class RequestTable:
 
     @property
     def waiting(self) -> list[Released]:
-        """What was given up and is not free yet."""
+        """What was released and is not free yet."""
         return list(self._released)
 
     def check(self, kept: dict[str, list[int]]) -> None:

@@ -36,7 +36,7 @@ class Undo:
 
     def done(self) -> None:
         """All changes are made: they stay."""
-        # Python hears Ctrl-C at the end of calls: without one, what the call returns cannot be lost any more.
+        # Python hears Ctrl-C at the end of calls: without one, what the call returns can no longer be lost.
         self._notes, self._active = [], False
 
     def roll_back(self) -> None:

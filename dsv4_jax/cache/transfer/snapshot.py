@@ -1,4 +1,4 @@
-"""A request outside the cache: what it needs to go on, in numpy arrays."""
+"""A request outside the cache: what it needs to continue, in numpy arrays."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def write_entries(cache: KVCache, snapshot: Snapshot, blocks: dict[str, list[int
 
 
 def require_fit(snapshot: Snapshot, cache: KVCache, fingerprint: str, max_context_len: int) -> None:
-    """ValueError, with the reason, unless the snapshot's request can go on in this cache."""
+    """ValueError, with the reason, unless the snapshot's request can continue in this cache."""
     given: Any = snapshot
     if not isinstance(given, Snapshot):
         raise ValueError(f"restore got a {type(given).__name__}: expected a Snapshot")
