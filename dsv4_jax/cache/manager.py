@@ -571,8 +571,8 @@ class KVCacheManager:
     def preempt(self, slot: int, *, rollback: int = 0) -> Snapshot:
         """Takes a request out of the cache to make room; `restore` resumes it. See `snapshot`, `release_request`."""
         snapshot = self._take_snapshot(slot, rollback)
-        # What it gives up is free with the next call that looks for room: no work on the device, which could fail,
-        # stands between the request's end and the snapshot.
+        # Its blocks become free in the next call that needs room: no work on the device, which could fail, stands
+        # between the request's end and the snapshot.
         self._books.requests.close(slot)
         return snapshot
 

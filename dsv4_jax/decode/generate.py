@@ -116,7 +116,7 @@ def stream(
     decode_chunk: int = DECODE_STEPS,
     mesh: Any = None,
 ) -> Iterator[Chunk]:
-    """As `generate`, but yields what every jitted call brings, one `Chunk` each. Errors come at once."""
+    """As `generate`, but yields the result of every jitted call, one `Chunk` each. Errors come at once."""
     check_model(model)
     max_new_tokens = count("max_new_tokens", max_new_tokens)
     prompts = check_prompts(prompts)
@@ -158,7 +158,7 @@ def stream(
 
 
 def _chunks(loop: DecodeLoop, rows: int, num_samples: int) -> Iterator[Chunk]:
-    """What every call of the loop brings, by row."""
+    """The result of every call of the loop, by row."""
     cache_bytes = loop.manager.memory_bytes()
     compiling = loop.compile_decode()  # beside the prompts' program, so that tokens flow once they begin
     while loop.unfinished:
@@ -188,8 +188,8 @@ def generate(
 ) -> Any:
     """Continues prompts of any lengths together.
 
-    The prompts are read side by side, so none goes on from another's blocks: where many begin alike, use a `DecodeLoop`
-    whose manager has a prefix policy.
+    The prompts are read side by side, so none continues from another's blocks: where many begin alike, use a
+    `DecodeLoop` whose manager has a prefix policy.
 
     Args:
       model: from `from_pretrained`.

@@ -1,4 +1,4 @@
-"""The arrays of a call, from what each sample brings to it."""
+"""The arrays of a call, from the tokens of each sample."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from .steps import LoopState
 
 
 class Part(NamedTuple):
-    """What one sample brings to a step: the next of its tokens, with drafts after the newest."""
+    """The part of one sample in a step: the next of its tokens, with drafts after the newest."""
 
     sample: Sample
     tokens: list[int]

@@ -50,13 +50,13 @@ class DecodeLoop:
     chunk each, while the others bring a decode token; with drafts every step is one). Where slots or blocks run out,
     the youngest wait. Programs compile once per number of blocks that readers look at (see `blocks_to_read`).
 
-    A call that raises, Ctrl-C included, has happened or has not: calling again goes on, with the same tokens. Where a
+    A call that raises, Ctrl-C included, has happened or has not: calling again continues, with the same tokens. Where a
     step that failed took the donated cache with it, the loop makes a new one, logs a warning, and the requests read
     their tokens again (`stats.restarts`); what other users of the manager had in the cache is gone.
 
     With a model and a manager over a mesh (`shard_model`, `ShardedKVCacheManager`) every call runs on all its devices:
     a request goes to the shard with the longest prefix hit, then to the one that has least to do; a shard without work
-    runs padding; a request that was preempted goes on wherever there is room first. Sizes are those of a shard.
+    runs padding; a preempted request resumes wherever there is room first. Sizes are those of a shard.
 
     Where the mesh has devices of several processes, each has a loop of its own, of the same sizes, with its own
     requests, and all take their calls together: whoever iterates over one, or calls `step`, does so in every process.
@@ -162,7 +162,7 @@ class DecodeLoop:
           stop_texts: a sample ends with the token that completes one of them in its new text, which is kept.
           decode: token ids to text, for stop_texts; not needed where tokens are bytes.
           num_samples: continuations of the prompt, which is read once.
-          salt: where the manager has a prefix policy, a prompt goes on from blocks of earlier texts of the same salt.
+          salt: where the manager has a prefix policy, a prompt continues from blocks of earlier texts of the same salt.
           hook_argument: for `LogitsHook.start`.
 
         Raises:
@@ -212,7 +212,7 @@ class DecodeLoop:
         self._whole(end)
 
     def snapshot(self, request: int) -> RequestSnapshot:
-        """A request outside the loop, which goes on: its options, its samples' tokens and their parts of the cache.
+        """A copy of a request outside the loop: its options, its samples' tokens and their parts of the cache.
 
         Events that were not handed out yet are not part of it. ValueError if the request has ended or never was.
         """
@@ -228,7 +228,7 @@ class DecodeLoop:
         return RequestSnapshot(self._samples(request)[0].request, tuple(samples))
 
     def adopt(self, snapshot: RequestSnapshot) -> int:
-        """Queues a request that goes on where a snapshot was taken, in this loop or another -> its number here.
+        """Queues a request that resumes where a snapshot was taken, in this loop or another -> its number here.
 
         Raises ValueError, with the reason, for a request that this cache could never hold, RuntimeError or ValueError
         at its admission for a snapshot of another model.
@@ -266,7 +266,7 @@ class DecodeLoop:
     def __iter__(self) -> Iterator[Event]:
         """Events as they come, until nothing is left to do; requests may be submitted and aborted meanwhile.
 
-        Whoever leaves the iterator and comes back, or calls `step` in between, goes on with the next event.
+        After a break, or calls of `step` in between, iteration continues with the next event.
         """
         self._others_busy = self._together
         while self._events or self.unfinished or self._others_busy:
@@ -331,7 +331,7 @@ class DecodeLoop:
         return plan
 
     def _decode_call(self, least: int) -> None:
-        """Many steps for everybody in one call, for which the host waits once; at least so many blocks are read."""
+        """Many steps for everybody in one call, for which the host waits once; at least `least` blocks are read."""
         assert self._call is not None
         num_slots, running = self.manager.max_concurrent_requests, self._schedule.running
         while True:
@@ -447,7 +447,7 @@ class DecodeLoop:
         vars(call).update(savepoint=Savepoint(self._schedule, self.stats, self._events), results=[])
 
     def _parts(self, total: int) -> list[Part]:
-        """What each running sample brings to a step of `total` tokens a shard: decode tokens, then prompt chunks."""
+        """The tokens of each running sample in a step of `total` tokens a shard: decode tokens, then prompt chunks."""
         parts, running = [], self._schedule.running
         left = [total] * len(self._schedule.shards)
         for s in running:
@@ -531,7 +531,7 @@ class DecodeLoop:
         self._take(s, chosen, before)
 
     def _book_part(self, part: Part, chosen: Chosen) -> None:
-        """Books what a step brought for one sample, and for those that fork off it."""
+        """Books the result of a step for one sample, and for those that fork off it."""
         s, before = part.sample, part.sample.computed
         if part.drafts:
             tokens, accepted = chosen.tokens.tolist(), 0

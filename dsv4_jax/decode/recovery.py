@@ -51,7 +51,7 @@ class Call:
 
     savepoint: Savepoint
     others: set[tuple[int, int]]  # slots in use that are none of the loop's
-    parts: list[Part] = field(default_factory=list)  # what each sample brings to the step
+    parts: list[Part] = field(default_factory=list)  # the tokens of each sample in the step
     plan: Any = None  # of the step, until it is dispatched
     given: Any = None  # the cache that the step takes
     results: list[tuple] = field(default_factory=list)  # of the jitted step, one tuple, the cache last

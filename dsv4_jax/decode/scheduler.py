@@ -21,15 +21,15 @@ def _age(sample: Sample) -> tuple[int, int]:
 class Scheduler:
     """The waiting and the running samples of a loop, oldest first.
 
-    The oldest gets its blocks whatever it takes: where they run out, the youngest gives its own back and waits. What
-    one sample needs at most is checked before it is accepted, so the oldest always gets on, and all come to an end.
+    The oldest always gets its blocks: where they run out, the youngest releases its own and waits. What one sample
+    needs at most is checked before it is accepted, so the oldest makes progress in every call, and all finish.
 
     Attributes:
       shards: the managers of the shards, or the one manager.
     """
 
     def __init__(self, manager: KVCacheManager | ShardedKVCacheManager, lookahead: int, stats: Stats):
-        """lookahead: tokens that a running sample brings in one call at most, beside those it has."""
+        """lookahead: tokens of a running sample in one call at most, beyond those it has."""
         self.manager, self.lookahead, self.stats = manager, lookahead, stats
         self.waiting: list[Sample] = []
         self.running: list[Sample] = []
@@ -156,7 +156,7 @@ class Scheduler:
         return max(needed - (0 if sample.slot < 0 else len(self.manager.blocks(sample.slot)[kind])), 0)
 
     # Whoever leaves the cache only forgets its slot here: the loop gives back the slots that no sample holds, once what
-    # the samples are instead cannot be lost any more (`loop.py`).
+    # the samples are instead can no longer be lost (`loop.py`).
 
     def preempt_youngest(self, shard: int = 0) -> None:
         """Takes the youngest that runs on a shard out of the cache; it waits with what it had, in the host's memory."""
@@ -170,7 +170,7 @@ class Scheduler:
         self.wait(sample)
 
     def fork(self, parent: Sample, sample: Sample) -> None:
-        """Lets `sample` go on from what the cache holds of `parent`; where blocks are missing for that, it waits."""
+        """Lets `sample` continue from what the cache holds of `parent`; where blocks are missing for that, it waits."""
         sample.computed = parent.computed
         try:
             sample.slot = self.manager.fork(parent.slot)
