@@ -4,7 +4,7 @@
 #include "append_swa/op.h"
 #include "common/export.h"
 #include "common/parallel_for.h"
-#include "formats/quantise.h"
+#include "formats/record_rows.h"
 #include "math/rms_norm_rope.h"
 #include "write_layer/workers.h"
 
@@ -14,36 +14,23 @@ namespace {
 constexpr int64_t kTokensPerChunk = 32;
 
 template <typename T>
-void write_row(const AppendSwa& call, const T* kv, int64_t row) {
-  uint8_t* nope = call.record.nope + row * call.nope_width;
-  if (call.record.scales) {
-    quantise_row_by_groups(kv, call.nope_width, nope, call.record.scales + row * call.record.scale_width, call.record.scale_width);
-  } else {
-    call.record.inv_scale[row] = quantise_row(kv, call.nope_width, nope);
-  }
-  BFloat16* rope = call.record.rope + row * call.rope_width;
-  for (int64_t i = 0; i < call.rope_width; ++i) rope[i] = to_bf16(to_float(kv[call.nope_width + i]));
-}
-
-template <typename T>
 void append_tokens(const AppendSwa& call, int64_t begin, int64_t end) {
-  const int64_t width = call.nope_width + call.rope_width, half = call.rope_width / 2;
+  const int64_t width = call.record.width(), rope_width = call.record.rope_width, half = rope_width / 2;
   std::vector<float> values(call.norm ? width : 0);
   RmsNormRope rms_norm_rope;
   for (int64_t t = begin; t < end; ++t) {
-    const int32_t role = call.role_of[t], slot = call.slot_of[t], position = call.position_of[t];
-    const int64_t row = call.row_of(role, slot, position);
-    if (row < 0) continue;
+    TokenPlace place = call.look_up(t);
+    place.row = call.row_of(place);
+    if (place.row < 0) continue;
     const T* kv = static_cast<const T*>(call.kv) + t * width;
     if (call.norm) {
       for (int64_t i = 0; i < width; ++i) values[i] = to_float(kv[i]);
-      rms_norm_rope(values.data(), width, call.rope_width, call.norm, call.cos + t * half, call.sin + t * half, call.eps);
-      write_row(call, values.data(), row);
+      rms_norm_rope(values.data(), width, rope_width, call.norm, call.cos + t * half, call.sin + t * half, call.eps);
+      write_record(call.record, place.row, values.data());
     } else {
-      write_row(call, kv, row);
+      write_record(call.record, place.row, kv);
     }
-    call.pos[row] = position;
-    if (role == kWritesRowAndHead) call.head[slot] = call.next_row(position);
+    call.enter(place);
   }
 }
 

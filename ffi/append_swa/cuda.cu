@@ -10,8 +10,8 @@ constexpr int kThreads = 128, kTokensPerBlock = kThreads / 32;
 
 template <typename T, bool kFused, bool kGrouped>
 __global__ void __launch_bounds__(kThreads) append_swa_kernel(const AppendSwa call) {
-  append_token<T, kFused, kGrouped>(call, static_cast<int64_t>(blockIdx.x) * kTokensPerBlock + threadIdx.x / 32,
-                                    threadIdx.x % 32);
+  append_token<V4Record, T, kFused, kGrouped>(
+      call, static_cast<int64_t>(blockIdx.x) * kTokensPerBlock + threadIdx.x / 32, threadIdx.x % 32);
 }
 
 // The grid depends on shapes alone: a CUDA graph may replay it.
@@ -27,7 +27,7 @@ ffi::Error append(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRe
   AppendSwa call;
   const ffi::Error error = bind_append_swa(args, results, layer, kFused, eps, &call);
   if (error.failure()) return error;
-  if (const ffi::Error limit = supported_window("append_swa", call); limit.failure()) return limit;
+  if (const ffi::Error limit = supported_window<V4Record>("append_swa", call); limit.failure()) return limit;
   if (call.tokens == 0) return ffi::Error::Success();
   call.kv_is_float ? launch<float, kFused>(stream, call) : launch<BFloat16, kFused>(stream, call);
   return launched("append_swa", cudaGetLastError());
@@ -46,13 +46,11 @@ ffi::Error append_swa_fused(cudaStream_t stream, ffi::RemainingArgs args, ffi::R
 }  // namespace dsv4
 
 DSV4_EXPORT_HANDLER(Dsv4AppendSwa);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4AppendSwa, dsv4::append_swa,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer"),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    Dsv4AppendSwa, dsv4::append_swa,
+    xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets().Attr<int64_t>(
+        "layer"),
+    {xla::ffi::Traits::kCmdBufferCompatible});
 DSV4_EXPORT_HANDLER(Dsv4AppendSwaFused);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4AppendSwaFused, dsv4::append_swa_fused,
                               xla::ffi::Ffi::Bind()

@@ -7,7 +7,7 @@
 
 #include "common/operands.h"
 #include "formats/float_bits.h"
-#include "formats/record_rows.h"
+#include "formats/stored_operands.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace dsv4 {
@@ -16,32 +16,41 @@ namespace dsv4 {
 constexpr int32_t kWritesRow = 1;
 constexpr int32_t kWritesRowAndHead = 2;
 
+// Where a token goes. row: counted over all slots, -1 for none.
+struct TokenPlace {
+  int32_t role, slot, position;
+  int64_t row;
+};
+
 // One layer's rings, R slots of W rows, and the T tokens of a call.
 struct AppendSwa {
-  int64_t tokens, slots, rows, nope_width, rope_width;
+  int64_t tokens, slots, rows;
   RecordRows record;  // (R, W) rows
   int32_t* pos;       // (R, W)
   int32_t* head;      // (R)
-  const void* kv;     // (T, nope_width + rope_width), float or BFloat16
+  const void* kv;     // (T, record.width()), float or BFloat16
   bool kv_is_float;
   const int32_t* slot_of;
   const int32_t* position_of;
   const int32_t* role_of;
   // The fused form, in which kv is normalised and rotated on the way; null in the plain form.
-  const float* norm;  // (nope_width + rope_width)
-  const float* cos;   // (T, rope_width / 2)
+  const float* norm;  // (record.width())
+  const float* cos;   // (T, record.rope_width / 2)
   const float* sin;
   float eps;
 
-  // The row, counted over all slots, that a token with a role writes; -1 if it writes none.
-  DSV4_HOST_DEVICE int64_t row_of(int32_t role, int32_t slot, int32_t position) const {
-    if (role < kWritesRow || slot < 0 || slot >= slots || position < 0) return -1;
-    return static_cast<int64_t>(slot) * rows + modulo_rows(static_cast<uint32_t>(position));
+  DSV4_HOST_DEVICE TokenPlace look_up(int64_t token) const {
+    return {role_of[token], slot_of[token], position_of[token], -1};
+  }
+  // The row that a token with a role writes; -1 if it writes none.
+  DSV4_HOST_DEVICE int64_t row_of(const TokenPlace& place) const {
+    if (place.role < kWritesRow || place.slot < 0 || place.slot >= slots || place.position < 0) return -1;
+    return static_cast<int64_t>(place.slot) * rows + modulo_rows(static_cast<uint32_t>(place.position));
   }
   // Says what a row holds, and where the slot's next token goes.
-  DSV4_HOST_DEVICE void enter(int32_t role, int32_t slot, int32_t position, int64_t row) const {
-    pos[row] = position;
-    if (role == kWritesRowAndHead) head[slot] = next_row(position);
+  DSV4_HOST_DEVICE void enter(const TokenPlace& place) const {
+    pos[place.row] = place.position;
+    if (place.role == kWritesRowAndHead) head[place.slot] = next_row(place.position);
   }
   DSV4_HOST_DEVICE int32_t next_row(int32_t position) const {
     return static_cast<int32_t>(modulo_rows(static_cast<uint32_t>(position) + 1u));
@@ -52,70 +61,38 @@ struct AppendSwa {
   }
 };
 
-// Takes a call's operands (ring, kv, slots, positions, roles; norm, cos, sin in the fused form) and points `call` at the
-// layer to write.
+// Takes a call's operands (ring, kv, slots, positions, roles; norm, cos, sin in the fused form) and points `call` at
+// the layer to write.
 inline void take_append_swa(Operands& operands, int64_t layer, bool fused, float eps, AppendSwa* call) {
   using ffi::DataType;
-  const Operands::Shape ring = operands.shape_of_next();
-  const bool stacked = ring.size() == 4;
-  if (ring.size() != 3 && !stacked) {
-    return operands.fail("nope " + Operands::text(ring), "([layers,] slots, rows, width)");
-  }
-  if (stacked ? !LayerOf::exists(layer, ring[0]) : layer != -1) {
-    operands.fail("layer " + std::to_string(layer) + " for nope " + Operands::text(ring),
-                  "one of its layers, or -1 if it has none");
-  }
-  const int64_t num_slots = ring[ring.size() - 3], rows = ring[ring.size() - 2], nope_width = ring[ring.size() - 1];
-  if (rows < 1 || rows > INT32_MAX || num_slots > INT32_MAX) {
-    operands.fail("nope " + Operands::text(ring), "1 to 2^31 - 1 rows and at most 2^31 - 1 slots");
-  }
-  const Operands::Shape rope_shape = operands.shape_of_next(1), kv_shape = operands.shape_of_next(5);
-  const int64_t rope_width = rope_shape.empty() ? -1 : rope_shape.back();
-  const int64_t tokens = kv_shape.empty() ? -1 : kv_shape.front();
-  const auto with_layers = [&](Operands::Shape shape) {
-    if (stacked) shape.insert(shape.begin(), ring[0]);
-    return shape;
-  };
-  uint8_t* nope = operands.take<uint8_t>("nope", {DataType::U8}, ring);
-  BFloat16* rope = operands.take<BFloat16>("rope", {DataType::BF16}, with_layers({num_slots, rows, rope_width}));
-  const Operands::Shape scale_shape = operands.shape_of_next();
-  const bool grouped = scale_shape.size() == ring.size();
-  const int64_t scale_width = grouped ? scale_shape.back() : 0;
-  if (grouped && (nope_width % 64 || 64 * scale_width < nope_width)) {
-    operands.fail("inv_scale " + Operands::text(scale_shape), "one for every 64 of " + std::to_string(nope_width) + " values");
-  }
-  float* inv_scale = nullptr;
-  uint8_t* scales = nullptr;
-  if (grouped) {
-    scales = operands.take<uint8_t>("inv_scale", {DataType::U8}, with_layers({num_slots, rows, scale_width}));
-  } else {
-    inv_scale = operands.take<float>("inv_scale", {DataType::F32}, with_layers({num_slots, rows}));
-  }
-  int32_t* pos = operands.take<int32_t>("pos", {DataType::S32}, with_layers({num_slots, rows}));
-  int32_t* head = operands.take<int32_t>("head", {DataType::S32}, with_layers({num_slots}));
+  *call = {};
+  const bool stacked = operands.shape_of_next().size() == 4;
+  const StoredAs at = take_record_rows(operands, layer, &call->record, true);
+  if (!operands.ok()) return;
+  if (at.stride > INT32_MAX) operands.fail(std::to_string(at.stride) + " slots", "at most 2^31 - 1");
+  const RecordRows& record = call->record;
+  call->slots = at.count, call->rows = at.length, call->eps = eps;
+  call->pos = operands.take<int32_t>("pos", {DataType::S32}, with_widths(at, stacked, {}));
+  Operands::Shape heads = with_widths(at, stacked, {});
+  heads.pop_back();
+  call->head = operands.take<int32_t>("head", {DataType::S32}, heads);
   operands.updated();
-  const void* kv = operands.take("kv", {DataType::F32, DataType::BF16}, {tokens, nope_width + rope_width});
-  const bool kv_is_float = operands.dtype() == DataType::F32;
-  const int32_t* slots = operands.take<int32_t>("slots", {DataType::S32}, {tokens});
-  const int32_t* positions = operands.take<int32_t>("positions", {DataType::S32}, {tokens});
-  const int32_t* roles = operands.take<int32_t>("roles", {DataType::S32}, {tokens});
-  const float *norm = nullptr, *cos = nullptr, *sin = nullptr;
+  const Operands::Shape kv = operands.shape_of_next();
+  const int64_t tokens = kv.empty() ? -1 : kv.front(), pairs = record.rope_width / 2;
+  call->tokens = tokens;
+  call->kv = operands.take("kv", {DataType::F32, DataType::BF16}, {tokens, record.width()});
+  call->kv_is_float = operands.dtype() == DataType::F32;
+  call->slot_of = operands.take<int32_t>("slots", {DataType::S32}, {tokens});
+  call->position_of = operands.take<int32_t>("positions", {DataType::S32}, {tokens});
+  call->role_of = operands.take<int32_t>("roles", {DataType::S32}, {tokens});
   if (fused) {
-    norm = operands.take<float>("norm", {DataType::F32}, {nope_width + rope_width});
-    cos = operands.take<float>("cos", {DataType::F32}, {tokens, rope_width / 2});
-    sin = operands.take<float>("sin", {DataType::F32}, {tokens, rope_width / 2});
-    if (rope_width % 2) operands.fail("a RoPE part of " + std::to_string(rope_width), "pairs of values");
+    call->norm = operands.take<float>("norm", {DataType::F32}, {record.width()});
+    call->cos = operands.take<float>("cos", {DataType::F32}, {tokens, pairs});
+    call->sin = operands.take<float>("sin", {DataType::F32}, {tokens, pairs});
+    if (record.rope_width % 2) operands.fail("a RoPE part of " + std::to_string(record.rope_width), "pairs of values");
   }
   if (!operands.ok()) return;
-
-  const LayerOf slots_of(stacked ? layer : 0, ring[0], num_slots);
-  const int64_t first_slot = slots_of.index * num_slots;
-  const int64_t first_row = first_slot * rows;
-  const RecordRows record = {nope + first_row * nope_width, rope + first_row * rope_width,
-                             grouped ? nullptr : inv_scale + first_row,
-                             grouped ? scales + first_row * scale_width : nullptr, scale_width};
-  *call = {tokens, slots_of.length, rows, nope_width, rope_width, record, pos + first_row, head + first_slot,
-           kv, kv_is_float, slots, positions, roles, norm, cos, sin, eps};
+  call->pos += at.first_row(), call->head += at.layer * at.stride;
 }
 
 inline ffi::Error bind_append_swa(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, bool fused,

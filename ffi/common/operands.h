@@ -36,7 +36,7 @@ class Operands {
 
   ffi::Error error() const { return error_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(error_); }
   bool ok() const { return error_.empty(); }
-  size_t left() const { return end_ - next_; }  // of the part
+  size_t left() const { return end_ - next_; }    // of the part
   ffi::DataType dtype() const { return dtype_; }  // of the operand taken last
 
   // Begins a part of n operands, for a call that is made of several.
@@ -105,11 +105,16 @@ class Operands {
  private:
   static std::string dtype_name(ffi::DataType dtype) {
     switch (dtype) {
-      case ffi::DataType::U8: return "uint8";
-      case ffi::DataType::S32: return "int32";
-      case ffi::DataType::BF16: return "bfloat16";
-      case ffi::DataType::F32: return "float32";
-      default: return "another dtype";
+      case ffi::DataType::U8:
+        return "uint8";
+      case ffi::DataType::S32:
+        return "int32";
+      case ffi::DataType::BF16:
+        return "bfloat16";
+      case ffi::DataType::F32:
+        return "float32";
+      default:
+        return "another dtype";
     }
   }
 

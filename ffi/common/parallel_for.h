@@ -14,8 +14,8 @@
 
 namespace dsv4 {
 
-// Calls body(begin, end) for chunks of at most `chunk` that cover [0, n), and returns when all are done. The caller works
-// too and waits only for chunks that some thread has taken up, so it is safe on a thread of the pool itself.
+// Calls body(begin, end) for chunks of at most `chunk` that cover [0, n), and returns when all are done. The caller
+// works too and waits only for chunks that some thread has taken up, so it is safe on a thread of the pool itself.
 template <typename Body>
 void parallel_for(xla::ffi::ThreadPool& pool, int64_t n, int64_t chunk, const Body& body) {
   const int64_t chunks = (n + chunk - 1) / chunk;

@@ -1,4 +1,5 @@
-// Marks a function to be compiled also for x86-64-v3 (AVX2 and FMA), and that version taken where the processor has them.
+// Marks a function to be compiled also for x86-64-v3 (AVX2 and FMA), and that version taken where the processor has
+// them.
 #ifndef DSV4_COMMON_VECTOR_CLONES_H_
 #define DSV4_COMMON_VECTOR_CLONES_H_
 

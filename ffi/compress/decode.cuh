@@ -1,6 +1,6 @@
 // compress on the GPU where every segment is one token, with overlapped windows: a thread two neighbouring channels.
-// What is known without the segment is on its way while the segment is looked up, and all of the tail before any of it is
-// used; a token that closes nothing writes its rows and is done.
+// What is known without the segment is on its way while the segment is looked up, and all of the tail before any of it
+// is used; a token that closes nothing writes its rows and is done.
 #ifndef DSV4_COMPRESS_DECODE_CUH_
 #define DSV4_COMPRESS_DECODE_CUH_
 
@@ -9,34 +9,9 @@
 #include <cstdint>
 
 #include "compress/device.cuh"
-#include "compress/entry_in_block.cuh"
+#include "compress/finish.cuh"
 
 namespace dsv4 {
-
-// Finishes a key whose channels lie in the registers of 64 threads, one of the groups of a block: the first warp of them
-// does, with four channels a lane.
-struct FinishKey {
-  static constexpr int kThreads = 64;
-  struct Scratch {
-    float4 values[32];
-  };
-  using Constants = EntryConstants;
-
-  KeyRows keys;
-
-  static __device__ __forceinline__ void load(const Compress& call, int64_t s, int thread, Constants* constants) {
-    if (thread < 32) constants->template load<128, 64>(call, s, thread);
-  }
-  __device__ __forceinline__ void operator()(const Compress& call, const Constants& constants, int64_t row, int thread,
-                                             float (&v)[2], Scratch* scratch) const {
-    store_pair(reinterpret_cast<float*>(scratch->values) + thread * 2, v);
-    sync_group<kThreads>(threadIdx.x / kThreads);
-    if (thread >= 32) return;
-    Four values = four(scratch->values[thread]);
-    normalise<128, 64>(call, constants, thread, &values, nullptr);
-    write_key(keys, row, thread, values);
-  }
-};
 
 // What the threads that finish together do with the token of segment s.
 template <typename T, typename Geometry, typename Finish>
@@ -46,7 +21,7 @@ __device__ __forceinline__ void take_token(const Compress& call, const Finish& f
   static_assert(kDim == 2 * Finish::kThreads, "every channel has a thread");
   const int channel = thread * 2;
   const int32_t slot = call.slot_of[s], start = call.start_of[s], count = call.count_of[s];
-  Ahead<T, 2> own_k[2], own_gate[2];
+  Values<T, 2, Load::kAhead> own_k[2], own_gate[2];
 #pragma unroll
   for (int lane = 0; lane < 2; ++lane) {
     const int64_t offset = (s * 2 + lane) * kDim + channel;
@@ -66,10 +41,10 @@ __device__ __forceinline__ void take_token(const Compress& call, const Finish& f
   const uint64_t first_b = uint64_t{static_cast<uint32_t>(slot)} * rows_b * kDim + channel;
   float *ka = call.ka + first_a, *za = call.za + first_a, *kb = call.kb + first_b, *zb = call.zb + first_b;
 
-  Ahead<float, 2> ape[2];
+  Values<float, 2, Load::kAhead> ape[2];
 #pragma unroll
   for (int lane = 0; lane < 2; ++lane) ape[lane].load(call.ape + (position % kRatio * 2 + lane) * kDim + channel);
-  Ahead<float, 2> k[2 * kRatio - 1], z[2 * kRatio - 1];
+  Values<float, 2, Load::kAhead> k[2 * kRatio - 1], z[2 * kRatio - 1];
   EntryPlace place;
   if (closes) {
     place = call.look_up(slot, position / kRatio);

@@ -11,7 +11,8 @@
 
 namespace dsv4 {
 
-// Rows are summed in groups of eight; the groups' sums are added in neighbouring pairs, and so on. This is the GPU's order.
+// Rows are summed in groups of eight; the groups' sums are added in neighbouring pairs, and so on. This is the GPU's
+// order.
 constexpr size_t kRowsPerSum = 8;
 
 inline Channels add(const Channels& a, const Channels& b) {
@@ -21,7 +22,8 @@ inline Channels add(const Channels& a, const Channels& b) {
 }
 
 // Adds a row's weights e^(z - top), and its weighted k. Without FMA instructions std::fma is a call.
-DSV4_VECTOR_CLONES inline void weigh(const Channels& z, const Channels& k, const Channels& top, Channels* weight, Channels* sum) {
+DSV4_VECTOR_CLONES inline void weigh(const Channels& z, const Channels& k, const Channels& top, Channels* weight,
+                                     Channels* sum) {
   for (size_t i = 0; i < z.size(); ++i) {
     const float e = exp_of_negative(z[i] - top[i]);
     (*weight)[i] += e;

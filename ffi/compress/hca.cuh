@@ -5,21 +5,22 @@
 #include <cooperative_groups.h>
 
 #include "compress/device.cuh"
+#include "compress/finish.cuh"
 
 namespace dsv4 {
 
-struct Hca {
-  static constexpr int kRatio = 128, kLanes = 1, kDim = 512, kRopeDim = 64;
-};
-
 // Long windows: 16 threads with four channels each pool eight rows, 16 such groups a window's 64 channels: a slice.
-constexpr int kSlices = 8, kSliceDim = 64, kQuads = kSliceDim / kChannels, kHcaThreads = 256, kHcaWarps = kHcaThreads / 32;
+constexpr int kSliceDim = 64, kQuads = kSliceDim / kChannels, kHcaThreads = 256, kHcaWarps = kHcaThreads / 32;
 
+template <typename Geometry>
+constexpr int kSlices = Geometry::kDim / kSliceDim;
+
+template <typename Geometry>
 struct HcaScratch {  // less than the 48 KiB a block gets unasked
   float4 slots[kRows * kHcaThreads];
-  float pooled[Hca::kDim];
+  float pooled[Geometry::kDim];
   float top[kHcaWarps][kSliceDim], weights[kHcaWarps][kSliceDim], sums[kHcaWarps][kSliceDim];
-  FinishScratch<4> finish;
+  typename FinishRecordInQuads<typename Geometry::Form>::Scratch finish;
 };
 
 __device__ __forceinline__ Four shuffle_xor(const Four& v, int step) {
@@ -29,22 +30,23 @@ __device__ __forceinline__ Four shuffle_xor(const Four& v, int step) {
   return other;
 }
 
-__device__ __forceinline__ float add_pairs(const float (&x)[kHcaWarps][kSliceDim], int channel) {
-  return ((x[0][channel] + x[1][channel]) + (x[2][channel] + x[3][channel])) +
-         ((x[4][channel] + x[5][channel]) + (x[6][channel] + x[7][channel]));
+__device__ __forceinline__ float add_warps(const float (&x)[kHcaWarps][kSliceDim], int channel) {
+  float of_warps[kHcaWarps];
+#pragma unroll
+  for (int w = 0; w < kHcaWarps; ++w) of_warps[w] = x[w][channel];
+  return add_pairs(of_warps);
 }
 
 // Pools 64 channels of a window and hands them to store(channel within the slice, value), in the first 64 threads. All
 // threads have read what they need of the tail when it returns.
-template <typename T, Source kSource, typename Store>
-__device__ __forceinline__ void pool_slice(const Compress& call, int64_t s, const Segment& segment, int64_t entry,
-                                           int slice, const Four& own_k, const Four& own_z, HcaScratch* scratch,
-                                           const Store& store) {
+template <typename T, typename Geometry, Source kSource, typename Store>
+__device__ __forceinline__ void pool_slice(const Compress& call, const WindowOf& window, int slice, const OwnToken& own,
+                                           HcaScratch<Geometry>* scratch, const Store& store) {
   const int thread = threadIdx.x, warp = thread / 32, quad = thread % kQuads, first = thread / kQuads * kRows;
   const int channel = slice * kSliceDim + quad * kChannels;
-  EightRows<T, Hca, kHcaThreads, kSource> rows;
+  EightRows<T, Geometry, kHcaThreads, kSource> rows;
   rows.k = scratch->slots + thread;
-  rows.load(call, s, segment, entry, first, channel, own_k, own_z);
+  rows.load(call, window, first, channel, own);
   Four top = largest(rows);
   const Four other_top = shuffle_xor(top, kQuads);
 #pragma unroll
@@ -67,58 +69,62 @@ __device__ __forceinline__ void pool_slice(const Compress& call, int64_t s, cons
     store_four(&scratch->sums[warp][quad * kChannels], sums);
   }
   __syncthreads();
-  if (thread < kSliceDim) store(thread, divide(add_pairs(scratch->sums, thread), add_pairs(scratch->weights, thread)));
+  if (thread < kSliceDim) store(thread, divide(add_warps(scratch->sums, thread), add_warps(scratch->weights, thread)));
 }
 
 // Writes a slice of the segment's newest tokens into the tail.
-template <typename T, bool kOneToken>
-__device__ __forceinline__ void store_slice(const Compress& call, int64_t s, const Segment& segment, int slice,
-                                            const Four& own_k, const Four& own_z) {
+template <typename T, typename Geometry, bool kOneToken>
+__device__ __forceinline__ void store_slice(const Compress& call, const WindowOf& window, int slice,
+                                            const OwnToken& own) {
+  const Segment& segment = window.segment;
   const int channel = slice * kSliceDim + static_cast<int>(threadIdx.x) % kQuads * kChannels;
   const int group = threadIdx.x / kQuads;
-  if (!kOneToken) return store_tail_lane<T, Hca>(call, s, segment, 0, channel, group, kHcaThreads / kQuads);
+  if (!kOneToken) return store_tail_lane<T, Geometry>(call, window, 0, channel, group, kHcaThreads / kQuads);
   if (group != kHcaThreads / kQuads - 1) return;  // those that hold the token
   const int64_t offset = call.tail_offset(segment.slot, segment.start, 0) + channel;
-  store_four(call.ka + offset, own_k);
-  store_four(call.za + offset, own_z);
+  store_four(call.ka + offset, own.k);
+  store_four(call.za + offset, own.z);
 }
 
 // With kCluster the eight slices of a window are the eight blocks of a cluster, and the first finishes the entry;
 // without, one block does them one after another.
-template <typename T, bool kOneToken, bool kCluster>
+template <typename T, typename Geometry, bool kOneToken, bool kCluster>
 __device__ __forceinline__ void take_slices(const Compress& call, const RecordRows& record, uint32_t shares,
-                                            HcaScratch* scratch) {
+                                            HcaScratch<Geometry>* scratch) {
+  using Finish = FinishRecordInQuads<typename Geometry::Form>;
+  constexpr int kSlices = dsv4::kSlices<Geometry>;
   const uint32_t worker = kCluster ? blockIdx.x / kSlices : blockIdx.x;
   const int first_slice = kCluster ? blockIdx.x % kSlices : 0, last_slice = kCluster ? first_slice + 1 : kSlices;
   const int64_t s = kOneToken ? worker : worker / shares;
   const int window = static_cast<int>(worker - static_cast<uint32_t>(s) * shares);  // the first also has the tail
   const bool holds_own = kOneToken && threadIdx.x >= kHcaThreads - kQuads;
-  FreshLane<T> own;
+  FreshLane<T> fresh;
   const auto load_own = [&](int slice) {
-    if (holds_own) own.load(call, s, 1, 0, Hca::kDim, slice * kSliceDim + threadIdx.x % kQuads * kChannels);
+    if (holds_own) fresh.load(call, s, 1, 0, Geometry::kDim, slice * kSliceDim + threadIdx.x % kQuads * kChannels);
   };
   if (kCluster) load_own(first_slice);
   const Segment segment = call.segment(s);
   const int64_t entry = call.first_entry(segment) + window;
+  const WindowOf at = {s, segment, entry};
   const bool closes = segment.count > 0 && call.closes(segment, entry);
   if (segment.count == 0 || (!closes && window > 0)) return;
 
 #if __CUDA_ARCH__ >= 900
-  if (kCluster && closes) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  if (kCluster && closes) ptx::cluster_arrive_relaxed();
 #endif
-  Four own_k = {}, own_z = {};
+  OwnToken own = {};
 #pragma unroll 1
   for (int slice = first_slice; slice < last_slice; ++slice) {
     if (!kCluster) load_own(slice);
     if (holds_own) {
-      own_k = own.k();
-      own_z = own.z(ape_of<Hca>(call, segment.start, 0, slice * kSliceDim + threadIdx.x % kQuads * kChannels));
+      own.k = fresh.k();
+      own.z = fresh.z(ape_of<Geometry>(call, segment.start, 0, slice * kSliceDim + threadIdx.x % kQuads * kChannels));
     }
     const auto store = [&](int channel, float value) {
       float* to = &scratch->pooled[slice * kSliceDim + channel];
 #if __CUDA_ARCH__ >= 900
       if (kCluster) {
-        asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // the first block has started
+        ptx::cluster_wait();  // the first block has started
         to = cooperative_groups::this_cluster().map_shared_rank(to, 0);
       }
 #endif
@@ -126,45 +132,47 @@ __device__ __forceinline__ void take_slices(const Compress& call, const RecordRo
     };
     if (closes) {
       if (kOneToken) {
-        pool_slice<T, Source::kTailAndOwn>(call, s, segment, entry, slice, own_k, own_z, scratch, store);
+        pool_slice<T, Geometry, Source::kTailAndOwn>(call, at, slice, own, scratch, store);
       } else if (window > 0) {
-        pool_slice<T, Source::kTokens>(call, s, segment, entry, slice, own_k, own_z, scratch, store);
+        pool_slice<T, Geometry, Source::kTokens>(call, at, slice, own, scratch, store);
       } else {
-        pool_slice<T, Source::kMixed>(call, s, segment, entry, slice, own_k, own_z, scratch, store);
+        pool_slice<T, Geometry, Source::kMixed>(call, at, slice, own, scratch, store);
       }
 #if __CUDA_ARCH__ >= 900
-      if (kCluster && threadIdx.x >= kSliceDim) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+      if (kCluster && threadIdx.x >= kSliceDim) ptx::cluster_wait();
 #endif
     }
     // In a cluster the pooled channels go first: the barrier would wait for the tail's writes too.
-    if (window == 0 && !(kCluster && closes)) store_slice<T, kOneToken>(call, s, segment, slice, own_k, own_z);
+    if (window == 0 && !(kCluster && closes)) store_slice<T, Geometry, kOneToken>(call, at, slice, own);
   }
   if (!closes) return;
-  EntryConstants constants;
+  typename Finish::Constants constants;
   int64_t row = -1;
-  const bool finishes = first_slice == 0 && threadIdx.x < 128;
+  const bool finishes = first_slice == 0 && threadIdx.x < Finish::kThreads;
   if (finishes) {
-    constants.load<Hca::kDim, Hca::kRopeDim>(call, s * call.windows + window, threadIdx.x);
+    Finish::load(call, s * call.windows + window, threadIdx.x, &constants);
     row = call.entry_row(segment.slot, entry);
   }
 #if __CUDA_ARCH__ >= 900
   if (kCluster) {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    if (window == 0) store_slice<T, kOneToken>(call, s, segment, first_slice, own_k, own_z);
+    ptx::cluster_arrive();
+    if (window == 0) store_slice<T, Geometry, kOneToken>(call, at, first_slice, own);
     if (first_slice != 0) return;
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    ptx::cluster_wait();
   }
 #endif
   __syncthreads();
-  if (!finishes) return;
-  Four v = load_four(&scratch->pooled[threadIdx.x * kChannels]);
-  normalise<Hca::kDim, Hca::kRopeDim>(call, constants, threadIdx.x, &v, &scratch->finish);
-  if (row >= 0) write_record(record, row, threadIdx.x, v, &scratch->finish);
+  if (!finishes || row < 0) return;
+  const Four pooled = load_four(&scratch->pooled[threadIdx.x * kChannels]);
+  Finish{record}(call, constants, row, threadIdx.x, pooled.x, &scratch->finish);
 }
 
 // How a kernel is launched in which the first blocks take windows, all slices of one in a cluster where there are
 // clusters, and `others` blocks do something else.
+template <typename Geometry>
 struct SlicesLaunch {
+  static constexpr int kSlices = dsv4::kSlices<Geometry>;
+  static_assert(kSlices <= 8, "the blocks of a portable cluster");
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute = {};
   int has_clusters = 0;
@@ -181,7 +189,7 @@ struct SlicesLaunch {
     config.gridDim = static_cast<unsigned>(window_blocks + (others + of_cluster - 1) / of_cluster * of_cluster);
     config.blockDim = kHcaThreads;
     config.stream = stream;
-    config.dynamicSmemBytes = sizeof(HcaScratch);
+    config.dynamicSmemBytes = sizeof(HcaScratch<Geometry>);
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = kSlices;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;

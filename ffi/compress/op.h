@@ -1,9 +1,11 @@
-// compress and compress_indexer: what their handlers share. Contract and jax.numpy form: dsv4_jax/ops/write/compress.py.
+// compress and compress_indexer: what their handlers share. Contract and jax.numpy form:
+// dsv4_jax/ops/write/compress.py.
 //
 // A segment brings the tokens of consecutive positions of one slot. Its windows that close become entries; a window's
-// rows with a position below the segment's start lie in the tail, the others among the segment's tokens. The tokens that
-// are the slot's newest go into the tail, over rows that the first windows may need: whoever writes a segment's tail
-// has read those windows before. They are the segment's first head_windows, because a tail reaches back no further.
+// rows with a position below the segment's start lie in the tail, the others among the segment's tokens. The tokens
+// that are the slot's newest go into the tail, over rows that the first windows may need: whoever writes a segment's
+// tail has read those windows before. They are the segment's first head_windows, because a tail reaches back no
+// further.
 //
 // A full tail holds k and z of tokens, a running tail the sums of the window's softmax after each of its newest tokens.
 #ifndef DSV4_COMPRESS_OP_H_
@@ -13,7 +15,7 @@
 
 #include "common/operands.h"
 #include "formats/float_bits.h"
-#include "formats/record_rows.h"
+#include "formats/stored_operands.h"
 #include "math/modulo.h"
 #include "math/running_sums.h"
 
@@ -31,8 +33,8 @@ struct EntryPlace {
 };
 
 struct Compress {
-  // What the token of a decode step needs comes first and in that order: a kernel fetches its parameters as it reads them,
-  // some 64 bytes at a time.
+  // What the token of a decode step needs comes first and in that order: a kernel fetches its parameters as it reads
+  // them, some 64 bytes at a time.
   const int32_t* slot_of;   // (S)
   const int32_t* start_of;  // (S)
   const int32_t* count_of;  // (S)
@@ -41,18 +43,19 @@ struct Compress {
   const float* norm;        // (dim)
   const float* cos;         // (S, windows, rope_dim / 2) at the first position of each window that may close
   const float* sin;
-  const float* ape;             // (ratio, lanes, dim)
-  int64_t slots;                // R
-  int64_t rows_a, rows_b;       // of the tail; rows_a: those of a running tail too
-  Modulo modulo_a, modulo_b;    // rows_a, rows_b
-  float *ka, *za, *kb, *zb;     // (R, rows, dim) of this layer; kb and zb null with one lane, all with a running tail
-  float* sums;                  // (R, rows, kRunningSums, dim) of this layer; null with a full tail
-  const int32_t* table;         // (R, columns)
-  int64_t columns, per_block;   // per_block: entries a block holds
-  Modulo modulo_block;          // per_block
-  int64_t blocks;               // N
+  const float* ape;            // (ratio, lanes, dim)
+  int64_t slots;               // R
+  int64_t rows_a, rows_b;      // of the tail; rows_a: those of a running tail too
+  Modulo modulo_a, modulo_b;   // rows_a, rows_b
+  float *ka, *za, *kb, *zb;    // (R, rows, dim) of this layer; kb and zb null with one lane, all with a running tail
+  float* sums;                 // (R, rows, kRunningSums, dim) of this layer; null with a full tail
+  const int32_t* table;        // (R, columns)
+  int64_t columns, per_block;  // per_block: entries a block holds
+  Modulo modulo_block;         // per_block
+  int64_t blocks;              // N
   float eps;
-  const int32_t* token_of;      // (S, C)
+  bool kv_is_float;                          // and gate
+  const int32_t* token_of;                   // (S, C)
   int64_t tokens, segments, width, windows;  // T, S, C, windows a segment
   int64_t ratio, lanes, dim, rope_dim;
   Modulo modulo_ratio;  // ratio
@@ -91,13 +94,6 @@ struct Compress {
   }
 };
 
-struct KeyRows {
-  uint8_t* keys;   // (N * E, dim / 2) E2M1 pairs
-  uint8_t* scale;  // (N * E, dim / group)
-  int64_t group;   // 16: E4M3 scales, 32: powers of two
-  bool rotate;     // by the Hadamard matrix
-};
-
 // Windows that may need the tail: a window's first rows, and with overlap those of the window after it.
 inline int64_t head_windows(const Compress& call) { return call.lanes; }
 
@@ -106,10 +102,9 @@ inline int64_t workers_per_segment(const Compress& call) {
   return std::max<int64_t>(1, call.windows - head_windows(call) + 1);
 }
 
-// Takes the operands after the pool's: ka, za, [kb, zb] or sums, kv, gate, ape, norm, cos, sin, slots, starts, counts, tokens,
-// table. blocks and per_block come from the pool.
-inline void take_compress(Operands& operands, int64_t layer, int64_t layers, float eps, Compress* call,
-                          bool* kv_is_float) {
+// Takes the operands after the pool's: ka, za, [kb, zb] or sums, kv, gate, ape, norm, cos, sin, slots, starts, counts,
+// tokens, table. blocks and per_block come from the pool.
+inline void take_compress(Operands& operands, int64_t layer, int64_t layers, float eps, Compress* call) {
   const auto f32 = {ffi::DataType::F32}, s32 = {ffi::DataType::S32};
   const auto float_or_bf16 = {ffi::DataType::F32, ffi::DataType::BF16};
   const size_t after_tails = operands.left() - 11;
@@ -121,7 +116,8 @@ inline void take_compress(Operands& operands, int64_t layer, int64_t layers, flo
   const Operands::Shape a = operands.shape_of_next(), b = operands.shape_of_next(2);
   const Operands::Shape kv = operands.shape_of_next(after_tails), ape = operands.shape_of_next(after_tails + 2);
   const Operands::Shape cos = operands.shape_of_next(after_tails + 4);
-  const Operands::Shape token = operands.shape_of_next(after_tails + 9), table = operands.shape_of_next(after_tails + 10);
+  const Operands::Shape token = operands.shape_of_next(after_tails + 9),
+                        table = operands.shape_of_next(after_tails + 10);
   if (running ? a.size() != 5 : a.size() != 4 || (call->lanes == 2 && b.size() != 4)) {
     return operands.fail("tails of another rank", "(L, R, rows, d), or (L, R, rows, 5, d) running");
   }
@@ -150,7 +146,7 @@ inline void take_compress(Operands& operands, int64_t layer, int64_t layers, flo
   operands.updated();
   call->kv = operands.take("kv", float_or_bf16, {call->tokens, lanes_dim});
   const ffi::DataType dtype = operands.dtype();
-  *kv_is_float = dtype == ffi::DataType::F32;
+  call->kv_is_float = dtype == ffi::DataType::F32;
   call->gate = operands.take("gate", {dtype}, {call->tokens, lanes_dim});
   call->ape = operands.take<float>("ape", f32, {call->ratio, lanes_dim});
   call->norm = operands.take<float>("norm", f32, {call->dim});
@@ -166,17 +162,20 @@ inline void take_compress(Operands& operands, int64_t layer, int64_t layers, flo
   call->modulo_b = Modulo(static_cast<uint32_t>(std::max<int64_t>(call->rows_b, 1)));
   call->modulo_block = Modulo(static_cast<uint32_t>(std::max<int64_t>(call->per_block, 1)));
   call->modulo_ratio = Modulo(static_cast<uint32_t>(std::max<int64_t>(call->ratio, 1)));
-  if (running && call->rows_a < 2) return operands.fail("a running tail of " + std::to_string(call->rows_a) + " rows", "2 at least");
+  if (running && call->rows_a < 2)
+    return operands.fail("a running tail of " + std::to_string(call->rows_a) + " rows", "2 at least");
   if (call->ratio < 1 || (!running && call->rows_a < call->lanes * call->ratio - 1) ||
       (call->lanes == 2 && call->rows_b < call->ratio - 1)) {
     return operands.fail("tails of " + std::to_string(call->rows_a) + " and " + std::to_string(call->rows_b) +
                              " rows for windows of " + std::to_string(call->ratio),
                          "lanes * ratio - 1 and ratio - 1 at least");
   }
-  if (call->rope_dim > call->dim || call->dim % 2) return operands.fail("an odd or too small d", "an even d, RoPE part included");
+  if (call->rope_dim > call->dim || call->dim % 2)
+    return operands.fail("an odd or too small d", "an even d, RoPE part included");
   if (call->width < 1 || call->windows != (call->width - 1) / call->ratio + 1) {
-    return operands.fail(std::to_string(call->windows) + " windows for " + std::to_string(call->width) + " tokens a segment",
-                         "(tokens - 1) / ratio + 1");
+    return operands.fail(
+        std::to_string(call->windows) + " windows for " + std::to_string(call->width) + " tokens a segment",
+        "(tokens - 1) / ratio + 1");
   }
   if (call->width == 1 && call->segments != call->tokens) {
     return operands.fail(std::to_string(call->segments) + " segments of one token", "as many as tokens");
@@ -184,65 +183,33 @@ inline void take_compress(Operands& operands, int64_t layer, int64_t layers, flo
 }
 
 // compress's operands: nope, rope, inv_scale, then take_compress's.
-inline void take_entries(Operands& operands, int64_t layer, float eps, Compress* call, RecordRows* record,
-                         bool* kv_is_float) {
-  const Operands::Shape nope = operands.shape_of_next(), rope = operands.shape_of_next(1);
-  if (nope.size() != 4 || rope.size() != 4) operands.fail("nope or rope of another rank", "(L, N, E, width)");
-  if (operands.ok() && !LayerOf::exists(layer, nope[0])) {
-    operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(nope[0] - 1));
-  }
-  if (!operands.ok()) return;
-  const LayerOf part(layer, nope[0], nope[1]);
-  const int64_t first = part.index * nope[1] * nope[2];
-  const Operands::Shape scale = operands.shape_of_next(2);
-  const bool grouped = scale.size() == 4;
-  record->nope = operands.take<uint8_t>("nope", {ffi::DataType::U8}, nope) + first * nope[3];
-  record->rope = operands.take<BFloat16>("rope", {ffi::DataType::BF16}, {nope[0], nope[1], nope[2], rope[3]}) + first * rope[3];
-  record->inv_scale = nullptr, record->scales = nullptr, record->scale_width = grouped ? scale[3] : 0;
-  if (grouped && (nope[3] % 64 || 64 * scale[3] < nope[3])) {
-    operands.fail("inv_scale " + Operands::text(scale), "one for every 64 of " + std::to_string(nope[3]) + " values");
-  } else if (grouped) {
-    record->scales = operands.take<uint8_t>("inv_scale", {ffi::DataType::U8}, {nope[0], nope[1], nope[2], scale[3]}) + first * scale[3];
-  } else {
-    record->inv_scale = operands.take<float>("inv_scale", {ffi::DataType::F32}, {nope[0], nope[1], nope[2]}) + first;
-  }
-  call->blocks = part.length, call->per_block = nope[2];
-  if (operands.ok()) take_compress(operands, layer, nope[0], eps, call, kv_is_float);
-  if (operands.ok() && (call->dim != nope[3] + rope[3] || call->rope_dim != rope[3])) {
-    operands.fail("records of " + std::to_string(nope[3]) + " + " + std::to_string(rope[3]) + " values for d " +
-                      std::to_string(call->dim) + " with " + std::to_string(call->rope_dim) + " rotated",
+inline void take_entries(Operands& operands, int64_t layer, float eps, Compress* call, RecordRows* record) {
+  const StoredAs at = take_record_rows(operands, layer, record);
+  call->blocks = at.count, call->per_block = at.length;
+  if (operands.ok()) take_compress(operands, layer, at.layers, eps, call);
+  if (operands.ok() && (call->dim != record->width() || call->rope_dim != record->rope_width)) {
+    operands.fail("records of " + std::to_string(record->nope_width) + " + " + std::to_string(record->rope_width) +
+                      " values for d " + std::to_string(call->dim) + " with " + std::to_string(call->rope_dim) +
+                      " rotated",
                   "the same widths");
   }
 }
 
 inline ffi::Error bind_compress(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, float eps,
-                                Compress* call, RecordRows* record, bool* kv_is_float) {
+                                Compress* call, RecordRows* record) {
   Operands operands("compress", args);
-  take_entries(operands, layer, eps, call, record, kv_is_float);
+  take_entries(operands, layer, eps, call, record);
   return operands.ok() ? operands.expect_in_place(results) : operands.error();
 }
 
 // compress_indexer's operands: keys, scale, then take_compress's.
-inline void take_keys(Operands& operands, int64_t layer, float eps, bool rotate, Compress* call, KeyRows* keys,
-                      bool* kv_is_float) {
-  const Operands::Shape codes = operands.shape_of_next(), scale = operands.shape_of_next(1);
-  if (codes.size() != 4 || scale.size() != 4) operands.fail("keys or scale of another rank", "(L, N, E, width)");
-  if (operands.ok() && !LayerOf::exists(layer, codes[0])) {
-    operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(codes[0] - 1));
-  }
-  if (operands.ok() && (scale[3] < 1 || (scale[3] != codes[3] / 8 && scale[3] != codes[3] / 16))) {
-    operands.fail(std::to_string(scale[3]) + " scales for " + std::to_string(2 * codes[3]) + " values", "one per 16 or 32");
-  }
-  if (!operands.ok()) return;
-  const LayerOf part(layer, codes[0], codes[1]);
-  const int64_t first = part.index * codes[1] * codes[2];
-  *keys = {operands.take<uint8_t>("keys", {ffi::DataType::U8}, codes) + first * codes[3],
-           operands.take<uint8_t>("scale", {ffi::DataType::U8}, {codes[0], codes[1], codes[2], scale[3]}) + first * scale[3],
-           2 * codes[3] / scale[3], rotate};
-  call->blocks = part.length, call->per_block = codes[2];
-  if (operands.ok()) take_compress(operands, layer, codes[0], eps, call, kv_is_float);
-  if (operands.ok() && (call->dim != 2 * codes[3] || call->dim % keys->group)) {
-    operands.fail("keys of " + std::to_string(2 * codes[3]) + " values for d " + std::to_string(call->dim), "the same");
+inline void take_keys(Operands& operands, int64_t layer, float eps, bool rotate, Compress* call, KeyRows* keys) {
+  const StoredAs at = take_key_rows(operands, layer, keys);
+  keys->rotate = rotate;
+  call->blocks = at.count, call->per_block = at.length;
+  if (operands.ok()) take_compress(operands, layer, at.layers, eps, call);
+  if (operands.ok() && (call->dim != keys->dim || call->dim % keys->group)) {
+    operands.fail("keys of " + std::to_string(keys->dim) + " values for d " + std::to_string(call->dim), "the same");
   }
   if (operands.ok() && rotate && (call->dim & (call->dim - 1))) {
     operands.fail("d " + std::to_string(call->dim) + " to rotate", "a power of two");
@@ -250,9 +217,9 @@ inline void take_keys(Operands& operands, int64_t layer, float eps, bool rotate,
 }
 
 inline ffi::Error bind_compress_indexer(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, float eps,
-                                        bool rotate, Compress* call, KeyRows* keys, bool* kv_is_float) {
+                                        bool rotate, Compress* call, KeyRows* keys) {
   Operands operands("compress_indexer", args);
-  take_keys(operands, layer, eps, rotate, call, keys, kv_is_float);
+  take_keys(operands, layer, eps, rotate, call, keys);
   return operands.ok() ? operands.expect_in_place(results) : operands.error();
 }
 

@@ -2,21 +2,17 @@
 #ifndef DSV4_COMPRESS_SUPPORTED_H_
 #define DSV4_COMPRESS_SUPPORTED_H_
 
-#include "compress/hca.cuh"
+#include <string>
+
+#include "compress/geometry.cuh"
+#include "compress/op.h"
 
 namespace dsv4 {
-
-struct Csa {
-  static constexpr int kRatio = 4, kLanes = 2, kDim = 512, kRopeDim = 64;
-};
-struct CsaIndexer {
-  static constexpr int kRatio = 4, kLanes = 2, kDim = 128, kRopeDim = 64;
-};
 
 template <typename Geometry>
 inline bool is(const Compress& call) {
   return call.ratio == Geometry::kRatio && call.lanes == Geometry::kLanes && call.dim == Geometry::kDim &&
-         call.rope_dim == Geometry::kRopeDim;
+         call.rope_dim == Geometry::Form::kRope;
 }
 
 inline ffi::Error unsupported(const char* op, const Compress& call, const char* supported) {
@@ -29,11 +25,7 @@ inline ffi::Error supported_entries(const char* op, const Compress& call, const 
   if (!is<Csa>(call) && !is<Hca>(call)) {
     return unsupported(op, call, "ratio 4 with 2 lanes or ratio 128 with 1, of 512, 64 rotated");
   }
-  if (record.scales && record.scale_width != 8) {
-    return ffi::Error::InvalidArgument(std::string(op) + ": got " + std::to_string(record.scale_width) +
-                                       " scales a record; expected 8 on CUDA.");
-  }
-  return ffi::Error::Success();
+  return supported_record<V4Record>(op, record);
 }
 
 inline ffi::Error supported_keys(const char* op, const Compress& call) {

@@ -44,7 +44,8 @@ class CompressWorker {
   // RMSNorm, and RoPE at the first position of the window.
   void normalise(int64_t s, int64_t window) {
     const int64_t pair = (s * call_.windows + window) * (call_.rope_dim / 2);
-    rms_norm_rope_(pooled_.data(), call_.dim, call_.rope_dim, call_.norm, call_.cos + pair, call_.sin + pair, call_.eps);
+    rms_norm_rope_(pooled_.data(), call_.dim, call_.rope_dim, call_.norm, call_.cos + pair, call_.sin + pair,
+                   call_.eps);
   }
 
   const Compress& call_;

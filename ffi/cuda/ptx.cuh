@@ -119,6 +119,21 @@ __device__ __forceinline__ void prefetch_l2(const void* at) {
 // Ordinary accesses of shared memory before it come before those of copies and matrix products after it.
 __device__ __forceinline__ void fence_shared_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Loads of 2, 4 or 8 bytes that are read once and not kept in the cache; they stay ahead of the branches behind them.
+template <int kBytes>
+__device__ __forceinline__ void load_ahead(const void* from, uint32_t (&words)[(kBytes + 3) / 4]) {
+  if constexpr (kBytes == 2) {
+    uint16_t half;
+    asm volatile("ld.global.cs.u16 %0, [%1];" : "=h"(half) : "l"(from));
+    words[0] = half;
+  } else if constexpr (kBytes == 4) {
+    asm volatile("ld.global.cs.u32 %0, [%1];" : "=r"(words[0]) : "l"(from));
+  } else {
+    static_assert(kBytes == 8, "what a load can bring");
+    asm volatile("ld.global.cs.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from));
+  }
+}
+
 // Loads four matrices of 8 by 16 bytes; a lane names the place of row (lane % 8) of matrix (lane / 8).
 __device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&x)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -145,6 +160,22 @@ __device__ __forceinline__ float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float inverse_sqrt_fast(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The larger value; NaN if one is NaN.
+__device__ __forceinline__ float larger(float a, float b) {
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
 // Both as E4M3 codes, `low` in the low byte.
 __device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
   uint16_t codes;  // cvt puts its first operand into the upper byte
@@ -156,6 +187,11 @@ __device__ __forceinline__ uint32_t halves_of_e4m3(uint32_t codes) {
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(codes)));
   return halves;
+}
+__device__ __forceinline__ void floats_of_halves(uint32_t halves, float* low, float* high) {
+  asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+      : "=f"(*low), "=f"(*high)
+      : "r"(halves));
 }
 __device__ __forceinline__ uint32_t half_pair(float low, float high) {
   uint32_t pair;
@@ -183,6 +219,14 @@ __device__ __forceinline__ uint32_t multiply_halves(uint32_t a, uint32_t b) {
 __device__ __forceinline__ void product_of_warp(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void product_of_warp_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -241,6 +285,12 @@ __device__ __forceinline__ void more_registers() {
 
 // Clusters.
 
+// One in two parts; all threads of a warp call them together. A relaxed arrival orders no memory.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -248,6 +298,12 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t rank) 
   uint32_t mapped;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
+}
+// Stores into the shared memory of a block of the cluster; the barrier there counts the four bytes.
+__device__ __forceinline__ void store_remote(uint32_t to, float value, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+               "r"(__float_as_uint(value)), "r"(barrier)
+               : "memory");
 }
 // Volatile, so that they stay behind cluster_sync; nothing else keeps them in order.
 __device__ __forceinline__ float load_remote(uint32_t address) {

@@ -1,5 +1,5 @@
-// Stored codes as the floats they stand for, on the host and on the device: dsv4_jax/ops/formats/fp8.py, ue8m0.py and fp4.py
-// bit for bit, but for the sign and the payload of a NaN.
+// Stored codes as the floats they stand for, on the host and on the device: dsv4_jax/ops/formats/fp8.py, ue8m0.py and
+// fp4.py bit for bit, but for the sign and the payload of a NaN.
 #ifndef DSV4_FORMATS_DEQUANTISE_H_
 #define DSV4_FORMATS_DEQUANTISE_H_
 
@@ -23,9 +23,7 @@ DSV4_HOST_DEVICE float e4m3_value(uint32_t code) {
 }
 
 // 2^(byte - 127), NaN for 0xff. Byte 0 does not arise from quantising.
-DSV4_HOST_DEVICE float e8m0_value(uint32_t byte) {
-  return float_of(byte == kE8M0NaN ? kFloatNaN : byte << 23);
-}
+DSV4_HOST_DEVICE float e8m0_value(uint32_t byte) { return float_of(byte == kE8M0NaN ? kFloatNaN : byte << 23); }
 
 // The value of an E2M1 code in the low four bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives.
 DSV4_HOST_DEVICE float e2m1_value(uint32_t code) {

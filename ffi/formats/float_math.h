@@ -9,6 +9,10 @@
 
 #include "formats/float_bits.h"
 
+#ifdef __CUDACC__
+#include "cuda/ptx.cuh"
+#endif
+
 namespace dsv4 {
 
 DSV4_HOST_DEVICE float fused(float a, float b, float c) {
@@ -22,9 +26,7 @@ DSV4_HOST_DEVICE float fused(float a, float b, float c) {
 // The larger value; NaN if one is NaN.
 DSV4_HOST_DEVICE float larger(float a, float b) {
 #ifdef __CUDA_ARCH__
-  float c;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-  return c;
+  return ptx::larger(a, b);
 #else
   return a > b || a != a ? a : b;
 #endif

@@ -16,7 +16,8 @@ constexpr uint32_t kE2M1NaN = 7;  // the code of every value in a group whose sc
 // The float32 value of a finite E4M3 code.
 DSV4_HOST_DEVICE float from_e4m3(uint32_t code) {
   const uint32_t magnitude = code & 0x7Fu;
-  const float value = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f : float_of((magnitude << 20) + (120u << 23));
+  const float value =
+      magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f : float_of((magnitude << 20) + (120u << 23));
   return code & 0x80u ? -value : value;
 }
 

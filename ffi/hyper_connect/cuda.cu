@@ -7,6 +7,23 @@
 #include "hyper_connect/kernel.cuh"
 
 namespace dsv4 {
+
+struct HyperConnectAttributes {
+  int64_t update_parts;  // operands of an update: 0, 3 or 4
+  int64_t head;          // 1: of the head
+  int64_t iterations;    // of Sinkhorn's
+  float hc_eps, rms_eps;
+};
+
+}  // namespace dsv4
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(dsv4::HyperConnectAttributes, xla::ffi::StructMember<int64_t>("update_parts"),
+                                      xla::ffi::StructMember<int64_t>("head"),
+                                      xla::ffi::StructMember<int64_t>("iterations"),
+                                      xla::ffi::StructMember<float>("hc_eps"),
+                                      xla::ffi::StructMember<float>("rms_eps"));
+
+namespace dsv4 {
 namespace {
 
 namespace kernels = hyper_connect;
@@ -41,7 +58,9 @@ T* result_data(ffi::RemainingRets results, size_t at, size_t count, Operands& op
 // added to the output (T, d); fn, base, scale, norm (d).
 // Results: with an update the new streams; x (T, d); but of the head post and comb.
 ffi::Error hyper_connect_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results,
-                                   int64_t update_parts, int64_t head, int64_t iterations, float hc_eps, float rms_eps) {
+                                   const HyperConnectAttributes& attributes) {
+  const int64_t update_parts = attributes.update_parts;
+  const bool head = attributes.head != 0;
   Operands operands("hyper_connect", args);
   const Operands::Shape shape = operands.shape_of_next();
   if (shape.size() != 3 || shape[1] != kernels::kStreams || shape[2] % 512 ||
@@ -74,7 +93,8 @@ ffi::Error hyper_connect_on_device(cudaStream_t stream, ffi::RemainingArgs args,
   if (!operands.ok()) return operands.error();
   if (!tokens) return ffi::Error::Success();
   call.tokens = static_cast<int>(tokens), call.dim = static_cast<int>(dim);
-  call.rows = static_cast<int>(rows), call.iterations = static_cast<int>(iterations), call.hc_eps = hc_eps, call.rms_eps = rms_eps;
+  call.rows = static_cast<int>(rows), call.iterations = static_cast<int>(attributes.iterations);
+  call.hc_eps = attributes.hc_eps, call.rms_eps = attributes.rms_eps;
   call.of_values = 1.0f / static_cast<float>(n * dim), call.of_columns = 1.0f / static_cast<float>(dim);
   return launched("hyper_connect", run(call, stream));
 }
@@ -88,9 +108,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4HyperConnect, dsv4::hyper_connect_on_device,
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<int64_t>("update_parts")
-                                  .Attr<int64_t>("head")
-                                  .Attr<int64_t>("iterations")
-                                  .Attr<float>("hc_eps")
-                                  .Attr<float>("rms_eps"),
+                                  .Attrs<dsv4::HyperConnectAttributes>(),
                               {xla::ffi::Traits::kCmdBufferCompatible});

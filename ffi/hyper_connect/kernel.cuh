@@ -2,9 +2,9 @@
 // coefficients, and what the next part of the layer reads, normed. Contract: dsv4_jax/ops/nn/hyper_connect.py.
 //
 // Every block of the cluster has a sixteenth of each stream's columns, and of `fn`, which is copied while the update is
-// computed. What is summed over all columns, the products with `fn` and then the squares, each block sends to all others
-// through distributed shared memory, where a barrier counts the bytes. Loops are not unrolled further than they must be:
-// a step runs this code once, and fetches it from memory as it runs.
+// computed. What is summed over all columns, the products with `fn` and then the squares, each block sends to all
+// others through distributed shared memory, where a barrier counts the bytes. Loops are not unrolled further than they
+// must be: a step runs this code once, and fetches it from memory as it runs.
 #ifndef DSV4_HYPER_CONNECT_KERNEL_CUH_
 #define DSV4_HYPER_CONNECT_KERNEL_CUH_
 
@@ -21,7 +21,7 @@ namespace hyper_connect {
 constexpr int kStreams = 4;
 constexpr int kCluster = 16;
 constexpr int kWarp = 32;
-constexpr int kLeastColumns = 224;                  // of a stream in a block; as many threads work on them
+constexpr int kLeastColumns = 224;  // of a stream in a block; as many threads work on them
 constexpr int kMostColumns = 448;
 constexpr int kMostThreads = kMostColumns + kWarp;  // one warp more for copies and the mixing matrices
 constexpr int kMixes = kStreams * (2 + kStreams);   // coefficients of a token before they are activated
@@ -64,31 +64,17 @@ __device__ inline float dot(float4 a, float4 b, float sum) {
   return fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, sum))));
 }
 
-__device__ inline float reciprocal(float v) {
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
-}
-
-__device__ inline float reciprocal_root(float v) {
-  float result;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
-}
-
 // Stores into the shared memory of a block of the cluster; its barrier counts the four bytes.
 __device__ inline void send(const float* to, uint64_t* barrier, float value, int rank) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                   ptx::address_in(ptx::shared_address(to), rank)),
-               "r"(__float_as_uint(value)), "r"(ptx::address_in(ptx::shared_address(barrier), rank))
-               : "memory");
+  ptx::store_remote(ptx::address_in(ptx::shared_address(to), rank), value,
+                    ptx::address_in(ptx::shared_address(barrier), rank));
 }
 
 __device__ inline void add(float4& to, float4 v) {
   to = widen(narrow(make_float4(to.x + v.x, to.y + v.y, to.z + v.z, to.w + v.w)));
 }
 
-__device__ inline float sigmoid(float v) { return reciprocal(1.0f + __expf(-v)); }
+__device__ inline float sigmoid(float v) { return ptx::reciprocal_fast(1.0f + __expf(-v)); }
 
 // Sums each of kCount values over a warp; lane i returns the sum of value i / (32 / kCount).
 template <int kCount, int kBit = kWarp / 2>
@@ -117,7 +103,7 @@ __device__ inline void mixing_matrix(const float* logits, int iterations, float 
     const float most = fmaxf(fmaxf(l.x, l.y), fmaxf(l.z, l.w));
     m[j][0] = __expf(l.x - most), m[j][1] = __expf(l.y - most);
     m[j][2] = __expf(l.z - most), m[j][3] = __expf(l.w - most);
-    const float share = reciprocal(m[j][0] + m[j][1] + m[j][2] + m[j][3]);
+    const float share = ptx::reciprocal_fast(m[j][0] + m[j][1] + m[j][2] + m[j][3]);
 #pragma unroll
     for (int k = 0; k < kStreams; ++k) m[j][k] = fmaf(m[j][k], share, eps);
     row[j] = column[j] = 1.0f;
@@ -128,20 +114,19 @@ __device__ inline void mixing_matrix(const float* logits, int iterations, float 
 #pragma unroll
       for (int j = 0; j < kStreams; ++j) {
         const float sum = m[j][0] * column[0] + m[j][1] * column[1] + (m[j][2] * column[2] + m[j][3] * column[3]);
-        row[j] *= reciprocal(row[j] * sum + eps);
+        row[j] *= ptx::reciprocal_fast(row[j] * sum + eps);
       }
     }
 #pragma unroll
     for (int k = 0; k < kStreams; ++k) {
       const float sum = m[0][k] * row[0] + m[1][k] * row[1] + (m[2][k] * row[2] + m[3][k] * row[3]);
-      column[k] *= reciprocal(column[k] * sum + eps);
+      column[k] *= ptx::reciprocal_fast(column[k] * sum + eps);
     }
   }
 #pragma unroll
   for (int j = 0; j < kStreams; ++j)
-    reinterpret_cast<float4*>(result)[j] =
-        make_float4(row[j] * m[j][0] * column[0], row[j] * m[j][1] * column[1], row[j] * m[j][2] * column[2],
-                    row[j] * m[j][3] * column[3]);
+    reinterpret_cast<float4*>(result)[j] = make_float4(row[j] * m[j][0] * column[0], row[j] * m[j][1] * column[1],
+                                                       row[j] * m[j][2] * column[2], row[j] * m[j][3] * column[3]);
 }
 
 // What a block keeps in shared memory besides `fn` and the streams.
@@ -180,7 +165,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
     ptx::barrier_arrive_expect(&sums.squares_arrived, kCluster * kTokens * 4);
   }
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // that all are ready to be sent to
+  ptx::cluster_arrive_relaxed();  // that all are ready to be sent to
 
   if (for_columns) {
     // Four columns of one stream.
@@ -220,7 +205,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
     if constexpr (kStaged) ptx::copies_wait_all();
   }
   __syncthreads();
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  ptx::cluster_wait();
 
   // A warp has three rows of `fn`, and the squares besides.
   if (warp < row_warps) {
@@ -239,8 +224,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
       if (in_stream >= columns / 4) in_stream -= columns / 4, ++stream;
       float4 row[kRowsOfWarp];
 #pragma unroll
-      for (int i = 0; i < kRowsOfWarp; ++i)
-        row[i] = kStaged ? w[i][at] : __ldg(w[i] + at + stream * skipped);
+      for (int i = 0; i < kRowsOfWarp; ++i) row[i] = kStaged ? w[i][at] : __ldg(w[i] + at + stream * skipped);
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         const float4 v = widen(reinterpret_cast<const uint2*>(tile)[t * (values / 4) + at]);
@@ -266,7 +250,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
 #pragma unroll 8
     for (int block = 0; block < kCluster; ++block) mix += sums.of_blocks[block][warp][lane];
     const float squares = __shfl_sync(__activemask(), mix, kSquares);
-    mix *= reciprocal_root(squares * call.of_values + call.rms_eps);
+    mix *= ptx::inverse_sqrt_fast(squares * call.of_values + call.rms_eps);
     if (lane < call.rows) {
       const int part = min(lane / kStreams, 2);
       const float value = fmaf(mix, __ldg(call.scale + part), __ldg(call.base + lane)), sigma = sigmoid(value);
@@ -318,7 +302,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kMostThreads,
     for (int block = 0; block < kCluster; ++block) squares += sums.squares[block][t];
     const float read = __bfloat162float(tile[t * values + thread]);
     call.x[static_cast<int64_t>(first + t) * call.dim + column] =
-        __float2bfloat16_rn(read * reciprocal_root(squares * call.of_columns + call.rms_eps) * weight);
+        __float2bfloat16_rn(read * ptx::inverse_sqrt_fast(squares * call.of_columns + call.rms_eps) * weight);
   }
 }
 

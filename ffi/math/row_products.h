@@ -9,9 +9,9 @@
 
 namespace dsv4 {
 
-constexpr int64_t kRowBlock = 4;      // rows of weights in a call of row_products are a multiple of it
+constexpr int64_t kRowBlock = 4;  // rows of weights in a call of row_products are a multiple of it
 constexpr int64_t kMostRowBlock = 16;
-constexpr int64_t kTokenBlock = 3;    // rows of activations that share a load of them
+constexpr int64_t kTokenBlock = 3;  // rows of activations that share a load of them
 
 // Rows of weights to take at once: of many, so that activations of many tokens are fetched less often.
 inline int64_t rows_at_once(int64_t tokens) { return tokens > 4 ? kMostRowBlock : kRowBlock; }
@@ -49,10 +49,10 @@ DSV4_INTO_CLONES void sum_lanes(const Lanes (&v)[kRowBlock], float (&out)[kRowBl
     const Lanes lanes = v[r];
     half[r] = __builtin_shufflevector(lanes, lanes, 0, 1, 2, 3) + __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7);
   }
-  const Four first = __builtin_shufflevector(half[0], half[1], 0, 4, 1, 5) +
-                     __builtin_shufflevector(half[0], half[1], 2, 6, 3, 7);
-  const Four second = __builtin_shufflevector(half[2], half[3], 0, 4, 1, 5) +
-                      __builtin_shufflevector(half[2], half[3], 2, 6, 3, 7);
+  const Four first =
+      __builtin_shufflevector(half[0], half[1], 0, 4, 1, 5) + __builtin_shufflevector(half[0], half[1], 2, 6, 3, 7);
+  const Four second =
+      __builtin_shufflevector(half[2], half[3], 0, 4, 1, 5) + __builtin_shufflevector(half[2], half[3], 2, 6, 3, 7);
   const Four sums =
       __builtin_shufflevector(first, second, 0, 1, 4, 5) + __builtin_shufflevector(first, second, 2, 3, 6, 7);
   std::memcpy(out, &sums, sizeof(sums));

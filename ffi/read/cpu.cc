@@ -3,9 +3,8 @@
 
 #include "common/export.h"
 #include "common/parallel_for.h"
-#include "common/vector_clones.h"
-#include "formats/dequantise.h"
 #include "formats/key_rows.h"
+#include "read/decode_record.h"
 #include "read/op.h"
 
 namespace dsv4 {
@@ -13,35 +12,10 @@ namespace {
 
 constexpr int64_t kBytesPerChunk = 128 << 10;  // of the result: some 10 us of work
 
-void store(float value, float* out) { *out = value; }
-void store(float value, BFloat16* out) { *out = to_bf16(value); }
-
-DSV4_VECTOR_CLONES void decode_codes(const uint8_t* codes, int64_t n, float scale, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = e4m3_value(codes[i]) * scale;
-}
-
-DSV4_VECTOR_CLONES void decode_codes(const uint8_t* codes, int64_t n, float scale, BFloat16* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(e4m3_value(codes[i]) * scale);
-}
-
-template <typename Out>
-void decode_record(const ReadRecords& call, int64_t row, Out* out) {
-  const uint8_t* codes = call.nope + row * call.nope_width;
-  if (call.scale_width == 0) {
-    decode_codes(codes, call.nope_width, static_cast<const float*>(call.scale)[row], out);
-  } else {
-    const uint8_t* scales = static_cast<const uint8_t*>(call.scale) + row * call.scale_width;
-    for (int64_t i = 0; i < call.nope_width; i += kE8M0Group) {
-      decode_codes(codes + i, kE8M0Group, e8m0_value(scales[i / kE8M0Group]), out + i);
-    }
-  }
-  const BFloat16* rope = call.rope + row * call.rope_width;
-  for (int64_t i = 0; i < call.rope_width; ++i) store(to_float(rope[i]), out + call.nope_width + i);
-}
-
 // decode(row, out) fills one of call.vectors() vectors of `width` values each.
 template <typename Call, typename Rows, typename Out, typename Decode>
-void read_all(ffi::ThreadPool& pool, const Call& call, const Rows& rows, int64_t width, Out* out, const Decode& decode) {
+void read_all(ffi::ThreadPool& pool, const Call& call, const Rows& rows, int64_t width, Out* out,
+              const Decode& decode) {
   const int64_t bytes = std::max<int64_t>(1, width * static_cast<int64_t>(sizeof(Out)));
   parallel_for(pool, call.vectors(), std::max<int64_t>(1, kBytesPerChunk / bytes), [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {
@@ -81,8 +55,9 @@ ffi::Error read_keys(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaini
   EntryRows rows;
   const ffi::Error error = bind_read_keys(args, results, layer, &call, &rows);
   if (error.success()) {
-    read_all(pool, call, rows, call.dim, call.out, [&](int64_t row, float* out) { 
-      decode_key(call.keys + row * (call.dim / 2), call.scale + row * (call.dim / call.group), call.dim, call.group, out);
+    read_all(pool, call, rows, call.dim, call.out, [&](int64_t row, float* out) {
+      decode_key(call.keys + row * (call.dim / 2), call.scale + row * (call.dim / call.group), call.dim, call.group,
+                 out);
     });
   }
   return error;
@@ -91,11 +66,12 @@ ffi::Error read_keys(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaini
 }  // namespace
 }  // namespace dsv4
 
-#define DSV4_DEFINE_READ(symbol, function, ...)                                                                      \
-  DSV4_EXPORT_HANDLER(symbol);                                                                                       \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                                     \
-      symbol, function,                                                                                              \
-      xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("layer") __VA_ARGS__)
+#define DSV4_DEFINE_READ(symbol, function, ...)                                                                \
+  DSV4_EXPORT_HANDLER(symbol);                                                                                 \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                               \
+      symbol, function,                                                                                        \
+      xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("layer") \
+          __VA_ARGS__)
 
 DSV4_DEFINE_READ(Dsv4ReadWindow, dsv4::read_window, .Attr<int64_t>("window"));
 DSV4_DEFINE_READ(Dsv4ReadEntries, dsv4::read_entries, );

@@ -11,6 +11,7 @@
 
 #include "common/operands.h"
 #include "formats/float_bits.h"
+#include "formats/stored_operands.h"
 
 namespace dsv4 {
 
@@ -55,12 +56,12 @@ struct EntryRows {
 
 // One layer's records, and the vectors that come of them.
 struct ReadRecords {
-  int64_t requests, per_request;    // S, K
+  int64_t requests, per_request;                // S, K
   int64_t nope_width, rope_width, scale_width;  // scale_width 0: one float a record
-  const uint8_t* nope;    // rows of nope_width E4M3
-  const BFloat16* rope;   // rows of rope_width
-  const void* scale;      // float, or rows of scale_width E8M0
-  void* out;              // (S, K, nope_width + rope_width) float or BFloat16
+  const uint8_t* nope;                          // rows of nope_width E4M3
+  const BFloat16* rope;                         // rows of rope_width
+  const void* scale;                            // float, or rows of scale_width E8M0
+  void* out;                                    // (S, K, nope_width + rope_width) float or BFloat16
   bool out_is_float;
 
   DSV4_HOST_DEVICE int64_t vectors() const { return requests * per_request; }
@@ -69,9 +70,9 @@ struct ReadRecords {
 // One layer's FP4 keys, and the vectors that come of them.
 struct ReadKeys {
   int64_t requests, per_request, dim, group;  // group: values that share a scale, 16: E4M3, 32: E8M0
-  const uint8_t* keys;   // rows of dim / 2
-  const uint8_t* scale;  // rows of dim / group
-  float* out;            // (S, K, dim)
+  const uint8_t* keys;                        // rows of dim / 2
+  const uint8_t* scale;                       // rows of dim / group
+  float* out;                                 // (S, K, dim)
 
   DSV4_HOST_DEVICE int64_t vectors() const { return requests * per_request; }
 };
@@ -83,42 +84,23 @@ inline void* take_result(ffi::RemainingRets results, const Operands::Shape& expe
   if (!result.has_value()) return operands.fail("no result", "one"), nullptr;
   const auto dims = (*result)->dimensions();
   *is_float = (*result)->element_type() == ffi::DataType::F32;
-  if (Operands::Shape(dims.begin(), dims.end()) != expected) operands.fail("a result of another shape", Operands::text(expected));
+  if (Operands::Shape(dims.begin(), dims.end()) != expected)
+    operands.fail("a result of another shape", Operands::text(expected));
   if (!*is_float && (*result)->element_type() != ffi::DataType::BF16) {
     operands.fail("a result of another dtype", "bfloat16 or float32");
   }
   return (*result)->untyped_data();
 }
 
-// Takes nope, rope and inv_scale, arrays (L, R, W, ...) or (L, N, E, ...), and points `call` at the layer; answers with the
-// shape of nope, whose second size are the layer's slots or blocks.
+// Takes nope, rope and inv_scale, arrays (L, R, W, ...) or (L, N, E, ...), and points `call` at the layer; answers with
+// the shape of nope, whose second size are the layer's slots or blocks.
 inline Operands::Shape take_records(Operands& operands, int64_t layer, ReadRecords* call) {
-  Operands::Shape nope = operands.shape_of_next();
-  const Operands::Shape rope = operands.shape_of_next(1), scale = operands.shape_of_next(2);
-  if (nope.size() != 4 || rope.size() != 4) return operands.fail("nope or rope of another rank", "4 axes"), nope;
-  if (!LayerOf::exists(layer, nope[0])) {
-    operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(nope[0] - 1));
-  }
-  if (nope[2] < 1 || nope[2] > INT32_MAX) operands.fail("nope " + Operands::text(nope), "1 to 2^31 - 1 rows");
-  const bool grouped = scale.size() == 4;  // a scale per group of 64 values
-  call->nope_width = nope[3], call->rope_width = rope[3], call->scale_width = grouped ? scale[3] : 0;
-  if (grouped && (nope[3] % 64 || 64 * scale[3] < nope[3])) {
-    operands.fail("inv_scale " + Operands::text(scale), "one for every 64 of " + std::to_string(nope[3]) + " values");
-  }
-  const LayerOf part(layer, nope[0], nope[1]);
-  const int64_t first = part.index * nope[1] * nope[2];
-  const uint8_t* codes = operands.take<uint8_t>("nope", {ffi::DataType::U8}, nope);
-  const BFloat16* plain = operands.take<BFloat16>("rope", {ffi::DataType::BF16}, {nope[0], nope[1], nope[2], rope[3]});
-  if (grouped) {
-    const uint8_t* scales = operands.take<uint8_t>("inv_scale", {ffi::DataType::U8}, {nope[0], nope[1], nope[2], scale[3]});
-    call->scale = scales + first * scale[3];
-  } else {
-    const float* scales = operands.take<float>("inv_scale", {ffi::DataType::F32}, {nope[0], nope[1], nope[2]});
-    call->scale = scales + first;
-  }
-  call->nope = codes + first * nope[3], call->rope = plain + first * rope[3];
-  nope[1] = part.length;
-  return nope;
+  RecordRows record = {};
+  const StoredAs at = take_record_rows(operands, layer, &record);
+  call->nope_width = record.nope_width, call->rope_width = record.rope_width, call->scale_width = record.scale_width;
+  call->nope = record.nope, call->rope = record.rope;
+  call->scale = record.scales ? static_cast<const void*>(record.scales) : record.inv_scale;
+  return {at.layers, at.count, at.length, record.nope_width};
 }
 
 // Operands: nope, rope, inv_scale (L, R, W, ...), slots (S), newest (S).
@@ -146,9 +128,8 @@ inline void take_entry_rows(Operands& operands, const Operands::Shape& pool, int
   rows->table = operands.take<int32_t>("table", {ffi::DataType::S32}, table);
   rows->slot_of = operands.take<int32_t>("slots", {ffi::DataType::S32}, requests);
   rows->count_of = operands.take<int32_t>("counts", {ffi::DataType::S32}, requests);
-  rows->selected = operands.left()
-                       ? operands.take<int32_t>("selected", {ffi::DataType::S32}, {requests[0], per_request})
-                       : nullptr;
+  rows->selected =
+      operands.left() ? operands.take<int32_t>("selected", {ffi::DataType::S32}, {requests[0], per_request}) : nullptr;
 }
 
 // S and K of a call are those of its result.
@@ -176,27 +157,15 @@ inline ffi::Error bind_read_entries(ffi::RemainingArgs args, ffi::RemainingRets 
 inline ffi::Error bind_read_keys(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, ReadKeys* call,
                                  EntryRows* rows) {
   Operands operands("read_keys", args);
-  Operands::Shape keys = operands.shape_of_next();
-  const Operands::Shape scale = operands.shape_of_next(1);
-  if (keys.size() != 4 || scale.size() != 4) operands.fail("keys or scale of another rank", "4 axes");
-  if (operands.ok() && !LayerOf::exists(layer, keys[0])) {
-    operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(keys[0] - 1));
-  }
-  if (operands.ok() && (scale[3] < 1 || (scale[3] != keys[3] / 8 && scale[3] != keys[3] / 16))) {
-    operands.fail(std::to_string(scale[3]) + " scales for " + std::to_string(2 * keys[3]) + " values", "one per 16 or 32");
-  }
+  KeyRows keys = {};
+  const StoredAs at = take_key_rows(operands, layer, &keys);
   if (!result_table(results, &call->requests, &call->per_request)) operands.fail("a result of another rank", "3 axes");
   if (!operands.ok()) return operands.error();
-  call->dim = 2 * keys[3], call->group = call->dim / scale[3];
-  const LayerOf part(layer, keys[0], keys[1]);
-  const int64_t first = part.index * keys[1] * keys[2];
-  const uint8_t* codes = operands.take<uint8_t>("keys", {ffi::DataType::U8}, keys);
-  const uint8_t* scales = operands.take<uint8_t>("scale", {ffi::DataType::U8}, {keys[0], keys[1], keys[2], scale[3]});
-  call->keys = codes + first * keys[3], call->scale = scales + first * scale[3];
-  keys[1] = part.length;
-  take_entry_rows(operands, keys, call->per_request, rows);
+  call->dim = keys.dim, call->group = keys.group, call->keys = keys.keys, call->scale = keys.scale;
+  take_entry_rows(operands, {at.layers, at.count, at.length}, call->per_request, rows);
   bool is_float = false;
-  call->out = static_cast<float*>(take_result(results, {call->requests, call->per_request, call->dim}, operands, &is_float));
+  call->out =
+      static_cast<float*>(take_result(results, {call->requests, call->per_request, call->dim}, operands, &is_float));
   if (!is_float) operands.fail("a result of another dtype", "float32");
   return operands.error();
 }

@@ -36,7 +36,7 @@ __device__ float score_of(float logit) { return sqrtf(fmaxf(logit, 0.0f) + log1p
 
 // kEach: experts that a lane has.
 template <int kEach>
-__global__ void __launch_bounds__(kWarp * kWarps) route_kernel(const RouteCall call) {
+__global__ void __launch_bounds__(kWarp* kWarps) route_kernel(const RouteCall call) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, token = blockIdx.x * kWarps + warp;
   if (token >= call.number) return;
   const int64_t to = static_cast<int64_t>(token) * call.k + lane;

@@ -53,7 +53,8 @@ ffi::Error sinkhorn(cudaStream_t stream, ffi::Buffer<ffi::F32> matrices, ffi::Re
   if (shape[0] == 0) return ffi::Error::Success();
   using Launch = void (*)(cudaStream_t, const float*, float*, int64_t, int, float);
   constexpr Launch kLaunch[] = {launch<1>, launch<2>, launch<3>, launch<4>, launch<5>};
-  kLaunch[shape[1] - 1](stream, matrices.typed_data(), result->typed_data(), shape[0], static_cast<int>(iterations), eps);
+  kLaunch[shape[1] - 1](stream, matrices.typed_data(), result->typed_data(), shape[0], static_cast<int>(iterations),
+                        eps);
   return launched("sinkhorn", cudaGetLastError());
 }
 

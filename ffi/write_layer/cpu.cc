@@ -6,13 +6,13 @@
 namespace dsv4 {
 namespace {
 
-ffi::Error write_layer(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, float eps,
-                       int64_t of_entries) {
+ffi::Error write_layer(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer,
+                       float eps, int64_t of_entries) {
   WriteLayer call;
   const ffi::Error error = bind_write_layer(args, results, layer, eps, of_entries, &call);
   if (error.failure()) return error;
-  if (call.keys.segments) write_keys(pool, call.keys, call.key_rows, call.kv_is_float);
-  write_entries(pool, call.entries, call.record, call.kv_is_float);
+  if (call.keys.segments) write_keys(pool, call.keys, call.key_rows);
+  write_entries(pool, call.entries, call.record);
   write_tokens(pool, call.window);
   return ffi::Error::Success();
 }

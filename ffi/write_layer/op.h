@@ -13,7 +13,6 @@ struct WriteLayer {
   RecordRows record;
   Compress keys;  // segments 0 in a layer without indexer
   KeyRows key_rows;
-  bool kv_is_float;  // of all three
 };
 
 constexpr size_t kWindowOperands = 12;  // of append_swa_fused
@@ -27,19 +26,18 @@ inline ffi::Error bind_write_layer(ffi::RemainingArgs args, ffi::RemainingRets r
     operands.fail(std::to_string(args.size()) + " operands", "those of append_swa_fused and compress");
     return operands.error();
   }
-  bool entries_are_float = false, keys_are_float = false;
   operands.begin_part(kWindowOperands);
   take_append_swa(operands, layer, true, eps, &call->window);
-  call->kv_is_float = keys_are_float = call->window.kv_is_float;
   operands.begin_part(of_entries);
-  if (operands.ok()) take_entries(operands, layer, eps, &call->entries, &call->record, &entries_are_float);
+  if (operands.ok()) take_entries(operands, layer, eps, &call->entries, &call->record);
   call->keys.segments = 0;
   if (operands.ok() && of_keys) {
     operands.begin_part(of_keys);
-    take_keys(operands, layer, eps, true, &call->keys, &call->key_rows, &keys_are_float);
+    take_keys(operands, layer, eps, true, &call->keys, &call->key_rows);
   }
   if (!operands.ok()) return operands.error();
-  if (entries_are_float != call->kv_is_float || keys_are_float != call->kv_is_float) {
+  const bool is_float = call->window.kv_is_float;
+  if (call->entries.kv_is_float != is_float || (of_keys && call->keys.kv_is_float != is_float)) {
     operands.fail("projections of different dtypes", "one dtype");
   }
   if (call->entries.width != 1 || (of_keys && call->keys.width != 1)) {

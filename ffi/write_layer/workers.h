@@ -8,8 +8,8 @@
 namespace dsv4 {
 
 void write_tokens(ffi::ThreadPool& pool, const AppendSwa& call);
-void write_entries(ffi::ThreadPool& pool, const Compress& call, const RecordRows& record, bool kv_is_float);
-void write_keys(ffi::ThreadPool& pool, const Compress& call, const KeyRows& keys, bool kv_is_float);
+void write_entries(ffi::ThreadPool& pool, const Compress& call, const RecordRows& record);
+void write_keys(ffi::ThreadPool& pool, const Compress& call, const KeyRows& keys);
 
 }  // namespace dsv4
 
