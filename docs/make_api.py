@@ -62,6 +62,9 @@ def entry(name: str) -> str:
         return f"### {name}\n\nOne of {', '.join(f'`{value.value}`' for value in thing)}.\n\n{text(thing)}\n"
     parts = [f"### {name}\n", f"`{name}{signature(thing)}`\n", text(thing) + "\n"]
     if inspect.isclass(thing):
+        made = vars(thing).get("__init__")
+        if made is not None and made.__doc__:
+            parts.append(text(made) + "\n")
         for method, value in members(thing):
             if method.startswith("tree_"):
                 continue

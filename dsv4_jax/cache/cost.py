@@ -129,7 +129,19 @@ class CacheCost:
 
 
 def cache_cost(config: Any, schedule: Sequence[Any], **options: Any) -> CacheCost:
-    """The costs of `config`'s cache; schedule: build_schedule(config); options and errors: see `build_schema`."""
+    """What the cache of a model takes.
+
+    Args:
+      config: the model: a DSV4Config or a CacheGeometry.
+      schedule: its layers, `build_schedule(config)`.
+      **options: cache_dtype, indexer_dtype, max_rollback and hca_tail, as for `build_schema`.
+
+    Returns:
+      Bytes by kind of layer, and the sizes that a memory holds.
+
+    Raises:
+      ValueError: as `build_schema`.
+    """
     schemas = tuple(build_schema(config, spec, **options) for spec in schedule)
     one = dict.fromkeys((s.kind for s in schemas), 1)
     cache = jax.eval_shape(lambda: KVCache.allocate(schemas, 1, one, one))

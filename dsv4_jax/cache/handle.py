@@ -158,10 +158,17 @@ class LayerCacheHandle:
     # The window.
 
     def write_swa(self, kv: Array, *, after: Array | None = None) -> "LayerCacheHandle":
-        """Stores kv (T, head_dim) float32 | bfloat16 (normed, rotated) at the plan's slots and positions.
+        """Stores the tokens' vectors in the window ring, at the plan's slots and positions.
 
-        after: what was computed from `read_swa_view(kv)`, so that the update can come after the read. Raises ValueError
-        for another shape or dtype.
+        Args:
+          kv: (T, head_dim) float32 | bfloat16, normed and rotated.
+          after: what was computed from `read_swa_view(kv)`: the write comes after it, and so stays in place.
+
+        Returns:
+          The handle after the write.
+
+        Raises:
+          ValueError: another shape or dtype.
         """
 
         def append(ring: SWARing, tokens: StepTokens) -> SWARing:
@@ -177,9 +184,19 @@ class LayerCacheHandle:
     ) -> "LayerCacheHandle":
         """As `write_swa`, of the raw output of the wkv projection: RMSNorm, RoPE and the write in one operation.
 
-        kv (T, head_dim) float32 | bfloat16; norm (head_dim,), the RMSNorm weight, cos and sin (T, rope_dim // 2) of the
-        tokens' positions, float32; normed and rotated in float32. Raises as `write_swa`, TypeError for norm, cos or sin
-        of another dtype.
+        Args:
+          kv: (T, head_dim) float32 | bfloat16; normed and rotated in float32.
+          norm: (head_dim,) float32, the RMSNorm weight.
+          cos, sin: (T, rope_dim // 2) float32, of the tokens' positions.
+          eps: of the RMSNorm.
+          after: as for `write_swa`.
+
+        Returns:
+          The handle after the write.
+
+        Raises:
+          ValueError: another shape, or another dtype of kv.
+          TypeError: another dtype of norm, cos or sin.
         """
 
         def append(ring: SWARing, tokens: StepTokens) -> SWARing:
@@ -207,7 +224,16 @@ class LayerCacheHandle:
     def read_swa_view(self, fresh: Array | None = None, dtype: DTypeLike = jnp.float32) -> SWAView:
         """The window of every token, the step's own tokens included.
 
-        fresh: kv (T, head_dim) of the step, where it is not written yet; its rows follow the ring's (N = W + C).
+        Args:
+          fresh: (T, head_dim), the step's kv where it is not written yet; its rows follow the W rows of the ring, as
+            many as a segment has tokens at most.
+          dtype: of the vectors returned.
+
+        Returns:
+          Rows of every segment's ring, their positions, and which of them each token sees.
+
+        Raises:
+          ValueError: another shape or dtype of fresh, or a dtype that is not floating.
         """
         check_floating(self._name, dtype)
         if fresh is None and self.pending is not None:
@@ -310,10 +336,19 @@ class LayerCacheHandle:
     def write_compressed(
         self, kv: Array, gate: Array, weights: CompressorWeights, *, eps: float = 1e-6
     ) -> "LayerCacheHandle":
-        """Takes the compressor's raw projections (T, lanes * head_dim) and stores the entries of windows that close.
+        """Takes the compressor's projections of the tokens, and stores the entries of spans that close.
 
-        Raises ValueError for another shape or dtype, of the weights too, or an SWA layer, RuntimeError when the plan
-        was made without the blocks that these entries need.
+        Args:
+          kv, gate: (T, lanes * head_dim) float32 | bfloat16, raw; two lanes in CSA layers, one in HCA layers.
+          weights: what turns them into an entry.
+          eps: of the RMSNorm.
+
+        Returns:
+          The handle after the write.
+
+        Raises:
+          ValueError: another shape or dtype, or an SWA layer.
+          RuntimeError: the plan was made without the blocks that these entries need.
         """
         self._check_compressor(kv, gate, weights)
         old = self._state.tail
@@ -327,7 +362,20 @@ class LayerCacheHandle:
     def write_indexer(
         self, kv: Array, gate: Array, weights: CompressorWeights, *, eps: float = 1e-6
     ) -> "LayerCacheHandle":
-        """As `write_compressed`, for the indexer's keys: kv, gate (T, 2 * index_head_dim); CSA layers only."""
+        """As `write_compressed`, for the indexer's keys; CSA layers only.
+
+        Args:
+          kv, gate: (T, 2 * index_head_dim) float32 | bfloat16, raw.
+          weights: what turns them into a key.
+          eps: of the RMSNorm.
+
+        Returns:
+          The handle after the write.
+
+        Raises:
+          ValueError: another shape or dtype, or an SWA or HCA layer.
+          RuntimeError: as `write_compressed`.
+        """
         self._check_indexer(kv, gate, weights)
         keys, tail = compress_indexer(
             _given(_given(self._pool).indexer), _given(self._state.indexer_tail), Projections(kv, gate, weights),
@@ -360,9 +408,20 @@ class LayerCacheHandle:
     ) -> "LayerCacheHandle":
         """All that a layer writes in a decode step, in one launch.
 
-        The bits of `write_swa_fused`, `write_compressed` and `write_indexer`. compressor: CSA and HCA layers; indexer:
-        CSA layers. Raises as they do, and ValueError for a part too many or too few and for a plan that is not a decode
-        step's.
+        Stores the bits of `write_swa_fused`, `write_compressed` and `write_indexer`.
+
+        Args:
+          window: the raw output of the wkv projection, and what norms and rotates it.
+          compressor: projections for `write_compressed`; CSA and HCA layers.
+          indexer: projections for `write_indexer`; CSA layers.
+          eps: of every RMSNorm.
+
+        Returns:
+          The handle after the writes.
+
+        Raises:
+          ValueError: as the three methods, and for a part too many or too few, or a plan that is not a decode step's.
+          RuntimeError: as `write_compressed`.
         """
         kind = self.schema.kind
         for name, part, kinds in (("compressor", compressor, ("csa", "hca")), ("indexer", indexer, ("csa",))):
@@ -433,9 +492,17 @@ class LayerCacheHandle:
         return closed, positions, entry < self.visible_entries()[:, None]
 
     def read_classical_view(self, selected: Array | None = None, dtype: DTypeLike = jnp.float32) -> ClassicalView:
-        """Entries of every segment, or of each token those `selected` (T, K) int32: index in the request, -1 none.
+        """Compressed entries of every segment, or those that each token selects.
 
-        Raises ValueError for an SWA layer, another shape or dtype of `selected`, or a dtype that is not floating.
+        Args:
+          selected: (T, K) int32, entries by index in the request, -1 for none; None for all.
+          dtype: of the vectors returned.
+
+        Returns:
+          Entries, the positions of their first tokens, and which of them each token sees.
+
+        Raises:
+          ValueError: an SWA layer, another shape or dtype of selected, or a dtype that is not floating.
         """
         self._need(("csa", "hca"), "compressed entries")
         check_floating(self._name, dtype)

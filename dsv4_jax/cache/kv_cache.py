@@ -45,7 +45,17 @@ class KVCache:
     def allocate(
         cls, schemas: tuple[CacheSchema, ...], max_requests: int, num_blocks: dict[str, int], max_blocks: dict[str, int]
     ) -> "KVCache":
-        """Empty cache: `num_blocks` physical blocks a layer and `max_blocks` blocks a request at most, by kind."""
+        """An empty cache.
+
+        Args:
+          schemas: of every layer, in order.
+          max_requests: slots.
+          num_blocks: by kind, physical blocks of a layer.
+          max_blocks: by kind, blocks of a request at most.
+
+        Returns:
+          The cache.
+        """
         return _allocate(tuple(schemas), max_requests, tuple(num_blocks.items()), tuple(max_blocks.items()))
 
     @property
@@ -76,11 +86,17 @@ class KVCache:
         return replace(self, block_table=block_table)
 
     def with_blocks(self, new_blocks: Mapping[str, Array | np.ndarray]) -> "KVCache":
-        """This cache with blocks entered in its tables: by kind (n, 3) int32 rows (slot, column, block).
+        """This cache with blocks entered in its tables.
 
-        A row with a slot or column out of range is padding and changes nothing; block -1 takes an entry out. With the
-        blocks of a plan the cache takes its number, too. A handle does this for the plan that it is given; doing it
-        more than once changes nothing.
+        A handle does this for its plan; doing it more than once changes nothing. From a plan's blocks the cache also
+        takes the plan's number.
+
+        Args:
+          new_blocks: by kind (n, 3) int32 rows (slot, column, block). A row with a slot or column out of range is
+            padding and changes nothing; block -1 takes an entry out.
+
+        Returns:
+          The cache with its tables changed.
         """
         arrays = (new_blocks.rows,) if isinstance(new_blocks, NewBlocks) else tuple(new_blocks.values())
         if not arrays or (len(arrays) == len(self._entered) and all(map(operator.is_, arrays, self._entered))):

@@ -25,12 +25,15 @@ Array = jax.Array
 class StepPlan:
     """What the host tells a step: O(tokens) numbers, whatever the context. A pytree.
 
-    slots, positions: (T,) int32, token-major, slot -1 for padding. `grouped` is None when every slot has one token.
-    `new_blocks` by kind: (n, 3) int32 rows (slot, column, block), entered in the tables before anything else; with
-    them goes the plan's number, by which the cache says that the step ran.
-    `max_blocks` (static) bounds how many blocks of a request readers look at; None is all the table has.
-    `kept_blocks` (R,) int32: how many first blocks of each slot's request the step reads and does not write, because
-    the tokens there are fed again only for ring and tails; None where there are none.
+    Attributes:
+      slots: (T,) int32, token-major, -1 for padding.
+      positions: (T,) int32.
+      grouped: the tokens by request; None when every slot has one token.
+      new_blocks: by kind (n, 3) int32 rows (slot, column, block), entered in the tables before anything else. Among
+        them is the plan's number, by which the cache says that the step ran.
+      max_blocks: static, how many blocks of a request readers look at; None for all that the table has.
+      kept_blocks: (R,) int32, how many first blocks of each slot's request the step reads and does not write, because
+        the tokens there are fed again only for ring and tails; None where there are none.
     """
 
     slots: Array | np.ndarray

@@ -111,13 +111,23 @@ def build_schema(
     max_rollback: int = 0,
     hca_tail: str = "full",
 ) -> CacheSchema:
-    """Schema of the layer `spec` (a LayerSpec or LayerKind) of `config` (a DSV4Config or CacheGeometry).
+    """What one layer of a model caches.
 
-    cache_dtype: "fp8" | "fp8_ue8m0" | "bf16" | "fp32"; indexer_dtype: "nvfp4" | "mxfp4" | "bf16" | "fp32", by default
-    the form that goes with cache_dtype. hca_tail: "full" keeps the float32 rows of up to 127 + max_rollback tokens in
-    an HCA layer, "running" the sums of their softmax after each of the last max_rollback + 1 (at least 2): the same
-    entries within 1e-6. Raises ValueError for a name that is not known, dimensions that the form cannot store, a ratio
-    that does not divide the block, or a negative max_rollback.
+    Args:
+      config: the model: a DSV4Config or a CacheGeometry.
+      spec: the layer: a LayerSpec or LayerKind of its schedule.
+      cache_dtype: of records: "fp8" | "fp8_ue8m0" | "bf16" | "fp32".
+      indexer_dtype: of indexer keys: "nvfp4" | "mxfp4" | "bf16" | "fp32"; by default what goes with cache_dtype.
+      max_rollback: tokens that a request can forget at most.
+      hca_tail: "full" keeps the float32 rows of up to 127 + max_rollback tokens in an HCA layer, "running" the sums of
+        their softmax after each of the last max_rollback + 1 (at least 2): the same entries within 1e-6.
+
+    Returns:
+      The schema.
+
+    Raises:
+      ValueError: an unknown name, dimensions that the form cannot store, a ratio that does not divide the block, or a
+        negative max_rollback.
     """
     kind = spec.attn.name.lower()
     if kind not in KINDS:
@@ -153,9 +163,21 @@ def build_schema(
 def compute_block_budget(
     config: Any, schedule: Any, max_context_len: int, max_concurrent_requests: int
 ) -> dict[str, int]:
-    """Blocks each layer of a kind needs for that many requests of that many tokens: {"csa": n, "hca": n}.
+    """Blocks that each layer of a kind needs for requests of full length at once.
 
-    A block is needed as soon as its first entry exists. Raises ValueError for a negative context or no request.
+    A block is needed as soon as its first entry exists.
+
+    Args:
+      config: the model: a DSV4Config or a CacheGeometry.
+      schedule: its layers, `build_schedule(config)`.
+      max_context_len: tokens of each request.
+      max_concurrent_requests: requests.
+
+    Returns:
+      {"csa": n, "hca": n}.
+
+    Raises:
+      ValueError: a negative context, or no request.
     """
     max_context_len = count("max_context_len", max_context_len)
     max_concurrent_requests = count("max_concurrent_requests", max_concurrent_requests, least=1)

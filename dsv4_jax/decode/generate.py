@@ -52,12 +52,24 @@ def make_manager(
     max_context_len: int,
     **options: Any,
 ) -> KVCacheManager | ShardedKVCacheManager:
-    """A manager with blocks for that many requests of that many tokens; options as for KVCacheManager.
+    """A manager with enough blocks for requests of full length.
 
     For a model over a mesh it is one over the same mesh, whose shards have an equal share of the requests, rounded up.
     Before it allocates more than a quarter of the device's memory, or for more tokens than the model has positions, it
-    logs a warning that says how much. Raises ValueError, before anything is allocated, for a cache that is larger than
-    that memory and for what is no model.
+    logs a warning that says how much.
+
+    Args:
+      model: from `from_pretrained` or `random_model`.
+      max_concurrent_requests: slots.
+      max_context_len: tokens of one request at most.
+      **options: cache_dtype, indexer_dtype, max_rollback, debug_nan, fingerprint, hca_tail and prefix, as for
+        `KVCacheManager`.
+
+    Returns:
+      A KVCacheManager, or a ShardedKVCacheManager where the model lies on a mesh.
+
+    Raises:
+      ValueError: the cache is larger than the memory, which is known before anything is allocated, or this is no model.
     """
     check_model(model)
     positions = model.config.max_position_embeddings

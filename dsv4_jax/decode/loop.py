@@ -78,15 +78,25 @@ class DecodeLoop:
         logits_hook: LogitsHook | None = None,
         process_timeout_s: float = PROCESS_TIMEOUT_S,
     ):
-        """prefill_chunk: tokens of one prompt in a step at most. step_tokens: tokens of all of them in a step at most,
-        by default one chunk and a decode token for every other slot. decode_chunk: steps of a decode call.
-        draft_tokens: prompt-lookup drafts verified in a step at most (the manager's max_rollback must be no less).
-        return_logits: events have the logits. log_probs: events have the log-probability of each token and of so many
-        of the most likely ones, 0 or more; None for neither. logits_hook: changes logits before a token is chosen.
-        process_timeout_s: where several processes step together, how long one waits for the others, also for the
-        programs that they compile; then RuntimeError.
+        """Makes a loop over an empty or a running manager.
 
-        Raises ValueError for sizes that make no sense and for a manager made for another configuration.
+        Args:
+          model: from `from_pretrained` or `random_model`.
+          manager: of the same configuration, such as `make_manager` returns.
+          prefill_chunk: tokens of one prompt in a step at most.
+          step_tokens: tokens of all prompts in a step at most, by default one chunk and a decode token for every other
+            slot.
+          decode_chunk: steps of a decode call.
+          draft_tokens: prompt-lookup drafts verified in a step at most; the manager's max_rollback must be no less.
+          return_logits: whether events have the logits.
+          log_probs: with a number, 0 or more, events have the log-probability of each token and of that many of the
+            most likely ones; None for neither.
+          logits_hook: changes logits before a token is chosen.
+          process_timeout_s: where several processes step together, seconds that one waits for the others, also for the
+            programs that they compile; then RuntimeError.
+
+        Raises:
+          ValueError: sizes that make no sense, or a manager made for another configuration.
         """
         prefill_chunk = count("prefill_chunk", prefill_chunk, least=1)
         decode_chunk = count("decode_chunk", decode_chunk, least=1)
@@ -198,7 +208,14 @@ class DecodeLoop:
         return samples
 
     def abort(self, request: int) -> None:
-        """Ends a request, whether it waits, is being read or decodes; ValueError if it has ended or never was."""
+        """Ends a request, whether it waits, is being read or decodes.
+
+        Args:
+          request: its number.
+
+        Raises:
+          ValueError: it has ended, or never was.
+        """
         self._recover()
         samples = self._samples(request)
 
@@ -214,7 +231,16 @@ class DecodeLoop:
     def snapshot(self, request: int) -> RequestSnapshot:
         """A copy of a request outside the loop: its options, its samples' tokens and their parts of the cache.
 
-        Events that were not handed out yet are not part of it. ValueError if the request has ended or never was.
+        Events that were not handed out yet are not part of it.
+
+        Args:
+          request: its number.
+
+        Returns:
+          The copy, for `adopt`.
+
+        Raises:
+          ValueError: the request has ended, or never was.
         """
         self._recover()
         samples = []
@@ -228,10 +254,17 @@ class DecodeLoop:
         return RequestSnapshot(self._samples(request)[0].request, tuple(samples))
 
     def adopt(self, snapshot: RequestSnapshot) -> int:
-        """Queues a request that resumes where a snapshot was taken, in this loop or another -> its number here.
+        """Queues a request that resumes where a snapshot was taken, in this loop or another.
 
-        Raises ValueError, with the reason, for a request that this cache could never hold, RuntimeError or ValueError
-        at its admission for a snapshot of another model.
+        Args:
+          snapshot: from `snapshot`.
+
+        Returns:
+          The request's number here.
+
+        Raises:
+          ValueError: this cache could never hold the request. At its admission ValueError or RuntimeError, where the
+            snapshot is of another model.
         """
         given: Any = snapshot
         if not isinstance(given, RequestSnapshot):

@@ -23,8 +23,17 @@ _TAGS = {dtype: tag for tag, dtype in DTYPES.items() if tag != "F4"}
 
 
 def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
-    """Writes a safetensors file, whole or not at all; its header has the geometry, its last tensor a checksum of
-    every other byte. Raises ValueError where no file can be written, and for what is no snapshot."""
+    """Writes a snapshot to a safetensors file, whole or not at all.
+
+    The header has the geometry, the last tensor a checksum of every other byte.
+
+    Args:
+      snapshot: from `KVCacheManager.snapshot` or `preempt`.
+      path: of the file.
+
+    Raises:
+      ValueError: no file can be written there, or this is no snapshot.
+    """
     if not isinstance(snapshot, Snapshot):  # a path perhaps: the arguments in the other order
         raise ValueError(f"save_snapshot: snapshot is {snapshot!r:.80}, expected a Snapshot, then the path")
     request = {
@@ -50,8 +59,15 @@ def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
 def load_snapshot(path: str | os.PathLike[str]) -> Snapshot:
     """Reads what `save_snapshot` wrote.
 
-    Raises FileNotFoundError; ValueError, with the reason, for a file that is truncated, damaged in any byte, no
-    snapshot, or of a version that this library does not read. Whether it fits a cache `KVCacheManager.restore` says.
+    Args:
+      path: of the file.
+
+    Returns:
+      The snapshot; whether it fits a cache, `KVCacheManager.restore` says.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is truncated, damaged in any byte, no snapshot, or of a version that is not read here.
     """
     file = SafetensorsFile(path)
     _check_whole(file)

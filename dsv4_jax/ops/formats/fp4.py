@@ -102,9 +102,15 @@ def hadamard_matrix(n: int) -> np.ndarray:
 
 
 def hadamard(x: Array) -> Array:
-    """x (..., n) float32 rotated by the orthonormal Hadamard matrix.
+    """Rotates vectors by the orthonormal Hadamard matrix.
 
     Applied to queries and keys it leaves scores alone, and spreads outliers over the group that shares a scale.
+
+    Args:
+      x: (..., n) float32, n a power of two.
+
+    Returns:
+      (..., n) float32.
     """
     matrix = jnp.asarray(hadamard_matrix(x.shape[-1]))
     return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
