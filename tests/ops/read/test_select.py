@@ -120,8 +120,9 @@ class Case:
 
 def stored(values, format):
     """Keys as stored, and the values that these stand for; values (N, E, D) float32."""
-    if format == "fp32":
-        return IndexerKeys(values[None], None), values
+    if format in ("fp32", "bf16"):
+        keys = values.astype(BF16 if format == "bf16" else np.float32)
+        return IndexerKeys(keys[None], None), keys.astype(np.float32)
     with jax.default_device(jax.devices("cpu")[0]):
         codes, scales = jax.jit(quantise_fp4, static_argnums=1)(values[None], format)
         exact = np.array(jax.jit(dequantise_fp4, static_argnums=2)(codes, scales, format))
@@ -164,11 +165,12 @@ def check(case, implementation, tokens=None, **options):
     return got
 
 
-@pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "fp32"])
-@pytest.mark.parametrize("heads", [1, 16, 64])
+@pytest.mark.parametrize(
+    ("format", "heads"), [*((f, h) for f in ("nvfp4", "mxfp4", "fp32") for h in (1, 16, 64)), ("bf16", 16)]
+)
 def test_against_float64(implementation, rng, format, heads):
     """Slots, contexts around k, padding; queries of both dtypes."""
-    if format == "fp32" and implementation in ("cpu", "cuda"):
+    if format in ("fp32", "bf16") and implementation in ("cpu", "cuda"):
         pytest.skip("FP4 keys alone")
     k, dtype = 64, BF16 if heads == 16 else np.float32
     slots, visible = [0, 1, 0, 1, 0, 1, 0, -1, 0], [0, 1, k - 1, k, k + 1, 192, 77, 150, 0]
