@@ -208,7 +208,7 @@ def test_results_do_not_depend_on_how_tokens_come(implementation, rng, g, rollba
     g = g._replace(rollback=rollback)
     n = 263 if g.ratio == 128 else 41
     state, weights, lengths = new_state(rng, g), new_weights(rng, g), np.zeros(1, np.int64)
-    whole = new_step(rng, g, lengths, np.array([n]), BF16, padding=0, shuffled=False)
+    whole = new_step(rng, g, lengths, np.array([n]), BF16, padding=0, width=n, shuffled=False)
     ends = []
     for cuts in ([0, n], [0, 1, 6, n // 2, n - 9, n - 1, n], [*range(n - 20, n + 1)]):
         got = state
@@ -216,8 +216,9 @@ def test_results_do_not_depend_on_how_tokens_come(implementation, rng, g, rollba
             if a == b:
                 continue
             counts, at = np.array([b - a]), np.array([a])
-            step = new_step(rng, g, at, counts, BF16, padding=0, shuffled=False)
-            step = step._replace(kv=whole.kv[a:b], gate=whole.gate[a:b])
+            step = new_step(rng, g, at, counts, BF16, padding=0, width=n, shuffled=False)  # one shape, and a token's
+            kv, gate = step.kv, step.gate
+            kv[: b - a], gate[: b - a] = whole.kv[a:b], whole.gate[a:b]
             got = apply_step(g, got, step, weights, layer=0, implementation=implementation)
         ends.append(got)
     for other in ends[1:]:
@@ -246,7 +247,7 @@ def test_padding_and_what_is_out_of_range_write_nothing(implementation, rng, g):
     got = step(slots, positions)
     assert_same_bits((got.stored, got.tail), (state.stored, state.tail))
     # No block in the table, one that the pool lacks, a column beyond the table: the token still enters the tail.
-    got = step([1, 2, 3], [last, last, 6 * g.ratio * g.per_block + last])
+    got = step([1, 2, 3, -1, -1, -1], [last, last, 6 * g.ratio * g.per_block + last, last, last, last])
     assert_same_bits(got.stored, state.stored)
     if not g.running:  # whose sums end with the window
         assert np.isfinite(got.tail.ka[0, 1:4]).any(axis=(1, 2)).all()
