@@ -7,12 +7,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loops import Ask, ask, make_loop, run
+from loops import TIGHT, Ask, ask, make_loop, run
 
 from dsv4_jax.decode import LogitsHook
 from dsv4_jax.decode.sampling import Draws, _gumbel, _likely, choose_tokens
 
 REQUEST = ask(10, 52, temperature=1.0, seed=5)
+
+
+def start(tokens, argument):
+    """Which tokens came so far, and from which token on they are forbidden."""
+    seen = np.zeros(64, bool)
+    seen[list(tokens)] = True
+    return {"seen": seen, "from": np.int32(64 if argument is None else argument)}
+
+
+ONCE = LogitsHook(
+    start=start,
+    apply=lambda state, logits: jnp.where(state["seen"] & (jnp.arange(64) >= state["from"]), -jnp.inf, logits),
+    advance=lambda state, token: {**state, "seen": state["seen"].at[token].set(True)},
+)
+# Loops of one kind, so that few programs are compiled.
+ALL = {"return_logits": True, "log_probs": 2, "logits_hook": ONCE}
 
 
 def with_options(request, **options):
@@ -76,7 +92,7 @@ def test_draws_follow_from_seed_prompt_and_position_alone(rng, option):
 def test_limits_of_one_request_beside_others(model, alone):
     limited = with_options(REQUEST, top_k=3, top_p=0.9, min_p=0.01)
     best = with_options(REQUEST, top_k=1)
-    loop = make_loop(model, return_logits=True)
+    loop = make_loop(model, **ALL)
     events = []
     tokens, _ = run(loop, REQUEST, limited, best, on_event=events.append)
     assert tokens[0, 0] == alone(REQUEST)
@@ -91,7 +107,7 @@ def test_limits_of_one_request_beside_others(model, alone):
 
 
 def test_log_probabilities(model):
-    loop = make_loop(model, return_logits=True, log_probs=2)
+    loop = make_loop(model, **ALL)
     events = []
     run(loop, REQUEST, on_event=events.append)
     for event in events:
@@ -103,26 +119,12 @@ def test_log_probabilities(model):
             np.testing.assert_allclose(np.take_along_axis(every, probs.best_tokens, 1), probs.best, rtol=1e-6)
 
 
-def start(tokens, argument):
-    """Which tokens came so far, and from which token on they are forbidden."""
-    seen = np.zeros(64, bool)
-    seen[list(tokens)] = True
-    return {"seen": seen, "from": np.int32(0 if argument is None else argument)}
-
-
-ONCE = LogitsHook(
-    start=start,
-    apply=lambda state, logits: jnp.where(state["seen"] & (jnp.arange(64) >= state["from"]), -jnp.inf, logits),
-    advance=lambda state, token: {**state, "seen": state["seen"].at[token].set(True)},
-)
-
-
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_a_hook_that_forbids_what_was_there(model, drafts):
     """Through chunks, decode calls and drafts: no token of 20 and above comes twice where it is so submitted."""
-    loop = make_loop(model, logits_hook=ONCE, draft_tokens=drafts, max_rollback=drafts, decode_chunk=5)
+    loop = make_loop(model, draft_tokens=drafts, max_rollback=drafts, **ALL)
     free, bound = ask(3, 49), with_options(ask(3, 30), hook_argument=20)
-    tokens, _ = run(loop, with_options(free, hook_argument=64), bound)
+    tokens, _ = run(loop, free, bound)
     mine = [*bound.prompt, *tokens[1, 0]]
     late = [t for t in mine if t >= 20]
     assert len(late) == len(set(late)) > 3
@@ -178,7 +180,7 @@ def test_a_request_goes_on_in_another_loop(model, alone):
         tokens[event.sample] += event.tokens
     assert [tokens[0], tokens[1]] == expected
     for snapshot, had in snapshots:
-        other = make_loop(model, blocks=30)
+        other = make_loop(model, TIGHT)
         ask(5, 50, start=2).submit(other)
         mine = other.adopt(snapshot)
         for event in other:
