@@ -22,6 +22,7 @@ from dsv4_jax.ops.write.rows import set_rows
 pytestmark = pytest.mark.optimised
 
 BF16 = ml_dtypes.bfloat16
+MANY = 700
 INT_MAX, INT_MIN = np.int32(2**31 - 1), np.int32(-(2**31))
 
 # (implementation, device): the jax.numpy form must store the same bits on a GPU as on a CPU.
@@ -122,6 +123,14 @@ def check(ring, kv, slots, positions, layer=None, **options):
     return jax.tree.map(np.asarray, got)
 
 
+def check_padded(ring, kv, slots, positions, **options):
+    """As `check`, with padding up to MANY tokens, so that one program serves many tests."""
+    padding = MANY - len(kv)
+    kv = np.concatenate([kv, np.zeros((padding, kv.shape[1]), kv.dtype)])
+    slots, positions = (np.concatenate([x, np.full(padding, fill)]) for x, fill in ((slots, -1), (positions, 7)))
+    return check(ring, kv, slots, positions, **options)
+
+
 def normal(rng, tokens, width=512, dtype=np.float32):
     return (rng.standard_normal((tokens, width)) * 2.0 ** rng.integers(-20, 20, (tokens, 1))).astype(dtype)
 
@@ -129,7 +138,7 @@ def normal(rng, tokens, width=512, dtype=np.float32):
 @pytest.mark.parametrize("form", ["uint8", "ue8m0"])
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_any_mix_of_slots_positions_and_padding(implementation, rng, dtype, form):
-    tokens = 700  # 5 slots of up to 128 rows: many positions fall out of the window, some come twice
+    tokens = MANY  # 5 slots of up to 128 rows: many positions fall out of the window, some come twice
     slots = rng.integers(-2, 7, tokens)
     positions = rng.integers(-3, 300, tokens)
     slots[:4], positions[4:7] = [INT_MAX, INT_MIN, 5, -1], [INT_MAX, INT_MIN, -1]
@@ -141,9 +150,9 @@ def test_any_mix_of_slots_positions_and_padding(implementation, rng, dtype, form
 def test_more_tokens_of_one_slot_than_rows_keep_the_last_in_any_order(implementation, rng):
     kv = normal(rng, 300)
     order = rng.permutation(300)
-    ring = check(new_ring(2, 128), kv[order], np.ones(300), order + 50, implementation=implementation)
+    ring = check_padded(new_ring(5, 128), kv[order], np.ones(300), order + 50, implementation=implementation)
     assert sorted(ring.pos[1]) == list(range(222, 350))
-    assert ring.head.tolist() == [99, 350 % 128]
+    assert ring.head.tolist() == [99, 350 % 128, 99, 99, 99]
     assert (ring.pos[0] == -1).all()
 
 
@@ -157,12 +166,12 @@ def test_decode_steps_wrap_around_the_ring(implementation, rng):
 
 def test_the_later_of_two_tokens_with_one_position_is_stored(implementation, rng):
     kv = normal(rng, 4)
-    check(new_ring(1, 128), kv, [0, 0, 0, 0], [7, 8, 7, 8], implementation=implementation)
+    check_padded(new_ring(5, 128), kv, [0, 0, 0, 0], [7, 8, 7, 8], implementation=implementation)
 
 
 def test_going_back_moves_the_head_back(implementation, rng):
-    ring = check(new_ring(2, 128), normal(rng, 20), np.zeros(20), np.arange(20), implementation=implementation)
-    assert check(ring, normal(rng, 1), [0], [11], implementation=implementation).head[0] == 12
+    ring = check_padded(new_ring(5, 128), normal(rng, 20), np.zeros(20), np.arange(20), implementation=implementation)
+    assert check_padded(ring, normal(rng, 1), [0], [11], implementation=implementation).head[0] == 12
 
 
 def test_only_the_given_layer_of_a_stack_is_written(implementation, rng):
@@ -195,7 +204,7 @@ def test_values_no_rule_should_forget(implementation, rng, dtype, form):
     kv = kv.astype(dtype)
     kv.view(np.uint16 if dtype == BF16 else np.uint32)[10, [3, 460]] = 0xFFFF if dtype == BF16 else 0xFF800001
     kv[11, 64:130] = 448 * 2.0 ** np.arange(-33, 33)  # where a power of two is just enough
-    ring = check(new_ring(1, 128, dtype=form), kv, np.zeros(12), np.arange(12), implementation=implementation)
+    ring = check_padded(new_ring(5, 128, dtype=form), kv, np.zeros(12), np.arange(12), implementation=implementation)
     nan = np.isnan(ring.inv_scale) if form == "uint8" else np.any(ring.inv_scale == 0xFF, axis=-1)
     assert nan[0, :12].tolist() == [True] * 3 + [False] * 7 + [True, False]
     assert bits(ring.rope)[0, 10, 12] == 0x7FC0
