@@ -12,7 +12,7 @@ from .host.slot import Slot
 from .kv_cache import RAN_STEPS, KVCache
 from .new_blocks import forget, is_held
 from .plan import StepPlan
-from .transfer.consistency import check_cache
+from .transfer.debug import check_cache
 
 
 class StepFault(RuntimeError):

@@ -1,5 +1,8 @@
 """The host's side of the cache: slots, blocks and lengths between jitted steps. Never inside jit."""
 
+import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict, Unpack
@@ -9,7 +12,6 @@ import numpy as np
 from .books import Books, whole
 from .cost import cache_cost
 from .counts import count, is_integer
-from .fingerprint import model_fingerprint
 from .geometry import CacheGeometry
 from .handle import LayerCacheHandle
 from .holder import CacheHolder
@@ -733,3 +735,14 @@ class KVCacheManager:
         if not is_integer(layer_idx) or not 0 <= layer_idx < len(self.cache.schemas):
             raise ValueError(f"layer {layer_idx!r}: the model has layers 0 to {len(self.cache.schemas) - 1}")
         return self.cache.schemas[layer_idx].kind
+
+
+def model_fingerprint(config: Any, weights: str = "") -> str:
+    """64 hexadecimal digits that follow from a configuration (a dataclass) and a fingerprint of the weights.
+
+    weights: whatever text its owner gives the weights, such as a hash of the files; two models with equal
+    configurations and texts are taken for the same.
+    """
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    text = json.dumps([fields, weights], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
