@@ -63,7 +63,7 @@ class World:
         manager = self.manager
         manager.check()
         # Without the numbers of slots: a call that is made again may take another.
-        requests = [(manager.length(s), manager._books.requests.settled(s)) for s in manager.active_slots]
+        requests = [(manager.length(s), manager._books.requests.pinned(s)) for s in manager.active_slots]
         written = [s for s in manager.active_slots if s != self.c and not manager._books.requests.pending.involves(s)]
         held = [
             [(name, x.tobytes()) for name, x in manager.snapshot(s).arrays.items()]
