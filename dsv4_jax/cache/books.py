@@ -12,7 +12,7 @@ from .host.slot import Slot
 from .kv_cache import RAN_STEPS, KVCache
 from .new_blocks import forget, is_held
 from .plan import StepPlan
-from .transfer.consistency import check_cache
+from .transfer.debug import check_cache
 
 
 class StepFault(RuntimeError):
@@ -75,7 +75,7 @@ class Books:
         prefix = None if self.prefix is None else self.prefix.emptied()
         return Books(self.holder.emptied(), self.requests.emptied(), prefix)
 
-    def close(self) -> None:
+    def forget(self) -> None:
         """Other books took the place of these: nobody asks for their plans any more."""
         for number in self.requests.pending.numbers:
             forget(number)
@@ -96,7 +96,7 @@ class Books:
             return
         if slot in requests.ledger and requests.handle(slot).generation == slot.generation:
             requests.undo.begin()
-            requests.close(slot, after=0)  # no plan knows of it
+            requests.release(slot, after=0)  # no plan knows of it
             requests.undo.done()
         self._opening = None
 
@@ -117,7 +117,7 @@ class Books:
         unseen = pending.caches - pending.looked_at
         if pending and unseen >= RAN_STEPS // 2:  # in time, before the cache forgets what ran
             self.look(wait=unseen >= RAN_STEPS - 8)
-        self.settle()
+        self.collect()
 
     def observe(self) -> None:
         """Tells the books of which plans no array exists."""
@@ -143,7 +143,7 @@ class Books:
             raise StepFault(f"{faults[0]}: what these requests hold may be wrong, release them")
         return True
 
-    def settle(self, *, wait: bool = False) -> None:
+    def collect(self, *, wait: bool = False) -> None:
         """Frees what was released and no planned step can still read, once the cache is here to be cleared.
 
         wait: for steps in flight, to know whether they were those.
@@ -154,7 +154,7 @@ class Books:
             return
         self.observe()
         self.requests.undo.keep()  # a request whose places are cleared does not come back
-        for released in self.requests.settling():
+        for released in self.requests.collectable():
             # An entry that nobody gave a block must find none, not that of a former owner. The device comes first:
             # where it refuses, what was released keeps waiting.
             self.holder.enter(self.ledger.entered(released.cells))
@@ -182,7 +182,7 @@ class Books:
         """Blocks of a kind that can be given out now, with those that are only cached."""
         if kind not in self.ledger.kinds:
             raise ValueError(f"kind {kind!r} has no blocks here: expected one of {sorted(self.ledger.kinds)}")
-        self.settle(wait=True)
+        self.collect(wait=True)
         return self.ledger.num_free(kind) + (self.ledger.num_reclaimable(kind) if self._can_evict() else 0)
 
     def _can_evict(self) -> bool:
@@ -198,8 +198,8 @@ class Books:
         kept_only = self.ledger.kept_only()
         if all(int(kept_only[kind].sum()) >= n for kind, n in short.items()):
             gone = self.prefix.evict({kind: ~alone for kind, alone in kept_only.items()}, short)
-            self.requests.give_up(self.ledger.drop(gone))
-            self.settle()
+            self.requests.hold(self.ledger.evict(gone))
+            self.collect()
 
     # Steps.
 
@@ -214,7 +214,7 @@ class Books:
 
     def plan_step(self, request_slots: Any, positions: Any, sizes: StepSizes) -> StepPlan:
         """See `KVCacheManager.plan_step`."""
-        self.settle()
+        self.collect()
         step = self.prepare_step(request_slots, positions, sizes)
         for number in self.requests.pending.known:
             forget(number)
@@ -225,7 +225,7 @@ class Books:
         except RuntimeError:
             if not self.requests.waiting:
                 raise
-            self.settle(wait=True)
+            self.collect(wait=True)
             self.make_room(step.need)
             return step.commit()
 
@@ -238,12 +238,12 @@ class Books:
             raise ValueError("the step of this plan has run: roll back instead")
         if (step := pending.find(number)) is not None:
             self.requests.take_back(step)
-            self.settle()
+            self.collect()
 
     def check(self) -> None:
         """See `KVCacheManager.check`."""
         self.look(wait=True)
-        self.settle()
+        self.collect()
         kept = {}
         if self.prefix is not None:
             self.prefix.check()

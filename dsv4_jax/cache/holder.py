@@ -12,9 +12,8 @@ from .kv_cache import KVCache
 from .paged_cache import PagedKVPool
 from .stacks import LayerViews
 from .state_cache import StateCachePool
-from .transfer.copies import copy_slot
 from .transfer.debug import fill_blocks, fill_slot
-from .transfer.slots import enter_cells
+from .transfer.slots import copy_slot, enter_cells
 from .transfer.snapshot import Snapshot, write_entries
 from .transfer.state_rows import write_rows
 

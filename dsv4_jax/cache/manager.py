@@ -1,5 +1,8 @@
 """The host's side of the cache: slots, blocks and lengths between jitted steps. Never inside jit."""
 
+import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict, Unpack
@@ -9,7 +12,6 @@ import numpy as np
 from .books import Books, whole
 from .cost import cache_cost
 from .counts import count, is_integer
-from .fingerprint import model_fingerprint
 from .geometry import CacheGeometry
 from .handle import LayerCacheHandle
 from .holder import CacheHolder
@@ -317,7 +319,7 @@ class KVCacheManager:
         """
         old = self._books
         self._books = old.emptied()  # one assignment: whatever interrupts this finds the old state or the new one
-        old.close()
+        old.forget()
 
     # Requests start and end.
 
@@ -332,7 +334,7 @@ class KVCacheManager:
           RuntimeError: all slots are taken.
         """
         requests = self._books.requests
-        self._books.settle(wait=not requests.free_slots)
+        self._books.collect(wait=not requests.free_slots)
         return requests.open()
 
     @whole
@@ -359,7 +361,7 @@ class KVCacheManager:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens: expected 1 to {requests.max_context_len} (max_context_len)"
             )
-        books.settle(wait=not requests.free_slots)
+        books.collect(wait=not requests.free_slots)
         match = None if books.prefix is None else books.prefix.find(ids, salt, books.ledger.kinds)
         if match is None:
             return AdmittedPrompt(requests.open(), 0, 0, 0)
@@ -422,12 +424,12 @@ class KVCacheManager:
         # A block is one text's: what a request shares with a text under another salt is not cached twice.
         if books.ledger.any_kept(slot, prefix.num_known(keys), len(keys)):
             return 0
-        settled = requests.settled(slot)
+        pinned = requests.pinned(slot)
         books.ledger.keep(prefix.add(keys, books.ledger.blocks(slot)))
-        for end in range(max(-(-settled // size), 1) * size, len(keys) * size + 1, size):
+        for end in range(max(-(-pinned // size), 1) * size, len(keys) * size + 1, size):
             if prefix.lacks_state(keys[end // size - 1], end):
                 prefix.keep_state(keys[end // size - 1], read_rows(cache, slot, end, end))
-        requests.settle_at(slot, len(keys) * size)
+        requests.pin_until(slot, len(keys) * size)
         prefix.note_keys(handle, salt, keys)
         return len(keys) * size
 
@@ -444,8 +446,8 @@ class KVCacheManager:
           ValueError: the slot holds no request.
         """
         self._books.requests.require(slot)
-        self._books.requests.close(slot)
-        self._books.settle()
+        self._books.requests.release(slot)
+        self._books.collect()
 
     @whole
     def rollback(self, slot: int, n: int) -> None:
@@ -467,14 +469,14 @@ class KVCacheManager:
         if not is_integer(n):
             raise ValueError(f"the number of tokens is {n!r}: expected an integer, 0 or more")
         length = self._books.length(slot)
-        most = max(length - requests.settled(slot), 0)
+        most = max(length - requests.pinned(slot), 0)
         if not 0 <= n <= most:
             raise ValueError(
                 f"slot {slot}: cannot roll back {n} tokens: it has {length} and max_rollback is {self.max_rollback}, "
                 f"counted from the newest token it ever had: expected 0 to {most}"
             )
-        requests.shrink(slot, length - int(n))
-        self._books.settle()
+        requests.truncate(slot, length - int(n))
+        self._books.collect()
 
     @whole
     def fork(self, slot: int) -> Slot:
@@ -495,10 +497,10 @@ class KVCacheManager:
         books, requests = self._books, self._books.requests
         books.require_written(slot)
         books.holder.live()
-        books.settle(wait=bool(requests.waiting))
-        settled = requests.settled(slot) // self.block_size
+        books.collect(wait=bool(requests.waiting))
+        pinned = requests.pinned(slot) // self.block_size
         owned = books.ledger.blocks(slot)
-        shared = {kind: min(settled, len(ids)) for kind, ids in owned.items()}
+        shared = {kind: min(pinned, len(ids)) for kind, ids in owned.items()}
         if requests.free_slots:
             books.make_room({kind: {slot: len(ids) - shared[kind]} for kind, ids in owned.items()})
         target, copies = requests.fork(slot, shared)
@@ -529,7 +531,7 @@ class KVCacheManager:
         books.require_written(slot)
         rollback = count("rollback", rollback)
         length = requests.length(slot)
-        most = length - requests.settled(slot)
+        most = length - requests.pinned(slot)
         if rollback > most:
             raise ValueError(f"rollback is {rollback}: slot {slot} can go back by 0 to {most} tokens")
         cache, blocks = books.holder.live(), books.ledger.blocks(slot)
@@ -553,12 +555,12 @@ class KVCacheManager:
         """
         books, requests = self._books, self._books.requests
         books.holder.live()
-        books.settle(wait=bool(requests.waiting))
+        books.collect(wait=bool(requests.waiting))
         self.check_restorable(snapshot)
-        settled = snapshot.length - min(snapshot.rollback, self.max_rollback)
+        pinned = snapshot.length - min(snapshot.rollback, self.max_rollback)
         if requests.free_slots:
             books.make_room({kind: {0: n} for kind, n in requests.blocks_for(snapshot.length).items()})
-        slot = books.filling(requests.open(snapshot.length, settled))
+        slot = books.filling(requests.open(snapshot.length, pinned))
         books.holder.write_snapshot(slot, snapshot, books.ledger.blocks(slot))
         books.holder.enter(books.ledger.all_entered(slot))
         return slot
@@ -573,7 +575,7 @@ class KVCacheManager:
         snapshot = self._take_snapshot(slot, rollback)
         # Its blocks become free in the next call that needs room: no work on the device, which could fail, stands
         # between the request's end and the snapshot.
-        self._books.requests.close(slot)
+        self._books.requests.release(slot)
         return snapshot
 
     # Steps.
@@ -733,3 +735,14 @@ class KVCacheManager:
         if not is_integer(layer_idx) or not 0 <= layer_idx < len(self.cache.schemas):
             raise ValueError(f"layer {layer_idx!r}: the model has layers 0 to {len(self.cache.schemas) - 1}")
         return self.cache.schemas[layer_idx].kind
+
+
+def model_fingerprint(config: Any, weights: str = "") -> str:
+    """64 hexadecimal digits that follow from a configuration (a dataclass) and a fingerprint of the weights.
+
+    weights: whatever text its owner gives the weights, such as a hash of the files; two models with equal
+    configurations and texts are taken for the same.
+    """
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    text = json.dumps([fields, weights], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()

@@ -25,7 +25,7 @@ def feed(manager, slot, ids, start=0):
         n = min(BLOCK, len(ids) - at)
         plan = manager.plan_step([slot] * n, np.arange(at, at + n), num_segments=1, width=BLOCK)
         manager.cache = step(manager.cache, plan)
-        if at + n >= manager._books.requests.settled(slot):
+        if at + n >= manager._books.requests.pinned(slot):
             manager.keep_prefix(slot, ids[: at + n])
 
 

@@ -15,7 +15,7 @@ from small_model import SMALL
 
 import dsv4_jax.cache
 from dsv4_jax import KVCacheManager, PrefixPolicy
-from dsv4_jax.cache.transfer import copies, slots
+from dsv4_jax.cache.transfer import slots
 
 BLOCK = 12
 # At every moment when Python hears signals, instead of the first at every other place in the code.
@@ -63,7 +63,7 @@ class World:
         manager = self.manager
         manager.check()
         # Without the numbers of slots: a call that is made again may take another.
-        requests = [(manager.length(s), manager._books.requests.settled(s)) for s in manager.active_slots]
+        requests = [(manager.length(s), manager._books.requests.pinned(s)) for s in manager.active_slots]
         written = [s for s in manager.active_slots if s != self.c and not manager._books.requests.pending.involves(s)]
         held = [
             [(name, x.tobytes()) for name, x in manager.snapshot(s).arrays.items()]
@@ -129,7 +129,7 @@ HANDING_OUT = {  # what they return cannot be had again
 
 DEVICE = [
     (slots, "_enter"), (slots, "_read_rows"), (slots, "_write_slot"), (slots, "_read_blocks"), (slots, "_write_blocks"),
-    (copies, "copy_slot"), (dsv4_jax.cache.holder, "copy_slot"),
+    (dsv4_jax.cache.holder, "copy_slot"),
 ]  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def test_a_plan_that_never_runs(make, how):
     manager = make(max_rollback=3)
     slot = manager.admit_request()
     manager.cache = step(manager.cache, manager.plan_step([slot] * 126, np.arange(126)))
-    before = manager.length(slot), manager.blocks(slot), manager._books.requests.settled(slot)
+    before = manager.length(slot), manager.blocks(slot), manager._books.requests.pinned(slot)
     plan = manager.plan_step([slot] * 8, np.arange(126, 134))
     assert manager.length(slot) == 134
     if how == "cancelled":
@@ -111,7 +111,7 @@ def test_a_plan_that_never_runs(make, how):
         with pytest.raises(AttributeError):
             step(None, plan)
     del plan
-    assert (manager.length(slot), manager.blocks(slot), manager._books.requests.settled(slot)) == before
+    assert (manager.length(slot), manager.blocks(slot), manager._books.requests.pinned(slot)) == before
     assert manager.num_free_blocks("csa") == 3
     manager.check()
     manager.rollback(slot, 3)

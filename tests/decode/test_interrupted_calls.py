@@ -13,7 +13,7 @@ from loops import ask, assert_idle, make_loop
 
 import dsv4_jax
 from dsv4_jax import PrefixPolicy
-from dsv4_jax.cache.transfer import copies, slots
+from dsv4_jax.cache.transfer import slots
 from dsv4_jax.decode.programs import OneDevice
 
 FOLDER = Path(dsv4_jax.__file__).parent
@@ -136,7 +136,7 @@ def test_broken_off_at_every_moment(scene, alone, say):
 
 DEVICE = [
     (slots, "_enter"), (slots, "_read_rows"), (slots, "_write_slot"), (slots, "_read_blocks"), (slots, "_write_blocks"),
-    (copies, "copy_slot"), (dsv4_jax.cache.holder, "copy_slot"), (OneDevice, "put"), (OneDevice, "fetch"),
+    (dsv4_jax.cache.holder, "copy_slot"), (OneDevice, "put"), (OneDevice, "fetch"),
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from stepper import Stepper
 
 import dsv4_jax
-from dsv4_jax.cache.transfer.copies import copy_slot
+from dsv4_jax.cache.transfer.slots import copy_slot
 from dsv4_jax.model.transformer import DSV4Model
 
 SHARP = Path(__file__).parents[1] / "data" / "sharp_dsv4"

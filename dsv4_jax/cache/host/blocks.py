@@ -77,8 +77,8 @@ class BlockLedger:
         allocator = self._allocators[kind]
         return any(allocator.owners(block) > 1 for block in self._blocks[slot][kind][first:end])
 
-    def drop(self, blocks: dict[str, list[int]]) -> Released:
-        """Cached blocks, by kind, are evicted; those without an owner are held until `unhold`."""
+    def evict(self, blocks: dict[str, list[int]]) -> Released:
+        """Cached blocks, by kind, are evicted; those without an owner are held until `free`."""
         gone = {kind: self._allocators[kind].drop(ids) for kind, ids in blocks.items()}
         return Released({kind: [] for kind in gone}, gone)
 
@@ -102,15 +102,15 @@ class BlockLedger:
         self._undo.item(self._blocks, slot)
         self._blocks[slot] = {kind: [] for kind in self._allocators}
 
-    def close(self, slot: int) -> Released:
-        """Releases a request's share of all its blocks; those without an owner are held until `unhold`."""
+    def release(self, slot: int) -> Released:
+        """Releases a request's share of all its blocks; those without an owner are held until `free`."""
         released = self.truncate(slot, dict.fromkeys(self.kinds, 0))
         self._undo.item(self._blocks, slot)
         del self._blocks[slot]
         released.slots.append(slot)
         return released
 
-    def unhold(self, blocks: dict[str, list[int]]) -> None:
+    def free(self, blocks: dict[str, list[int]]) -> None:
         """Held blocks, by kind, can be given out now."""
         for kind, ids in blocks.items():
             self._allocators[kind].unhold(ids)
@@ -139,7 +139,7 @@ class BlockLedger:
         return rows
 
     def truncate(self, slot: int, keep: dict[str, int]) -> Released:
-        """Releases the blocks after the first keep[kind]; those without an owner are held until `unhold`."""
+        """Releases the blocks after the first keep[kind]; those without an owner are held until `free`."""
         cells: dict[str, list[tuple[int, int]]] = {}
         blocks: dict[str, list[int]] = {}
         for kind, n in keep.items():

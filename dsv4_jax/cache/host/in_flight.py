@@ -35,7 +35,7 @@ class Part(NamedTuple):
     generation: int  # which of the slot's requests
     start: int
     end: int
-    settled: int
+    pinned: int
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ _TABLES = itertools.count(1)
 class RequestTable:
     """Which slots hold a request, how long it is and which blocks it owns.
 
-    Every call that fails leaves it as it was. Released blocks and slots become free at the next `settle` after
+    Every call that fails leaves it as it was. Released blocks and slots become free at the next `collect` after
     every plan made before the release was dispatched.
     """
 
@@ -43,7 +43,7 @@ class RequestTable:
         self.plans_kept_blocks = False  # whether plans say which blocks a step does not write
         self.free_slots = list(range(num_slots))  # that freed longest ago first
         self._lengths: dict[int, int] = {}
-        self._settled: dict[int, int] = {}
+        self._pinned: dict[int, int] = {}
         self._complete_from: dict[int, int] = {}
         self._generations = [-1] * num_slots
         self._number = next(_TABLES)  # a handle knows whose it is
@@ -106,7 +106,7 @@ class RequestTable:
                 f"complete with token {self._complete_from[slot]}"
             )
 
-    def open(self, length: int = 0, settled: int = 0) -> Slot:
+    def open(self, length: int = 0, pinned: int = 0) -> Slot:
         """A request of `length` tokens with the blocks for them -> the slot that has been free longest.
 
         RuntimeError when all slots are taken or too few blocks are free; then nothing changed.
@@ -116,10 +116,10 @@ class RequestTable:
         try:
             self.ledger.extend({kind: {slot: n} for kind, n in self.blocks_for(length).items()})
         except RuntimeError:
-            self.ledger.close(slot)
+            self.ledger.release(slot)
             self._give_slot(slot)
             raise
-        return self._begin(slot, length, settled)
+        return self._begin(slot, length, pinned)
 
     def adopt(self, blocks: dict[str, list[int]], length: int) -> Slot:
         """A request whose first blocks are these -> its slot; it has `length` tokens, and the blocks may hold more.
@@ -142,12 +142,12 @@ class RequestTable:
         except RuntimeError:
             self._give_slot(target)
             raise
-        return self._begin(target, self._lengths[slot], self._settled[slot]), copies
+        return self._begin(target, self._lengths[slot], self._pinned[slot]), copies
 
-    def close(self, slot: int, after: int | None = None) -> None:
-        """Ends a request; after: see `give_up`."""
-        self.give_up(self.ledger.close(slot), after)
-        for known in (self._lengths, self._settled, self._complete_from):
+    def release(self, slot: int, after: int | None = None) -> None:
+        """Ends a request; after: see `hold`."""
+        self.hold(self.ledger.release(slot), after)
+        for known in (self._lengths, self._pinned, self._complete_from):
             self.undo.item(known, slot)
             del known[slot]
 
@@ -157,26 +157,26 @@ class RequestTable:
         """Tokens of a request."""
         return self._lengths[slot]
 
-    def settled(self, slot: int) -> int:
+    def pinned(self, slot: int) -> int:
         """Tokens of `slot` that no rollback can take back, so that nothing writes there again.
 
         Ring and tails have room for `max_rollback` tokens more than a step needs, counted from the newest token the
         request ever had: an older row may be overwritten, and going back does not bring it back.
         """
-        return self._settled[slot]
+        return self._pinned[slot]
 
     def grow(self, slot: int, length: int) -> None:
         """A request has `length` tokens now."""
-        self._set(slot, length, max(self._settled[slot], length - self.max_rollback))
+        self._set(slot, length, max(self._pinned[slot], length - self.max_rollback))
 
-    def _set(self, slot: int, length: int, settled: int) -> None:
+    def _set(self, slot: int, length: int, pinned: int) -> None:
         self.undo.item(self._lengths, slot)
-        self.undo.item(self._settled, slot)
-        self._lengths[slot], self._settled[slot] = length, settled
+        self.undo.item(self._pinned, slot)
+        self._lengths[slot], self._pinned[slot] = length, pinned
 
-    def settle_at(self, slot: int, length: int) -> None:
+    def pin_until(self, slot: int, length: int) -> None:
         """No rollback takes back the first `length` tokens of a request from now on: others may read their blocks."""
-        self._set(slot, self._lengths[slot], max(self._settled[slot], length))
+        self._set(slot, self._lengths[slot], max(self._pinned[slot], length))
 
     def kept_blocks(self) -> np.ndarray | None:
         """(slots,) int32: how many blocks of each request a step does not write, because what they hold is final.
@@ -191,13 +191,13 @@ class RequestTable:
                 kept[slot] = length // self.block_size
         return kept
 
-    def shrink(self, slot: int, length: int) -> None:
+    def truncate(self, slot: int, length: int) -> None:
         """A request is cut to `length` tokens; its blocks beyond are released.
 
         While a prefix hit is computed again, blocks beyond the length hold entries that are not written a second time.
         """
-        self._set(slot, length, self._settled[slot])
-        self.give_up(self.ledger.truncate(slot, self.blocks_for(max(length, self._complete_from[slot]))))
+        self._set(slot, length, self._pinned[slot])
+        self.hold(self.ledger.truncate(slot, self.blocks_for(max(length, self._complete_from[slot]))))
 
     def blocks_for(self, num_tokens: int) -> dict[str, int]:
         """Blocks that `num_tokens` tokens of one request need, by kind."""
@@ -218,8 +218,8 @@ class RequestTable:
 
     def planned(self, number: int, starts: dict[int, int], ends: dict[int, int], new: dict[str, list]) -> None:
         """A plan was made, of tokens at positions [start, end) by slot; new: rows of the blocks given out."""
-        settled = {slot: self._settled[slot] for slot in ends}
-        parts = {s: Part(self._generations[s], starts[s], end, settled[s]) for s, end in ends.items()}
+        pinned = {slot: self._pinned[slot] for slot in ends}
+        parts = {s: Part(self._generations[s], starts[s], end, pinned[s]) for s, end in ends.items()}
         given: dict[str, dict[int, int]] = {kind: {} for kind in new}
         for kind, rows in new.items():
             for slot, column, _ in rows:
@@ -227,9 +227,9 @@ class RequestTable:
         self.pending.add(number, parts, given)
         # As `grow` for each, with one note.
         self.undo.note(self._lengths.update, {slot: self._lengths[slot] for slot in ends})
-        self.undo.note(self._settled.update, settled)
+        self.undo.note(self._pinned.update, pinned)
         self._lengths.update(ends)
-        self._settled.update({slot: max(settled[slot], end - self.max_rollback) for slot, end in ends.items()})
+        self._pinned.update({slot: max(pinned[slot], end - self.max_rollback) for slot, end in ends.items()})
 
     def is_doubtful(self, slot: int) -> bool:
         """Whether the last plan of this request is gone, and it is not known whether its step ran."""
@@ -251,12 +251,12 @@ class RequestTable:
         for slot, part in step.parts.items():
             if slot in elsewhere or slot not in self.ledger or self._generations[slot] != part.generation:
                 continue
-            self._set(slot, min(self._lengths[slot], part.start), part.settled)
+            self._set(slot, min(self._lengths[slot], part.start), part.pinned)
             owned = self.ledger.blocks(slot)
             keep = {kind: min(len(ids), step.given[kind].get(slot, len(ids))) for kind, ids in owned.items()}
             if any(keep[kind] < len(ids) for kind, ids in owned.items()):
                 # No step has these blocks: not an older one, they were free, and not a later one.
-                self.give_up(self.ledger.truncate(slot, keep), after=0)
+                self.hold(self.ledger.truncate(slot, keep), after=0)
         self.pending.take_back(step)
 
     def looked(self, ran: np.ndarray) -> None:
@@ -269,22 +269,22 @@ class RequestTable:
             except ValueError:  # somebody counts on its tokens, and will be told
                 continue
 
-    def give_up(self, released: Released, after: int | None = None) -> None:
+    def hold(self, released: Released, after: int | None = None) -> None:
         """What was released becomes free when none of the first `after` plans can still be dispatched; None: of all."""
         released.after = self.pending.count if after is None else after
         self.undo.attributes(self, "_released")
         self._released = [*self._released, released]
 
-    def settling(self) -> list[Released]:
+    def collectable(self) -> list[Released]:
         """What no outstanding plan can still read; its places in the tables are to be entered, then it is free."""
         oldest = self.pending.oldest()
         return [released for released in self._released if released.after <= oldest]
 
     def free(self, released: Released) -> None:
-        """Makes free what `settling` named."""
+        """Makes free what `collectable` named."""
         self.undo.attributes(self, "_released")
         self._released = [other for other in self._released if other is not released]
-        self.ledger.unhold(released.blocks)
+        self.ledger.free(released.blocks)
         for slot in released.slots:
             self._give_slot(slot)
 
@@ -303,7 +303,7 @@ class RequestTable:
         assert not self.pending.faults, self.pending.faults[0]
         waiting = [slot for released in self._released for slot in released.slots]
         assert sorted([*self.free_slots, *waiting, *self.ledger.slots]) == list(range(self.num_slots)), "slots"
-        assert set(self._lengths) == set(self._settled) == set(self.ledger.slots), "lengths"
+        assert set(self._lengths) == set(self._pinned) == set(self.ledger.slots), "lengths"
         for slot, length in self._lengths.items():
             assert 0 <= length <= self.max_context_len, f"slot {slot} has {length} tokens"
             for kind, needed in self.blocks_for(length).items():
@@ -329,8 +329,8 @@ class RequestTable:
         self.undo.elements(self.free_slots, slice(None))
         self.free_slots.append(slot)
 
-    def _begin(self, slot: int, length: int, settled: int) -> Slot:
-        self._set(slot, length, settled)
+    def _begin(self, slot: int, length: int, pinned: int) -> Slot:
+        self._set(slot, length, pinned)
         self.undo.item(self._complete_from, slot)
         self.undo.elements(self._generations, slot)
         self._complete_from[slot] = 0

@@ -1,4 +1,4 @@
-"""Bytes that show when they are read: what a debug mode leaves in freed blocks and released slots."""
+"""For tests and the debug mode: bytes that show when they are read, and whether host and device agree."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..host.requests import RequestTable
 from ..kv_cache import KVCache
 from ..paged_cache import PagedKVPool
 from .slots import read_blocks, slot_shapes, write_blocks, write_slot
@@ -57,3 +58,38 @@ def check_blocks(cache: KVCache, blocks: Mapping[str, Sequence[int]]) -> None:
             host = jax.tree.map(lambda x, n=n: np.asarray(x)[:, :n], part)
             for found, expected in zip(jax.tree.leaves(host), jax.tree.leaves(unreadable(host)), strict=True):
                 assert found.tobytes() == expected.tobytes(), f"somebody wrote to free {kind.upper()} blocks: {ids}"
+
+
+def check_cache(
+    requests: RequestTable, cache: KVCache, kept: dict[str, list[int]], *, free_is_unreadable: bool
+) -> None:
+    """AssertionError unless blocks, tables, lengths and ring rows fit together.
+
+    kept: blocks by kind that are kept for prompts to come. Every block is free, waiting, or owned as often as it is
+    listed; the tables list what is owned, except where a planned step has not been dispatched; ring rows hold positions
+    that are theirs; with `free_is_unreadable`, nobody has written to a free block.
+    """
+    requests.check(kept)
+    for kind, table in cache.block_table.items():
+        _check_table(requests, kind, np.asarray(table))
+    for kind, state in cache.state.items():
+        pos = np.asarray(state.swa_pos)
+        rows = np.arange(pos.shape[-1])
+        impossible = (pos >= requests.max_context_len) | (pos < -1) | ((pos >= 0) & (pos % pos.shape[-1] != rows))
+        assert not impossible.any(), f"{kind.upper()} ring rows claim impossible positions"
+    if free_is_unreadable:
+        check_blocks(cache, {kind: requests.ledger.free_blocks(kind) for kind in requests.ledger.kinds})
+
+
+def _check_table(requests: RequestTable, kind: str, table: np.ndarray) -> None:
+    expected = np.full(table.shape, -1, np.int32)
+    for slot in requests.ledger.slots:
+        ids = requests.ledger.blocks(slot)[kind]
+        expected[slot, : len(ids)] = ids
+    for row in range(len(table)):
+        if requests.pending.involves(row):
+            expected[row] = table[row]
+    for released in requests.waiting:
+        for row, column in released.cells[kind]:
+            expected[row, column] = table[row, column]
+    np.testing.assert_array_equal(table, expected, f"{kind.upper()} block table")
