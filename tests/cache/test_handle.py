@@ -230,6 +230,24 @@ def test_entries(make, rng, weights, layer, ratio, lanes, cuts):
         np.testing.assert_array_equal(picked.kv[last, [0, 1, 3]], view.kv[0, np.array([3, 0, 36])])
 
 
+@pytest.mark.parametrize(("layer", "ratio", "lanes"), [(CSA, 4, 2), (HCA, 128, 1)], ids=["csa", "hca"])
+def test_a_decode_step_may_run_twice(make, rng, weights, same, layer, ratio, lanes):
+    """Without room to roll back: the newest token of a request is written again, and all that follows is the same."""
+    n = 12 if layer == CSA else 2 * ratio
+    kv, gate, w = random(rng, n, lanes * 512), random(rng, n, lanes * 512), weights(ratio, 512, lanes)
+    ends = []
+    for twice in ((), range(ratio - 1, n, ratio)):  # the tokens that close a window
+        manager = make(cache_dtype="fp32")
+        slot = manager.admit_request()
+        for p in range(n):
+            plan = manager.plan_step([slot], [p], num_segments=1, width=1)
+            for _ in range(2 if p in twice else 1):
+                manager.cache = write_entries(manager.cache, plan, layer, kv[p : p + 1], gate[p : p + 1], w).cache
+        manager.check()
+        ends.append((manager.cache.paged, manager.cache.state))
+    assert same(*ends)
+
+
 def test_indexer_keys(make, rng, weights):
     manager = make(indexer_dtype="fp32")
     slot = manager.admit_request()
