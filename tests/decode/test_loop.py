@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from loops import ENOUGH, TIGHT, ask, assert_idle, make_loop, run
 
+import dsv4_jax.decode
 from dsv4_jax.decode import decode_steps, prefill_step
 
 # A prompt of one token, one of many chunks, draws, a limit that is reached at once.
@@ -37,6 +39,32 @@ def test_requests_join_and_leave_without_recompiling(model, alone):
         assert [tokens[number[i]] for i in range(len(ASKS))] == expected
         assert_idle(loop)
     assert (prefill_step._cache_size(), decode_steps._cache_size()) == compiled
+
+
+def test_the_program_compiled_ahead_is_that_of_the_call(model, monkeypatch):
+    """Beside the prompts' program, so that tokens flow once they begin."""
+    monkeypatch.setattr(dsv4_jax.decode.loop, "_compiled", set())
+    loop, asked, used = make_loop(model), [], []
+    monkeypatch.setattr(loop._programs, "compile", lambda step, *operands: asked.append((step, operands[3:])))
+    dispatch = loop._dispatch
+
+    def spy(step, *operands):
+        if step.func is decode_steps:
+            used.append((step, operands))
+        dispatch(step, *operands)
+
+    monkeypatch.setattr(loop, "_dispatch", spy)
+    ASKS[0].submit(loop)
+    loop.compile_decode().join()
+    assert loop.compile_decode() is None
+    while not used:
+        loop.step()
+
+    def form(call):
+        step, operands = call
+        return step.keywords, jax.tree.map(lambda x: (x.shape, x.dtype), operands)
+
+    assert form(asked[0]) == form(used[0])
 
 
 def test_prompts_are_read_beside_decode(model, alone):
