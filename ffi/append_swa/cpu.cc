@@ -65,15 +65,5 @@ ffi::Error append_swa_fused(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4AppendSwa);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    Dsv4AppendSwa, dsv4::append_swa,
-    xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("layer"));
-DSV4_EXPORT_HANDLER(Dsv4AppendSwaFused);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4AppendSwaFused, dsv4::append_swa_fused,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<float>("eps"));
+DSV4_CPU_HANDLER(Dsv4AppendSwa, dsv4::append_swa, .Attr<int64_t>("layer"));
+DSV4_CPU_HANDLER(Dsv4AppendSwaFused, dsv4::append_swa_fused, .Attr<int64_t>("layer").Attr<float>("eps"));

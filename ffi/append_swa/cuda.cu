@@ -45,18 +45,5 @@ ffi::Error append_swa_fused(cudaStream_t stream, ffi::RemainingArgs args, ffi::R
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4AppendSwa);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    Dsv4AppendSwa, dsv4::append_swa,
-    xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets().Attr<int64_t>(
-        "layer"),
-    {xla::ffi::Traits::kCmdBufferCompatible});
-DSV4_EXPORT_HANDLER(Dsv4AppendSwaFused);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4AppendSwaFused, dsv4::append_swa_fused,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<float>("eps"),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+DSV4_CUDA_HANDLER(Dsv4AppendSwa, dsv4::append_swa, .Attr<int64_t>("layer"));
+DSV4_CUDA_HANDLER(Dsv4AppendSwaFused, dsv4::append_swa_fused, .Attr<int64_t>("layer").Attr<float>("eps"));

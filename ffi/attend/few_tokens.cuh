@@ -13,11 +13,13 @@
 #include <type_traits>
 
 #include "attend/op.h"
+#include "cuda/geometry.cuh"
+#include "cuda/group_scales.cuh"
 #include "cuda/ptx.cuh"
 
 namespace dsv4::attend_few {
 
-constexpr int kNope = 448, kRope = 64, kWidth = kNope + kRope, kChunks = kNope / 64;
+constexpr int kNope = V4Record::kNope, kRope = V4Record::kRope, kWidth = V4Record::kDim, kChunks = kNope / V4Record::kGroup;
 constexpr int kHeads = 16;   // of a thread block
 constexpr int kRows = 64;    // of a block of rows
 constexpr int kPitch = 608;  // bytes of a row in shared memory: 448 + 128 and 32 against bank conflicts
@@ -67,25 +69,6 @@ __device__ __forceinline__ int row_of_column(int g) {
   return ((g & 4) | ((g >> 1) & 1) | ((g & 1) << 1)) ^ ((g & 4) >> 1);
 }
 
-__device__ __forceinline__ void product_f16(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void product_bf16(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void send(uint32_t to, const float4& x) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
-               : "memory");
-}
-__device__ __forceinline__ void send(uint32_t to, float x, float y) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
-}
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ uint32_t word_of(const uint4& four, int i) {
   return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
 }
@@ -276,19 +259,7 @@ struct Queries {
 
 // The largest of a row's scales and, relative to it, that of every 64 values.
 __device__ __forceinline__ float unpack_scales(SharedMemory<true>& shared, uint64_t stored, int buffer, int row) {
-  int largest = 1;
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) largest = max(largest, static_cast<int>((stored >> (8 * i)) & 0xFF));
-  if (largest == 255) largest = 254;
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const int byte = static_cast<int>((stored >> (8 * i)) & 0xFF), below = largest - byte;
-    uint16_t factor = below > 24 ? 0 : below > 14 ? static_cast<uint16_t>(1 << (24 - below))
-                                                  : static_cast<uint16_t>((15 - below) << 10);
-    if (byte == 255) factor = 0x7E00;
-    shared.factor[buffer][i][row] = factor;
-  }
-  return __uint_as_float(static_cast<uint32_t>(largest) << 23);
+  return dsv4::unpack_scales<kChunks>(stored, [&](int i, uint16_t factor) { shared.factor[buffer][i][row] = factor; });
 }
 
 // A warp's eight rows times 16 heads: columns 2 quarter and the next of heads g, then of g + 8. Codes and RoPE half apart.
@@ -311,18 +282,18 @@ __device__ __forceinline__ void score_rows(const SharedMemory<kGroups>& shared, 
         const uint32_t by = factor[chunk * kRows] * 0x10001u;
         b0 = ptx::multiply_halves(b0, by), b1 = ptx::multiply_halves(b1, by);
       }
-      product_f16(step % 2 ? sums[1] : sums[0], fragment(4 * chunk + step), b0, b1);
+      ptx::product_of_warp(step % 2 ? sums[1] : sums[0], fragment(4 * chunk + step), b0, b1);
     }
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint4 values = *reinterpret_cast<const uint4*>(row + kNope + 32 * quarter + 16 * half);
     const int step = 4 * kChunks + 2 * half;
-    product_bf16(rope, fragment(step), values.x, values.y);
-    product_bf16(rope, fragment(step + 1), values.z, values.w);
+    ptx::product_of_warp_bf16(rope, fragment(step), values.x, values.y);
+    ptx::product_of_warp_bf16(rope, fragment(step + 1), values.z, values.w);
     if (two_parts) {
-      product_bf16(rope, fragment(step + 4), values.x, values.y);
-      product_bf16(rope, fragment(step + 5), values.z, values.w);
+      ptx::product_of_warp_bf16(rope, fragment(step + 4), values.x, values.y);
+      ptx::product_of_warp_bf16(rope, fragment(step + 5), values.z, values.w);
     }
   }
 #pragma unroll
@@ -366,7 +337,7 @@ __device__ __forceinline__ void add_values(const SharedMemory<kGroups>& shared, 
           for (int v = 0; v < 2; ++v) {
             uint32_t b0 = ptx::halves_of_e4m3(first >> (16 * v)), b1 = ptx::halves_of_e4m3(second >> (16 * v));
             if constexpr (kGroups) b0 = ptx::multiply_halves(b0, factors[0]), b1 = ptx::multiply_halves(b1, factors[1]);
-            product_f16(out[4 * j + 2 * pair + v], a, b0, b1);
+            ptx::product_of_warp(out[4 * j + 2 * pair + v], a, b0, b1);
           }
         }
       }
@@ -375,8 +346,8 @@ __device__ __forceinline__ void add_values(const SharedMemory<kGroups>& shared, 
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         load(32 * j, words);
-        product_bf16(out[2 * j], a, __byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410));
-        product_bf16(out[2 * j + 1], a, __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x7632));
+        ptx::product_of_warp_bf16(out[2 * j], a, __byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410));
+        ptx::product_of_warp_bf16(out[2 * j + 1], a, __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x7632));
       }
     }
   }
@@ -423,7 +394,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = threadIdx.x + rank * kThreads; i < heads * kVectors; i += kThreads * splits) to[i] = make_uint4(0, 0, 0, 0);
     return;
   }
-  cluster_arrive();  // others may send when all are here
+  ptx::cluster_arrive();  // others may send when all are here
 
   const int first = token.blocks * rank / splits, blocks = token.blocks * (rank + 1) / splits - first;
   Fetcher<kGroups> fetcher{call, divide, token, shared, t, first, blocks, 8 * warp + g, quarter};
@@ -509,13 +480,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < 32 && quarter == 0) shared.top[g + 8 * h] = top[h];
   }
   __syncthreads();
-  cluster_wait();
+  ptx::cluster_wait();
   if (threadIdx.x < splits * kHeads) {
     const int head = threadIdx.x % kHeads;
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += shared.sum[head][w];
-    send(ptx::address_in(ptx::shared_address(&shared.softmax[rank][head]), threadIdx.x / kHeads), shared.top[head], sum);
+    ptx::store_remote(ptx::address_in(ptx::shared_address(&shared.softmax[rank][head]), threadIdx.x / kHeads), shared.top[head], sum);
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -530,11 +501,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                                  codes ? out[4 * j + 1][2 * h + 1] : out[4 * j + 3][2 * h],
                                  out[4 * j + 2][2 * h + 1],
                                  out[4 * j + 3][2 * h + 1]);
-    send(to, a);
-    send(to + 32 * sizeof(float4), b);
+    ptx::store_remote(to, a);
+    ptx::store_remote(to + 32 * sizeof(float4), b);
   }
-  cluster_arrive();
-  cluster_wait();
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
   for (int unit = rank + splits * warp; unit < kUnits; unit += splits * kWarps) {
     const int h = unit / 2 % 2, head = g + 8 * h;
     float most = -INFINITY;

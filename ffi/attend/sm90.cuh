@@ -16,11 +16,13 @@
 #include <type_traits>
 
 #include "attend/op.h"
+#include "cuda/geometry.cuh"
+#include "cuda/group_scales.cuh"
 #include "cuda/ptx.cuh"
 
 namespace dsv4::attend_sm90 {
 
-constexpr int kNope = 448, kRope = 64, kWidth = kNope + kRope;
+constexpr int kNope = V4Record::kNope, kRope = V4Record::kRope, kWidth = V4Record::kDim;
 constexpr int kHeads = 64;   // of a thread block
 constexpr int kRows = 64;    // of a block of rows
 constexpr int kHalf = kRows / 2;  // rows are fetched and given back by halves of a block
@@ -30,7 +32,7 @@ constexpr int kConsumers = 3 * kWarpgroup;
 // Registers of a thread of the first warpgroup, of the two after it, of the last: together four times 128.
 constexpr int kScoreRegisters = 152, kValueRegisters = 168, kFetchRegisters = 24;
 static_assert(kScoreRegisters + 2 * kValueRegisters + kFetchRegisters == 4 * 128);
-constexpr int kChunks = kNope / 64;
+constexpr int kChunks = kNope / V4Record::kGroup;
 constexpr int kPartPitch = kWidth + 4;  // floats of a head's sum, when a cluster adds up
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kRescaleAbove = 8.0f;  // a reference is kept until the maximum exceeds it by 2^8
@@ -128,7 +130,7 @@ enum class Part { kCodes, kRope, kScale };  // of a record
 __device__ __forceinline__ const uint8_t* part_at(const ReadRecords& records, int64_t index, Part part) {
   if (part == Part::kCodes) return records.nope + index * kNope;
   if (part == Part::kRope) return reinterpret_cast<const uint8_t*>(records.rope + index * kRope);
-  return static_cast<const uint8_t*>(records.scale) + index * (records.scale_width ? 8 : 4);
+  return static_cast<const uint8_t*>(records.scale) + index * (records.scale_width ? V4Record::kScales : 4);
 }
 
 __device__ __forceinline__ uint32_t word_of(const uint4& four, int i) {
@@ -290,20 +292,9 @@ struct Fetcher {
 
 // The largest of a row's scales and, relative to it, that of every 64 values.
 __device__ __forceinline__ void unpack_scales(SharedMemory<true>& shared, int row) {
-  const uint64_t stored = shared.scale[row];
-  int largest = 1;
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) largest = max(largest, static_cast<int>((stored >> (8 * i)) & 0xFF));
-  if (largest == 255) largest = 254;
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const int byte = static_cast<int>((stored >> (8 * i)) & 0xFF), below = largest - byte;
-    uint16_t factor = below > 24 ? 0 : below > 14 ? static_cast<uint16_t>(1 << (24 - below))
-                                                  : static_cast<uint16_t>((15 - below) << 10);
-    if (byte == 255) factor = 0x7E00;
-    shared.groups.factor[i][row] = factor;
-  }
-  shared.groups.largest[row] = shared.visible[row] ? __uint_as_float(static_cast<uint32_t>(largest) << 23) : 0.0f;
+  const float largest = dsv4::unpack_scales<kChunks>(
+      shared.scale[row], [&](int i, uint16_t factor) { shared.groups.factor[i][row] = factor; });
+  shared.groups.largest[row] = shared.visible[row] ? largest : 0.0f;
 }
 
 // What a row's codes are multiplied by, after unpack_scales where there are several scales.

@@ -64,20 +64,6 @@ ffi::Error compress_indexer(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4Compress);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4Compress, dsv4::compress,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<float>("eps"));
-DSV4_EXPORT_HANDLER(Dsv4CompressIndexer);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4CompressIndexer, dsv4::compress_indexer,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<float>("eps")
-                                  .Attr<bool>("rotate"));
+DSV4_CPU_HANDLER(Dsv4Compress, dsv4::compress, .Attr<int64_t>("layer").Attr<float>("eps"));
+DSV4_CPU_HANDLER(Dsv4CompressIndexer, dsv4::compress_indexer,
+                 .Attr<int64_t>("layer").Attr<float>("eps").Attr<bool>("rotate"));

@@ -140,22 +140,6 @@ ffi::Error compress_indexer(cudaStream_t stream, ffi::RemainingArgs args, ffi::R
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4Compress);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4Compress, dsv4::compress,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<float>("eps"),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
-DSV4_EXPORT_HANDLER(Dsv4CompressIndexer);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4CompressIndexer, dsv4::compress_indexer,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<float>("eps")
-                                  .Attr<bool>("rotate"),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+DSV4_CUDA_HANDLER(Dsv4Compress, dsv4::compress, .Attr<int64_t>("layer").Attr<float>("eps"));
+DSV4_CUDA_HANDLER(Dsv4CompressIndexer, dsv4::compress_indexer,
+                  .Attr<int64_t>("layer").Attr<float>("eps").Attr<bool>("rotate"));

@@ -102,11 +102,4 @@ ffi::Error hyper_connect_on_device(cudaStream_t stream, ffi::RemainingArgs args,
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4HyperConnect);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4HyperConnect, dsv4::hyper_connect_on_device,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs<dsv4::HyperConnectAttributes>(),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+DSV4_CUDA_HANDLER(Dsv4HyperConnect, dsv4::hyper_connect_on_device, .Attrs<dsv4::HyperConnectAttributes>());

@@ -66,8 +66,8 @@ __device__ inline float dot(float4 a, float4 b, float sum) {
 
 // Stores into the shared memory of a block of the cluster; its barrier counts the four bytes.
 __device__ inline void send(const float* to, uint64_t* barrier, float value, int rank) {
-  ptx::store_remote(ptx::address_in(ptx::shared_address(to), rank), value,
-                    ptx::address_in(ptx::shared_address(barrier), rank));
+  ptx::store_remote_counted(ptx::address_in(ptx::shared_address(to), rank), value,
+                            ptx::address_in(ptx::shared_address(barrier), rank));
 }
 
 __device__ inline void add(float4& to, float4 v) {

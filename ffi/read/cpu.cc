@@ -66,13 +66,6 @@ ffi::Error read_keys(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaini
 }  // namespace
 }  // namespace dsv4
 
-#define DSV4_DEFINE_READ(symbol, function, ...)                                                                \
-  DSV4_EXPORT_HANDLER(symbol);                                                                                 \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                               \
-      symbol, function,                                                                                        \
-      xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("layer") \
-          __VA_ARGS__)
-
-DSV4_DEFINE_READ(Dsv4ReadWindow, dsv4::read_window, .Attr<int64_t>("window"));
-DSV4_DEFINE_READ(Dsv4ReadEntries, dsv4::read_entries, );
-DSV4_DEFINE_READ(Dsv4ReadKeys, dsv4::read_keys, );
+DSV4_CPU_HANDLER(Dsv4ReadWindow, dsv4::read_window, .Attr<int64_t>("layer").Attr<int64_t>("window"));
+DSV4_CPU_HANDLER(Dsv4ReadEntries, dsv4::read_entries, .Attr<int64_t>("layer"));
+DSV4_CPU_HANDLER(Dsv4ReadKeys, dsv4::read_keys, .Attr<int64_t>("layer"));

@@ -129,13 +129,5 @@ ffi::Error route_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::Re
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4Route);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4Route, dsv4::route_on_device,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("k")
-                                  .Attr<float>("scaling")
-                                  .Attr<int64_t>("has_slots"),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+DSV4_CUDA_HANDLER(Dsv4Route, dsv4::route_on_device,
+                  .Attr<int64_t>("k").Attr<float>("scaling").Attr<int64_t>("has_slots"));

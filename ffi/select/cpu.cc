@@ -19,9 +19,9 @@ namespace dsv4 {
 namespace {
 
 constexpr int64_t kLanes = 8;
-constexpr int64_t kKeys = 32;         // decoded at a time
-constexpr int64_t kTileTokens = 16;   // that share them at most
-constexpr int64_t kTaskKeys = 1024;   // of a task
+constexpr int64_t kKeys = 32;        // decoded at a time
+constexpr int64_t kTileTokens = 16;  // that share them at most
+constexpr int64_t kTaskKeys = 1024;  // of a task
 
 struct Task {
   int64_t first, count;  // tokens
@@ -188,10 +188,10 @@ void choose(const SelectCall& call, int64_t token, const float* scores, std::vec
   std::fill(out + found, out + k, -1);
 }
 
-ffi::Error select(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer,
-                  int64_t ratio, int64_t k, int64_t max_entries, int64_t raw) {
+ffi::Error select(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
+                  const SelectAttributes& attributes) {
   SelectCall call;
-  const ffi::Error error = bind_select(args, results, layer, ratio, k, max_entries, raw != 0, &call);
+  const ffi::Error error = bind_select(args, results, attributes, &call);
   if (error.failure()) return error;
   if (call.width % kLanes || call.width & (call.width - 1)) {
     return ffi::Error::InvalidArgument("select: got keys of another width; expected a power of two from 8 on.");
@@ -208,7 +208,7 @@ ffi::Error select(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
       for (; next < end && next - t < kTileTokens && call.slots[next] == call.slots[t]; ++next) {
         seen = std::max<int64_t>(seen, call.visible(next));
       }
-      for (int64_t e = 0; seen > k && e < seen; e += kTaskKeys) {
+      for (int64_t e = 0; seen > attributes.k && e < seen; e += kTaskKeys) {
         tasks.push_back({t, next - t, e, std::min(seen, e + kTaskKeys)});
       }
       t = next;
@@ -228,14 +228,4 @@ ffi::Error select(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4Select);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4Select, dsv4::select,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("ratio")
-                                  .Attr<int64_t>("k")
-                                  .Attr<int64_t>("max_entries")
-                                  .Attr<int64_t>("raw"));
+DSV4_CPU_HANDLER(Dsv4Select, dsv4::select, .Attrs<dsv4::SelectAttributes>());

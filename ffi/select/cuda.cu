@@ -8,10 +8,10 @@
 namespace dsv4 {
 namespace {
 
-ffi::Error select(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer,
-                  int64_t ratio, int64_t k, int64_t max_entries, int64_t raw) {
+ffi::Error select(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results,
+                  const SelectAttributes& attributes) {
   SelectCall call;
-  const ffi::Error error = bind_select(args, results, layer, ratio, k, max_entries, raw != 0, &call);
+  const ffi::Error error = bind_select(args, results, attributes, &call);
   if (error.failure()) return error;
   const std::string limit = select_sm90::limit_of(call);
   if (!limit.empty()) return ffi::Error::InvalidArgument("select: got " + limit + ".");
@@ -21,15 +21,4 @@ ffi::Error select(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRe
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4Select);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4Select, dsv4::select,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("ratio")
-                                  .Attr<int64_t>("k")
-                                  .Attr<int64_t>("max_entries")
-                                  .Attr<int64_t>("raw"),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+DSV4_CUDA_HANDLER(Dsv4Select, dsv4::select, .Attrs<dsv4::SelectAttributes>());

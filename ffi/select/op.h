@@ -11,15 +11,28 @@
 
 namespace dsv4 {
 
+struct SelectAttributes {
+  int64_t layer, ratio, k, max_entries, raw;
+};
+
+}  // namespace dsv4
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(dsv4::SelectAttributes, xla::ffi::StructMember<int64_t>("layer"),
+                                      xla::ffi::StructMember<int64_t>("ratio"), xla::ffi::StructMember<int64_t>("k"),
+                                      xla::ffi::StructMember<int64_t>("max_entries"),
+                                      xla::ffi::StructMember<int64_t>("raw"));
+
+namespace dsv4 {
+
 struct SelectCall {
-  int64_t tokens, heads, width, k;  // T, H, d
-  const void* q;                    // (T, H, d) float or BFloat16
-  bool is_float;                    // of q
-  const float* weights;             // (T, H)
+  int64_t tokens, heads, width, k;   // T, H, d
+  const void* q;                     // (T, H, d) float or BFloat16
+  bool is_float;                     // of q
+  const float* weights;              // (T, H)
   const int32_t *slots, *positions;  // (T)
 
-  const uint8_t *keys, *scale;  // of the layer: (N, E, d / 2), (N, E, d / group)
-  int64_t group;                // 16: E4M3 scales, 32: powers of two
+  const uint8_t *keys, *scale;    // of the layer: (N, E, d / 2), (N, E, d / group)
+  int64_t group;                  // 16: E4M3 scales, 32: powers of two
   int64_t num_blocks, per_block;  // N, E
   const int32_t* table;           // (R, columns)
   int64_t num_slots, columns, ratio, max_entries;
@@ -48,10 +61,11 @@ struct SelectCall {
   }
 };
 
-// Operands: q, weights, slots, positions, keys, scale, table; with raw cos and sin. Results: selected and, where there is
-// something to choose, scratch, of which a row is a token's at a time.
-inline ffi::Error bind_select(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, int64_t ratio,
-                              int64_t k, int64_t max_entries, bool raw, SelectCall* call) {
+// Operands: q, weights, slots, positions, keys, scale, table; with raw cos and sin. Results: selected and, where there
+// is something to choose, scratch, of which a row is a token's at a time.
+inline ffi::Error bind_select(ffi::RemainingArgs args, ffi::RemainingRets results, const SelectAttributes& attributes,
+                              SelectCall* call) {
+  const auto [layer, ratio, k, max_entries, raw] = attributes;
   Operands operands("select", args);
   const Operands::Shape q = operands.shape_of_next(), keys = operands.shape_of_next(4),
                         scale = operands.shape_of_next(5), table = operands.shape_of_next(6);
@@ -62,15 +76,18 @@ inline ffi::Error bind_select(ffi::RemainingArgs args, ffi::RemainingRets result
     operands.fail("layer " + std::to_string(layer), "0 to " + std::to_string(keys[0] - 1));
   }
   if (operands.ok() && (scale[3] < 1 || (scale[3] * 8 != keys[3] && scale[3] * 16 != keys[3]))) {
-    operands.fail(std::to_string(scale[3]) + " scales for " + std::to_string(2 * keys[3]) + " values", "one per 16 or 32");
+    operands.fail(std::to_string(scale[3]) + " scales for " + std::to_string(2 * keys[3]) + " values",
+                  "one per 16 or 32");
   }
   if (operands.ok() && (ratio < 1 || ratio > INT32_MAX || k < 1)) {
-    operands.fail("ratio " + std::to_string(ratio) + " and k " + std::to_string(k), "at least 1, and a ratio below 2^31");
+    operands.fail("ratio " + std::to_string(ratio) + " and k " + std::to_string(k),
+                  "at least 1, and a ratio below 2^31");
   }
   if (!operands.ok()) return operands.error();
   *call = SelectCall{};
   call->tokens = q[0], call->heads = q[1], call->width = q[2], call->k = k, call->ratio = ratio;
-  call->num_blocks = LayerOf(layer, keys[0], keys[1]).length, call->per_block = keys[2], call->num_slots = table[0], call->columns = table[1];
+  call->num_blocks = LayerOf(layer, keys[0], keys[1]).length, call->per_block = keys[2], call->num_slots = table[0],
+  call->columns = table[1];
   call->max_entries = std::min(max_entries, call->columns * call->per_block);
   call->q = operands.take("q", {ffi::DataType::F32, ffi::DataType::BF16}, {q[0], q[1], 2 * keys[3]});
   call->is_float = operands.dtype() == ffi::DataType::F32;

@@ -20,12 +20,5 @@ ffi::Error write_layer(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remai
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4WriteLayer);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4WriteLayer, dsv4::write_layer,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<float>("eps")
-                                  .Attr<int64_t>("of_entries"));
+DSV4_CPU_HANDLER(Dsv4WriteLayer, dsv4::write_layer,
+                 .Attr<int64_t>("layer").Attr<float>("eps").Attr<int64_t>("of_entries"));

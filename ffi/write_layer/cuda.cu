@@ -113,13 +113,5 @@ ffi::Error write_layer(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remain
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4WriteLayer);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4WriteLayer, dsv4::write_layer,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<float>("eps")
-                                  .Attr<int64_t>("of_entries"),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+DSV4_CUDA_HANDLER(Dsv4WriteLayer, dsv4::write_layer,
+                  .Attr<int64_t>("layer").Attr<float>("eps").Attr<int64_t>("of_entries"));
