@@ -4,6 +4,7 @@
 #include "attend/few_tokens.cuh"
 #include "attend/op.h"
 #include "attend/sm90.cuh"
+#include "attend/window.cuh"
 #include "common/export.h"
 #include "common/launched.h"
 
@@ -16,7 +17,7 @@ constexpr int kMostSplits = 16;  // thread blocks of a cluster
 // lies in one of the chip's eight parts. One cluster more than that takes twice as long.
 constexpr int kClusters[kMostSplits + 1] = {0, 132, 66, 39, 30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7};
 
-constexpr int64_t kRows = 64;  // of a block of rows, in both kernels
+constexpr int64_t kRows = 64;  // of a block of rows
 static_assert(kRows == attend_sm90::kRows && kRows == attend_few::kRows, "kernels of other blocks of rows");
 
 // Blocks of rows of a token at most.
@@ -42,13 +43,14 @@ int64_t clusters_of(const AttendCall& call, int64_t heads) { return call.tokens 
 bool is_for_few(const AttendCall& call) {
   constexpr int64_t kMostTokens = 16, kFewClusters = 8;
   const int64_t clusters = clusters_of(call, attend_few::kHeads), blocks = blocks_of(call);
-  const int64_t most = clusters <= kFewClusters ? 10 : 5;
+  const int64_t most = clusters <= kFewClusters && !call.partials ? 10 : 5;
   return call.tokens <= kMostTokens && blocks <= most * splits_of(blocks, clusters);
 }
 
-// Launches clusters that share the rows of a token and `heads` of its heads.
+// Launches `splits` thread blocks, as a cluster or not, that share the rows of a token and `heads` of its heads.
 template <auto kKernel, typename... Args>
-cudaError_t launch(cudaStream_t stream, const AttendCall& call, int64_t heads, int threads, int bytes, const Args&... args) {
+cudaError_t launch(cudaStream_t stream, const AttendCall& call, int64_t heads, int splits, bool is_cluster, int threads,
+                   int bytes, const Args&... args) {
   // Every time: attributes are those of the kernel on one device, and a process may have several.
   cudaError_t status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
@@ -57,23 +59,17 @@ cudaError_t launch(cudaStream_t stream, const AttendCall& call, int64_t heads, i
   // A grid's last axis has 65,535 blocks at most.
   constexpr int64_t kMostTokens = 65535;
   if (call.tokens > kMostTokens) return cudaErrorInvalidConfiguration;
-  const auto splits = static_cast<unsigned>(splits_of(blocks_of(call), clusters_of(call, heads)));
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(splits, static_cast<unsigned>((call.heads + heads - 1) / heads), static_cast<unsigned>(call.tokens));
+  config.gridDim = dim3(splits, static_cast<unsigned>((call.heads + heads - 1) / heads),
+                        static_cast<unsigned>(call.tokens));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = splits, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+  cluster.val.clusterDim.x = is_cluster ? splits : 1, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
   config.attrs = &cluster, config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kKernel, call, args...);
-}
-
-template <bool kGroups>
-cudaError_t launch_many(cudaStream_t stream, const AttendCall& call) {
-  return launch<attend_sm90::attend_kernel<kGroups>>(stream, call, attend_sm90::kHeads, attend_sm90::kThreads,
-                                                     attend_sm90::kSharedBytes<kGroups>);
 }
 
 template <bool kGroups, bool kFloat>
@@ -83,8 +79,51 @@ cudaError_t launch_few(cudaStream_t stream, const AttendCall& call) {
   if (call.has_entries) {
     divide.ratio = attend_few::Divisor(call.ratio), divide.per_block = attend_few::Divisor(call.per_block);
   }
-  return launch<attend_few::attend_kernel<kGroups, kFloat>>(stream, call, attend_few::kHeads, attend_few::kThreads,
-                                                            attend_few::kSharedBytes<kGroups>, divide);
+  const int splits = splits_of(blocks_of(call), clusters_of(call, attend_few::kHeads));
+  return launch<attend_few::attend_kernel<kGroups, kFloat>>(stream, call, attend_few::kHeads, splits, true,
+                                                            attend_few::kThreads, attend_few::kSharedBytes<kGroups>,
+                                                            divide);
+}
+
+template <bool kGroups, bool kFloat>
+cudaError_t launch_window(cudaStream_t stream, const AttendCall& call) {
+  return launch<attend_window::attend_kernel<kGroups, kFloat>>(stream, call, attend_window::kHeads, 1, false,
+                                                               attend_window::kThreads, attend_window::kSharedBytes);
+}
+
+template <bool kGroups>
+cudaError_t launch_many(cudaStream_t stream, const AttendCall& call) {
+  // What adding up in a second kernel takes, in blocks of rows.
+  constexpr int64_t kBlocksOfCombine = 3;
+  const int64_t blocks = blocks_of(call);
+  const auto most = [&](int64_t parts) { return (blocks + parts - 1) / parts; };  // blocks of rows of a thread block
+  const int in_cluster = splits_of(blocks, clusters_of(call, attend_sm90::kHeads));
+  const bool left = call.partials && most(call.parts) + kBlocksOfCombine < most(in_cluster);
+  const int splits = left ? static_cast<int>(call.parts) : in_cluster;
+  const cudaError_t status = launch<attend_sm90::attend_kernel<kGroups>>(
+      stream, call, attend_sm90::kHeads, splits, !left, attend_sm90::kThreads, attend_sm90::kSharedBytes<kGroups>,
+      left ? call.partials : nullptr);
+  if (status != cudaSuccess || !left) return status;
+  cudaLaunchConfig_t config{};
+  const int64_t warps = 4 * call.heads;
+  config.gridDim = dim3(static_cast<unsigned>((warps + attend_sm90::kCombineWarps - 1) / attend_sm90::kCombineWarps),
+                        static_cast<unsigned>(call.tokens));
+  config.blockDim = dim3(32 * attend_sm90::kCombineWarps);
+  config.stream = stream;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early, config.numAttrs = 1;
+  const float* const partials = call.partials;
+  return cudaLaunchKernelEx(&config, attend_sm90::combine_kernel, call, partials, splits);
+}
+
+template <bool kGroups, bool kFloat>
+cudaError_t launch_one(cudaStream_t stream, const AttendCall& call) {
+  if (is_for_few(call)) return launch_few<kGroups, kFloat>(stream, call);
+  const bool one_unit = !call.has_entries && blocks_of(call) * kRows <= attend_window::kRows;
+  if (one_unit) return launch_window<kGroups, kFloat>(stream, call);
+  return launch_many<kGroups>(stream, call);
 }
 
 ffi::Error attend(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer,
@@ -100,10 +139,17 @@ ffi::Error attend(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRe
   }
   if (call.tokens == 0 || call.heads == 0) return ffi::Error::Success();
   const bool groups = call.ring.scale_width != 0;
-  auto* const many = groups ? launch_many<true> : launch_many<false>;
-  auto* const few = groups ? call.is_float ? launch_few<true, true> : launch_few<true, false>
-                           : call.is_float ? launch_few<false, true> : launch_few<false, false>;
-  return launched("attend", (is_for_few(call) ? few : many)(stream, call));
+  if (call.partials) {
+    const auto dims = (*results.get<ffi::AnyBuffer>(1))->dimensions();
+    const int64_t groups_of_heads = clusters_of(call, attend_sm90::kHeads) / call.tokens;
+    if (dims[1] != groups_of_heads || dims[2] < 1 || dims[3] != attend_sm90::kPartial) {
+      return ffi::Error::InvalidArgument("attend: got scratch of another shape; expected (T, groups, parts, " +
+                                         std::to_string(attend_sm90::kPartial) + ").");
+    }
+  }
+  auto* const run = groups ? call.is_float ? launch_one<true, true> : launch_one<true, false>
+                           : call.is_float ? launch_one<false, true> : launch_one<false, false>;
+  return launched("attend", run(stream, call));
 }
 
 }  // namespace

@@ -41,6 +41,9 @@ struct AttendCall {
   int64_t pairs;
   float scale, eps;
 
+  float* partials;  // (T, groups of heads, parts, floats), scratch for what thread blocks leave to be added up; or null
+  int64_t parts;
+
   DSV4_HOST_DEVICE bool is_slot(int32_t slot) const { return slot >= 0 && slot < num_slots; }
 
   // Entries that a token at position p sees.
@@ -59,7 +62,8 @@ struct AttendCall {
 };
 
 // Operands: q, sink, slots, positions; the ring's records; with has_entries the pool's and table; with has_selected
-// selected; with has_fresh the records of the step's tokens and its segments; with raw cos and sin.
+// selected; with has_fresh the records of the step's tokens and its segments; with raw cos and sin. A second result is
+// scratch: its third size says in how many parts the rows of a token are taken.
 inline ffi::Error bind_attend(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, int64_t window,
                               int64_t ratio, float scale, float eps, int64_t max_entries, bool has_entries,
                               bool has_selected, bool has_fresh, bool raw, AttendCall* call) {
@@ -137,6 +141,13 @@ inline ffi::Error bind_attend(ffi::RemainingArgs args, ffi::RemainingRets result
   }
   call->out = take_result(results, q, operands, &call->is_float);
   if (operands.ok() && call->is_float != is_float) operands.fail("a result of another dtype", "that of q");
+  if (operands.ok() && results.size() > 1) {
+    auto scratch = results.get<ffi::Buffer<ffi::DataType::F32>>(1);
+    const bool is = scratch.has_value() && (*scratch)->dimensions().size() == 4 &&
+                    (*scratch)->dimensions()[0] == call->tokens;
+    if (!is) return operands.fail("scratch of another form", "(T, groups, parts, floats) float32"), operands.error();
+    call->partials = (*scratch)->typed_data(), call->parts = (*scratch)->dimensions()[2];
+  }
   return operands.error();
 }
 

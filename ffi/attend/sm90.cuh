@@ -7,7 +7,8 @@
 //
 // Four warpgroups. The first multiplies a block of 64 rows with the queries and takes its softmax; two hold the output, 256
 // values of 64 heads each, and multiply the block's probabilities with its values, while the first is at the next block;
-// the last fetches rows. Blocks of a cluster share the rows of a token and add up in shared memory.
+// the last fetches rows. Blocks of a cluster share the rows of a token and add up in shared memory; more blocks than a
+// cluster has leave their sums in global memory, where a second kernel adds them up.
 #ifndef DSV4_ATTEND_SM90_CUH_
 #define DSV4_ATTEND_SM90_CUH_
 
@@ -34,6 +35,9 @@ constexpr int kScoreRegisters = 152, kValueRegisters = 168, kFetchRegisters = 24
 static_assert(kScoreRegisters + 2 * kValueRegisters + kFetchRegisters == 4 * 128);
 constexpr int kChunks = kNope / V4Record::kGroup;
 constexpr int kPartPitch = kWidth + 4;  // floats of a head's sum, when a cluster adds up
+// What a thread block that lies in no cluster leaves for the second kernel, in floats: sums of 64 heads, then of these
+// heads the softmax's reference and sum. Nothing is read there that was not written.
+constexpr int kPartial = kHeads * kWidth + 2 * kHeads;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kRescaleAbove = 8.0f;  // a reference is kept until the maximum exceeds it by 2^8
 
@@ -761,33 +765,37 @@ __device__ __forceinline__ void store_values(const AttendCall& call, const Share
   }
 }
 
-// The sums of a warpgroup, into shared memory.
-template <bool kGroups, int kPart>
-__device__ __forceinline__ void put_values(SharedMemory<kGroups>& shared, const float (&out)[4][32]) {
+// The sums of a warpgroup, heads `pitch` apart.
+template <int kPart>
+__device__ __forceinline__ void put_values(float* sums, int pitch, const float (&out)[4][32]) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
-    float* to = shared.part + 2 * quarter * kPartPitch + first_value<kPart>(tile, warp, g);
+    float* to = sums + 2 * quarter * pitch + first_value<kPart>(tile, warp, g);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        *reinterpret_cast<float2*>(to + (8 * j + k) * kPartPitch) = make_float2(out[tile][4 * j + k], out[tile][4 * j + 2 + k]);
+        const float2 pair = make_float2(out[tile][4 * j + k], out[tile][4 * j + 2 + k]);
+        *reinterpret_cast<float2*>(to + (8 * j + k) * pitch) = pair;
       }
     }
   }
 }
 
 template <bool kGroups>
-__global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_constant__ AttendCall call) {
+__global__ void __launch_bounds__(kThreads, 1)
+    attend_kernel(const __grid_constant__ AttendCall call, float* partials) {
   extern __shared__ uint8_t raw[];
   using Shared = SharedMemory<kGroups>;
   Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~static_cast<uintptr_t>(1023));
   const int64_t t = blockIdx.z;
   const int first_head = blockIdx.y * kHeads;
   const int splits = static_cast<int>(gridDim.x), rank = static_cast<int>(blockIdx.x);
+  if (partials) ptx::grid_launch_dependents();  // who adds up waits for this kernel's end
   const Token token = token_of(call, t);
   if (!token.blocks) {  // padding, the same in the whole cluster
+    if (partials) return;
     const int heads = min(kHeads, static_cast<int>(call.heads) - first_head);
     for (int i = threadIdx.x + rank * kThreads; i < heads * kWidth / 2; i += kThreads * splits) {
       const int64_t at = (t * call.heads + first_head) * kWidth + 2 * i;
@@ -849,25 +857,32 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
     fetch_rows<kGroups>(call, shared, token, t, 2 * first, halves, 2, lookups[2], lookups[3]);
     return;
   }
-  const bool in_cluster = splits > 1;
+  const bool alone = splits == 1 && !partials;
+  float* const partial = partials ? partials + ((t * gridDim.y + blockIdx.y) * splits + rank) * kPartial : nullptr;
+  float* const sums = partials ? partial : shared.part;
+  const int pitch = partials ? kWidth : kPartPitch;
   if (group == 0) {
     ptx::more_registers<kScoreRegisters>();
     score_rows<kGroups>(call, shared, end - first, first_head);
     ptx::sync_threads(2, kConsumers);
+    if (partials && threadIdx.x < kHeads) {
+      const float2 softmax = make_float2(shared.top[threadIdx.x], shared.total[threadIdx.x]);
+      reinterpret_cast<float2*>(partial + kHeads * kWidth)[threadIdx.x] = softmax;
+    }
   } else if (group == 1) {
     ptx::more_registers<kValueRegisters>();
     float out[4][32];
     add_values<kGroups, 0>(shared, end - first, out);
     ptx::sync_threads(2, kConsumers);  // rows and queries are not needed any more
-    in_cluster ? put_values<kGroups, 0>(shared, out) : store_values<kGroups, 0>(call, shared, t, first_head, heads, out);
+    alone ? store_values<kGroups, 0>(call, shared, t, first_head, heads, out) : put_values<0>(sums, pitch, out);
   } else {
     ptx::more_registers<kValueRegisters>();
     float out[4][32];
     add_values<kGroups, 1>(shared, end - first, out);
     ptx::sync_threads(2, kConsumers);
-    in_cluster ? put_values<kGroups, 1>(shared, out) : store_values<kGroups, 1>(call, shared, t, first_head, heads, out);
+    alone ? store_values<kGroups, 1>(call, shared, t, first_head, heads, out) : put_values<1>(sums, pitch, out);
   }
-  if (!in_cluster) return;
+  if (alone || partials) return;
   ptx::cluster_sync();
 
   // Each block of a cluster adds up some of the heads, in the order of the blocks: a warp a head.
@@ -907,6 +922,43 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
     }
   }
   ptx::cluster_sync();  // others may still read here
+}
+
+// Adds up what the thread blocks of a token left, in their order: a warp a head and a quarter of its values.
+constexpr int kCombineWarps = 8;
+__global__ void __launch_bounds__(32 * kCombineWarps)
+    combine_kernel(const __grid_constant__ AttendCall call, const float* partials, int splits) {
+  const int lane = threadIdx.x % 32, unit = blockIdx.x * kCombineWarps + threadIdx.x / 32;
+  const int head = unit / 4, value = 128 * (unit % 4) + 4 * lane;
+  const int64_t t = blockIdx.y, groups = (call.heads + kHeads - 1) / kHeads;
+  if (head >= call.heads) return;
+  const float sink = __ldg(call.sink + head);
+  const int32_t slot = __ldg(call.slots + t), position = __ldg(call.positions + t);
+  float top = -INFINITY, total = 0.0f;
+  float4 sums = {};
+  ptx::grid_wait();
+  if (call.is_slot(slot) && position >= 0) {
+    const float* first = partials + (t * groups + head / kHeads) * splits * kPartial;
+    const float* softmax = first + kHeads * kWidth + 2 * (head % kHeads);
+    for (int r = lane; r < splits; r += 32) top = fmaxf(top, softmax[r * kPartial]);
+#pragma unroll
+    for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, step));
+    const float reference = top == -INFINITY ? 0.0f : top;
+    const float* from = first + head % kHeads * kWidth + value;
+#pragma unroll 8
+    for (int r = 0; r < splits; ++r) {
+      const float2 here = *reinterpret_cast<const float2*>(softmax + r * kPartial);
+      const float4 x = *reinterpret_cast<const float4*>(from + r * kPartial);
+      // A part without a maximum has sums of 0, or of NaN.
+      const float weight = ptx::exp2_fast((here.x == -INFINITY ? reference : here.x) - reference);
+      total = fmaf(weight, here.y, total);
+      sums.x = fmaf(weight, x.x, sums.x), sums.y = fmaf(weight, x.y, sums.y);
+      sums.z = fmaf(weight, x.z, sums.z), sums.w = fmaf(weight, x.w, sums.w);
+    }
+  }
+  const float inverse = inverse_of(top, total, sink);
+  store_pair(call, t, head, value, sums.x * inverse, sums.y * inverse);
+  store_pair(call, t, head, value + 2, sums.z * inverse, sums.w * inverse);
 }
 
 }  // namespace dsv4::attend_sm90

@@ -78,6 +78,13 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
 __device__ __forceinline__ void copy_bulk(const void* to, const void* from, uint32_t bytes, const uint64_t* barrier) {
   copy_bulk(shared_address(to), from, bytes, shared_address(barrier));
 }
+// From shared memory to global; the thread waits until all that it asked for was read.
+__device__ __forceinline__ void copy_bulk_out(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
+               "r"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void copies_bulk_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // 16 bytes, past the L1; with `copies` false zeros are written instead.
 __device__ __forceinline__ void copy_16(uint32_t to, uint64_t from, bool copies) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copies ? 16 : 0) : "memory");

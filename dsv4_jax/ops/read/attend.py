@@ -21,6 +21,8 @@ CUDA_CAPABILITY = "9.0"
 MAX_HEADS = 128
 """Heads that the CUDA form takes."""
 
+_PROCESSORS = 132  # of an H200, a thread block each
+
 
 class RawQuery(NamedTuple):
     """What a query that comes straight from its projection still needs, and its output the other way round."""
@@ -104,8 +106,22 @@ def attend(
         attributes: dict[str, Any] = {name: np.int64(part is not None) for name, part in parts.items()}
         for name, value in {**rule._asdict(), "layer": attribute(layer)}.items():
             attributes[name] = (np.float32 if name in ("scale", "eps") else np.int64)(value)
-        call = dispatch.ffi_call("dsv4_attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
-        return call(*jax.tree.leaves(_addressed(given, layer)), **attributes)
+        result, operands = jax.ShapeDtypeStruct(q.shape, q.dtype), _addressed(given, layer)
+
+        def without_scratch(operands: Any) -> Array:
+            return dispatch.ffi_call("dsv4_attend", result)(*jax.tree.leaves(operands), **attributes)
+
+        def on_cuda(operands: Any) -> Array:
+            results = result, jax.ShapeDtypeStruct(scratch, jnp.float32)
+            return dispatch.ffi_call("dsv4_attend", results)(*jax.tree.leaves(operands), **attributes)[0]
+
+        looked_at = 0 if given.entries is None else rule.max_entries
+        if given.selected is not None:
+            looked_at = given.selected.shape[1]
+        scratch = _scratch_shape(q.shape[0], q.shape[1], window, looked_at)
+        if not scratch:
+            return without_scratch(operands)
+        return dispatch.on_platform(operands, default=without_scratch, cuda=on_cuda)
 
     return dispatch.call(
         "attend",
@@ -143,6 +159,18 @@ def _native_limit(platform: str, heads: int, ring: Record, entries: Record | Non
     if found != CUDA_CAPABILITY:
         return f"it needs a GPU of compute capability {CUDA_CAPABILITY}, not {found or 'none'}"
     return None
+
+
+def _scratch_shape(tokens: int, heads: int, window: int, entries: int) -> tuple[int, ...]:
+    """Shape of the CUDA form's scratch, () for none.
+
+    Where few tokens see many rows, more thread blocks share the rows of a token than a cluster has; they leave their
+    sums there. At most 17 MB, whatever the context.
+    """
+    groups = -(-heads // 64)
+    blocks = -(-window // 64) - (-entries // 64)  # of rows
+    parts = min(_PROCESSORS // max(tokens * groups, 1), blocks // 2)
+    return (tokens, groups, parts, 64 * (512 + 2)) if parts >= 3 and blocks >= 32 else ()
 
 
 @functools.cache
