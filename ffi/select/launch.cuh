@@ -11,7 +11,7 @@
 
 namespace dsv4::select_sm90 {
 
-constexpr int64_t kBlocks = 264;      // of score_kernel, that fill the chip
+constexpr int64_t kBlocks = 264;      // of kThreads threads, that fill the chip
 constexpr int64_t kShareTokens = 132;  // from so many tokens of a piece on, thread blocks take several
 
 // What keeps a call from being served: got ...; expected ...; empty if nothing does.
@@ -40,12 +40,18 @@ cudaError_t launch_scores(cudaStream_t stream, const SelectCall& call, const Pie
   const bool share = piece.count >= kShareTokens;
   const int64_t groups = share ? (piece.count + kShared - 1) / kShared : piece.count;
   const int64_t tiles = (call.max_entries + kTile - 1) / kTile;
-  const int64_t shares = std::max<int64_t>(1, std::min((tiles + kWarpgroups - 1) / kWarpgroups, kBlocks / groups));
+  // Where there is more than one tile for each warpgroup, thread blocks of four prepare queries half as often; where
+  // there is not, two tiles a thread block.
+  const bool large = !share && tiles * groups > kBlocks;
+  const int64_t blocks = large ? kBlocks / 2 : kBlocks;
+  const int64_t shares = std::max<int64_t>(1, std::min((tiles + 1) / 2, blocks / groups));
   const dim3 grid(static_cast<unsigned>(shares), static_cast<unsigned>(groups));
   if (share) {
     shared_score_kernel<kPowers><<<grid, kThreads, kShared * kTokenBytes, stream>>>(call, piece);
+  } else if (large) {
+    score_kernel<kPowers, 2 * kThreads><<<grid, 2 * kThreads, kTokenBytes, stream>>>(call, piece);
   } else {
-    score_kernel<kPowers><<<grid, kThreads, kTokenBytes, stream>>>(call, piece);
+    score_kernel<kPowers, kThreads><<<grid, kThreads, kTokenBytes, stream>>>(call, piece);
   }
   return cudaGetLastError();
 }

@@ -19,7 +19,7 @@ namespace dsv4::select_sm90 {
 constexpr int kWidth = 128, kHeads = 64;
 constexpr int kTile = 64;     // keys of a warpgroup's products
 constexpr int kGroup = 16;    // keys whose best score is kept beside the scores: a warp's
-constexpr int kWarpgroups = 2, kThreads = kWarpgroups * 128;
+constexpr int kThreads = 256;  // of a thread block, or twice as many
 constexpr int kAcross = kHeads * 16;                   // bytes from 8 of the inner index to the next 8
 constexpr int kQueryBytes = kHeads * kWidth * 2;       // a token's query
 constexpr int kWeightBytes = 32 * 8 * 4;               // its weights, as a warp's registers have them
@@ -106,17 +106,19 @@ struct Values {
 
 // Prepares a token's query: into shared memory as halves, rotated by RoPE (with call.cos) and by Hadamard, each head
 // times the power of two that brings its largest value into [4, 8); and its weights, with what makes up for those
-// powers, as floats. Eight lanes a head, 16 values a lane, two heads a thread. First everything is loaded.
+// powers, as floats. Eight lanes a head, 16 values a lane, kEachHeads heads a thread. First everything is loaded.
+template <int kBlock = kThreads>
 struct Query {
-  Values values[2];
+  static constexpr int kEachHeads = kHeads * 8 / kBlock;
+  Values values[kEachHeads];
   float4 cos[2], sin[2];  // of the last 64 values, which half the lanes have
-  float weights[2];
+  float weights[kEachHeads];
 
   __device__ __forceinline__ void load(const SelectCall& call, int64_t token) {
     const int lane = threadIdx.x % 8;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int head = threadIdx.x / 8 + i * kThreads / 8;
+    for (int i = 0; i < kEachHeads; ++i) {
+      const int head = threadIdx.x / 8 + i * kBlock / 8;
       weights[i] = 0.0f;
       values[i] = Values{};
       if (head >= call.heads) continue;
@@ -138,8 +140,8 @@ struct Query {
   __device__ __forceinline__ void store(bool is_float, char* out) const {
     const int lane = threadIdx.x % 8;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int head = threadIdx.x / 8 + i * kThreads / 8;
+    for (int i = 0; i < kEachHeads; ++i) {
+      const int head = threadIdx.x / 8 + i * kBlock / 8;
       float x[16];
       values[i].floats(is_float, x);
       const float c[8] = {cos[0].x, cos[0].y, cos[0].z, cos[0].w, cos[1].x, cos[1].y, cos[1].z, cos[1].w};
@@ -337,13 +339,14 @@ __device__ __forceinline__ int share_of(int tiles, int block) {
 
 // Scores of a piece's tokens, 0 where a token sees no entry; for every kGroup of them the largest. A thread block takes
 // a token and its share of the keys that it sees. For a token that sees at most k entries nothing happens.
-template <bool kPowers>
-__global__ void __launch_bounds__(kThreads, 2) score_kernel(SelectCall call, Piece piece) {
+template <bool kPowers, int kBlock>
+__global__ void __launch_bounds__(kBlock, 512 / kBlock) score_kernel(SelectCall call, Piece piece) {
+  constexpr int kWarpgroups = kBlock / 128;
   extern __shared__ __align__(1024) char shared[];
   ptx::grid_launch_dependents();  // the next kernel may start, and wait
   const int64_t token = piece.first + blockIdx.y;
   const int32_t seen = call.visible(token);
-  Query query;
+  Query<kBlock> query;
   query.load(call, token);
   if (seen <= call.k) return;
   const int tiles = (seen + kTile - 1) / kTile, last = share_of(tiles, blockIdx.x + 1);
@@ -380,6 +383,7 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(SelectCall call, Pie
 constexpr int kShared = 4;
 template <bool kPowers>
 __global__ void __launch_bounds__(kThreads, 2) shared_score_kernel(SelectCall call, Piece piece) {
+  constexpr int kWarpgroups = kThreads / 128;
   extern __shared__ __align__(1024) char shared[];
   __shared__ int32_t seen[kShared], slots[kShared];
   ptx::grid_launch_dependents();
@@ -391,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, 2) shared_score_kernel(SelectCall ca
     if (seen[threadIdx.x] <= call.k) seen[threadIdx.x] = 0;
   }
   for (int t = 0; t < kShared && first + t < end; ++t) {
-    Query query;
+    Query<> query;
     query.load(call, first + t);
     query.store(call.is_float, shared + t * kTokenBytes);
   }
