@@ -25,7 +25,8 @@ inline std::string limit_of(const SelectCall& call) {
   if (call.cos && call.pairs != kWidth / 4) return "angles of " + std::to_string(call.pairs) + " pairs; expected 32";
   if (call.num_blocks * call.per_block > INT32_MAX) return "a pool of 2^31 entries or more; expected fewer";
   const int64_t row = (call.max_entries + kTile - 1) / kTile * kTile / kGroup * (kGroup + 1);
-  if (call.max_entries > call.k && call.tokens > 0 && (call.scratch_row < row || call.scratch_row % 68 || call.scratch_tokens < 1)) {
+  if (call.max_entries > call.k && call.tokens > 0 &&
+      (call.scratch_row < row || call.scratch_row % 68 || call.scratch_tokens < 1)) {
     return "scratch of " + std::to_string(call.scratch_row) + " a token; expected " + std::to_string(row);
   }
   return "";
