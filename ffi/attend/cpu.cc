@@ -13,8 +13,8 @@
 #include "common/export.h"
 #include "common/parallel_for.h"
 #include "common/vector_clones.h"
-#include "formats/dequantise.h"
 #include "formats/float_math.h"
+#include "read/decode_record.h"
 
 namespace dsv4 {
 namespace {
@@ -51,29 +51,10 @@ struct Lanes {
 DSV4_INLINED const Lanes* lanes(const float* x) { return reinterpret_cast<const Lanes*>(x); }
 DSV4_INLINED Lanes* lanes(float* x) { return reinterpret_cast<Lanes*>(x); }
 
-DSV4_INLINED float sum_of(const Lanes& x) {
-  return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
-}
-
-DSV4_VECTOR_CLONES void decode_codes(const uint8_t* codes, int64_t n, float scale, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = e4m3_value(codes[i]) * scale;
-}
+DSV4_INLINED float sum_of(const Lanes& x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
 
 DSV4_VECTOR_CLONES void decode_plain(const BFloat16* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_float(x[i]);
-}
-
-void decode(const ReadRecords& records, int64_t row, float* out) {
-  const uint8_t* codes = records.nope + row * records.nope_width;
-  if (records.scale_width == 0) {
-    decode_codes(codes, records.nope_width, static_cast<const float*>(records.scale)[row], out);
-  } else {
-    const uint8_t* scales = static_cast<const uint8_t*>(records.scale) + row * records.scale_width;
-    for (int64_t i = 0; i < records.nope_width; i += kE8M0Group) {
-      decode_codes(codes + i, kE8M0Group, e8m0_value(scales[i / kE8M0Group]), out + i);
-    }
-  }
-  decode_plain(records.rope + row * records.rope_width, records.rope_width, out + records.nope_width);
 }
 
 template <int M, int N>
@@ -140,8 +121,8 @@ DSV4_INLINED void add_rows(const float* w, const float* v, int64_t many, int64_t
   }
 }
 
-// out (heads, pitch) = kept (heads) * out + w (heads, kBlock) . v (many, pitch). A block is summed by itself: errors grow
-// with the number of blocks.
+// out (heads, pitch) = kept (heads) * out + w (heads, kBlock) . v (many, pitch). A block is summed by itself: errors
+// grow with the number of blocks.
 DSV4_VECTOR_CLONES void add_weighted(const float* w, int64_t heads, const float* v, int64_t many, int64_t pitch,
                                      const float* kept, float* out) {
   int64_t m = 0;
@@ -243,9 +224,9 @@ class Worker {
       for (int64_t p = std::max(block, oldest); p <= std::min(last, block + kBlock - 1); ++p) {
         float* out = vectors_.data() + (p - block) * pitch_;
         if (call_.has_fresh && p >= start_) {
-          decode(call_.fresh, call_.segment_tokens[tile_.segment * call_.per_segment + p - start_], out);
+          decode_record(call_.fresh, call_.segment_tokens[tile_.segment * call_.per_segment + p - start_], out);
         } else {
-          decode(call_.ring, slot_ * call_.ring_rows + p % call_.ring_rows, out);
+          decode_record(call_.ring, slot_ * call_.ring_rows + p % call_.ring_rows, out);
         }
       }
       for (int64_t i = 0; i < tile_.count; ++i) {
@@ -263,7 +244,7 @@ class Worker {
       for (int64_t e = block; e < std::min(most, block + kBlock); ++e) {
         const int64_t row = call_.entry_row(slot_, e);
         if (row < 0) continue;
-        decode(call_.pool, row, vectors_.data() + many * pitch_);
+        decode_record(call_.pool, row, vectors_.data() + many * pitch_);
         entries[many++] = e;
       }
       for (int64_t i = 0; i < tile_.count; ++i) {
@@ -279,7 +260,7 @@ class Worker {
       int64_t many = 0;
       for (int64_t k = 0; k < call_.chosen; ++k) {
         const int64_t row = chosen[k] >= 0 && chosen[k] < visible ? call_.entry_row(slot_, chosen[k]) : -1;
-        if (row >= 0) decode(call_.pool, row, vectors_.data() + many++ * pitch_);
+        if (row >= 0) decode_record(call_.pool, row, vectors_.data() + many++ * pitch_);
         if (many == kBlock) step(i, 0, many), many = 0;
       }
       step(i, 0, many);
@@ -363,12 +344,10 @@ std::vector<Tile> tiles_of(const AttendCall& call, int64_t threads) {
   return tiles;
 }
 
-ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer,
-                  int64_t window, int64_t ratio, float scale, float eps, int64_t max_entries, int64_t has_entries,
-                  int64_t has_selected, int64_t has_fresh, int64_t raw) {
+ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
+                  const AttendAttributes& attributes) {
   AttendCall call;
-  ffi::Error error = bind_attend(args, results, layer, window, ratio, scale, eps, max_entries, has_entries != 0,
-                                 has_selected != 0, has_fresh != 0, raw != 0, &call);
+  ffi::Error error = bind_attend(args, results, attributes, &call);
   if (error.success()) error = clear_padding(call);
   if (error.failure()) return error;
   const std::vector<Tile> tiles = tiles_of(call, pool.num_threads());
@@ -382,19 +361,4 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4Attend);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4Attend, dsv4::attend,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("window")
-                                  .Attr<int64_t>("ratio")
-                                  .Attr<float>("scale")
-                                  .Attr<float>("eps")
-                                  .Attr<int64_t>("max_entries")
-                                  .Attr<int64_t>("has_entries")
-                                  .Attr<int64_t>("has_selected")
-                                  .Attr<int64_t>("has_fresh")
-                                  .Attr<int64_t>("raw"));
+DSV4_CPU_HANDLER(Dsv4Attend, dsv4::attend, .Attrs<dsv4::AttendAttributes>());

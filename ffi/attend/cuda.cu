@@ -126,12 +126,10 @@ cudaError_t launch_one(cudaStream_t stream, const AttendCall& call) {
   return launch_many<kGroups>(stream, call);
 }
 
-ffi::Error attend(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer,
-                  int64_t window, int64_t ratio, float scale, float eps, int64_t max_entries, int64_t has_entries,
-                  int64_t has_selected, int64_t has_fresh, int64_t raw) {
+ffi::Error attend(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results,
+                  const AttendAttributes& attributes) {
   AttendCall call;
-  const ffi::Error error = bind_attend(args, results, layer, window, ratio, scale, eps, max_entries, has_entries,
-                                       has_selected, has_fresh, raw, &call);
+  const ffi::Error error = bind_attend(args, results, attributes, &call);
   if (error.failure()) return error;
   if (call.ring.nope_width != attend_sm90::kNope || call.ring.rope_width != attend_sm90::kRope ||
       (call.cos && call.pairs != attend_sm90::kRope / 2)) {
@@ -155,20 +153,4 @@ ffi::Error attend(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRe
 }  // namespace
 }  // namespace dsv4
 
-DSV4_EXPORT_HANDLER(Dsv4Attend);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4Attend, dsv4::attend,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("window")
-                                  .Attr<int64_t>("ratio")
-                                  .Attr<float>("scale")
-                                  .Attr<float>("eps")
-                                  .Attr<int64_t>("max_entries")
-                                  .Attr<int64_t>("has_entries")
-                                  .Attr<int64_t>("has_selected")
-                                  .Attr<int64_t>("has_fresh")
-                                  .Attr<int64_t>("raw"),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+DSV4_CUDA_HANDLER(Dsv4Attend, dsv4::attend, .Attrs<dsv4::AttendAttributes>());

@@ -12,12 +12,29 @@
 
 namespace dsv4 {
 
+struct AttendAttributes {
+  int64_t layer, window, ratio;
+  float scale, eps;
+  int64_t max_entries, has_entries, has_selected, has_fresh, raw;
+};
+
+}  // namespace dsv4
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    dsv4::AttendAttributes, xla::ffi::StructMember<int64_t>("layer"), xla::ffi::StructMember<int64_t>("window"),
+    xla::ffi::StructMember<int64_t>("ratio"), xla::ffi::StructMember<float>("scale"),
+    xla::ffi::StructMember<float>("eps"), xla::ffi::StructMember<int64_t>("max_entries"),
+    xla::ffi::StructMember<int64_t>("has_entries"), xla::ffi::StructMember<int64_t>("has_selected"),
+    xla::ffi::StructMember<int64_t>("has_fresh"), xla::ffi::StructMember<int64_t>("raw"));
+
+namespace dsv4 {
+
 struct AttendCall {
-  int64_t tokens, heads, width;  // T, H, d
-  const void* q;                 // (T, H, d) float or BFloat16
-  void* out;                     // as q
-  bool is_float;                 // of q and out
-  const float* sink;             // (H)
+  int64_t tokens, heads, width;      // T, H, d
+  const void* q;                     // (T, H, d) float or BFloat16
+  void* out;                         // as q
+  bool is_float;                     // of q and out
+  const float* sink;                 // (H)
   const int32_t *slots, *positions;  // (T)
 
   ReadRecords ring;  // of the layer, (R, W, ...)
@@ -64,9 +81,9 @@ struct AttendCall {
 // Operands: q, sink, slots, positions; the ring's records; with has_entries the pool's and table; with has_selected
 // selected; with has_fresh the records of the step's tokens and its segments; with raw cos and sin. A second result is
 // scratch: its third size says in how many parts the rows of a token are taken.
-inline ffi::Error bind_attend(ffi::RemainingArgs args, ffi::RemainingRets results, int64_t layer, int64_t window,
-                              int64_t ratio, float scale, float eps, int64_t max_entries, bool has_entries,
-                              bool has_selected, bool has_fresh, bool raw, AttendCall* call) {
+inline ffi::Error bind_attend(ffi::RemainingArgs args, ffi::RemainingRets results, const AttendAttributes& attributes,
+                              AttendCall* call) {
+  const auto [layer, window, ratio, scale, eps, max_entries, has_entries, has_selected, has_fresh, raw] = attributes;
   Operands operands("attend", args);
   const Operands::Shape q = operands.shape_of_next();
   if (q.size() != 3) return operands.fail("q of another rank", "3 axes"), operands.error();
@@ -143,8 +160,8 @@ inline ffi::Error bind_attend(ffi::RemainingArgs args, ffi::RemainingRets result
   if (operands.ok() && call->is_float != is_float) operands.fail("a result of another dtype", "that of q");
   if (operands.ok() && results.size() > 1) {
     auto scratch = results.get<ffi::Buffer<ffi::DataType::F32>>(1);
-    const bool is = scratch.has_value() && (*scratch)->dimensions().size() == 4 &&
-                    (*scratch)->dimensions()[0] == call->tokens;
+    const bool is =
+        scratch.has_value() && (*scratch)->dimensions().size() == 4 && (*scratch)->dimensions()[0] == call->tokens;
     if (!is) return operands.fail("scratch of another form", "(T, groups, parts, floats) float32"), operands.error();
     call->partials = (*scratch)->typed_data(), call->parts = (*scratch)->dimensions()[2];
   }
