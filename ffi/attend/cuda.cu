@@ -43,7 +43,7 @@ int64_t clusters_of(const AttendCall& call, int64_t heads) { return call.tokens 
 bool is_for_few(const AttendCall& call) {
   constexpr int64_t kMostTokens = 16, kFewClusters = 8;
   const int64_t clusters = clusters_of(call, attend_few::kHeads), blocks = blocks_of(call);
-  const int64_t most = clusters <= kFewClusters && !call.partials ? 10 : 5;
+  const int64_t most = clusters <= kFewClusters ? 10 : 5;
   return call.tokens <= kMostTokens && blocks <= most * splits_of(blocks, clusters);
 }
 

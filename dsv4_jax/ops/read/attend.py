@@ -170,7 +170,9 @@ def _scratch_shape(tokens: int, heads: int, window: int, entries: int) -> tuple[
     groups = -(-heads // 64)
     blocks = -(-window // 64) - (-entries // 64)  # of rows
     parts = min(_PROCESSORS // max(tokens * groups, 1), blocks // 2)
-    return (tokens, groups, parts, 64 * (512 + 2)) if parts >= 3 and blocks >= 32 else ()
+    # One token of up to 160 blocks is for the kernel of few tokens.
+    helps = parts >= 3 and blocks >= 32 and (tokens * groups > 1 or blocks > 160)
+    return (tokens, groups, parts, 64 * (512 + 2)) if helps else ()
 
 
 @functools.cache
