@@ -15,7 +15,7 @@ from ..ops.write.append_swa_fused import RawWindow
 from ..ops.write.compress import CompressorWeights, Projections
 from .config import DSV4Config
 from .layer_schedule import AttentionType, LayerSpec
-from .layers import Linear, RMSNorm, project_by_each
+from .layers import Linear, RMSNorm, project_by_each, project_twice
 
 Array = jax.Array
 
@@ -49,9 +49,14 @@ class Indexer(nnx.Module):
         self.weights_proj = Linear(config.hidden_size, self.heads, dtype=dtype, rngs=rngs)
         self.compressor = Compressor(config, spec, config.index_head_dim, dtype=dtype, rngs=rngs)
 
-    def select(self, weights: Array, qr: Array, cos: Array, sin: Array, handle: LayerCacheHandle) -> Array:
-        """Entries to attend to (T, k) int32, -1: none; weights (T, heads) of `weights_proj`, qr (T, q_lora_rank)."""
-        q = self.wq_b(qr).reshape(qr.shape[0], self.heads, -1)
+    def select(
+        self, weights: Array, low: Array, norm: RMSNorm, cos: Array, sin: Array, handle: LayerCacheHandle
+    ) -> Array:
+        """Entries to attend to (T, k) int32, -1: none.
+
+        weights (T, heads) of `weights_proj`, low (T, q_lora_rank) and the norm it has yet to take.
+        """
+        q = self.wq_b(low, norm.inside).reshape(low.shape[0], self.heads, -1)
         return handle.select(q, weights.astype(jnp.float32) * self.heads**-0.5, self.k, raw=(cos, sin))
 
 
@@ -103,9 +108,8 @@ class Attention(nnx.Module):
         """
         c = self.config
         cos, sin = angles or rope_angles(jnp.asarray(handle.plan.positions), self.inv_freq)
-        low, raw = project_by_each(x, (self.wq_a, self.wkv))
-        qr = self.q_norm(low)
-        q = self.wq_b(qr).reshape(x.shape[0], -1, c.head_dim)
+        low, raw, q = project_twice(x[:, None], (self.wq_a, self.wkv), self.wq_b, self.q_norm)
+        q = q.reshape(x.shape[0], -1, c.head_dim)
         norm, eps = self.norm.weight[...], c.rms_norm_eps
         compressor, indexer, weights = self._projections(x, handle)
 
@@ -117,7 +121,7 @@ class Attention(nnx.Module):
             handle = handle if compressor is None else handle.write_compressed(*compressor, eps=eps)
             # In float32, as write_layer does it: what is stored does not depend on how a prompt is cut.
             fresh = apply_rope(rms_norm(raw.astype(jnp.float32), norm, eps=eps), cos, sin)
-        selected = None if weights is None else self.indexer.select(weights, qr, cos, sin, handle)
+        selected = None if weights is None else self.indexer.select(weights, low, self.q_norm, cos, sin, handle)
         out = handle.attend(
             q, self.attn_sink[...], selected=selected, fresh=fresh, raw=RawQuery(cos, sin, eps)
         )  # fmt: skip
@@ -146,8 +150,7 @@ class Attention(nnx.Module):
     def _project(self, out: Array) -> Array:
         """Grouped output projection: (T, heads, head_dim) -> (T, hidden), of heads that are whole groups."""
         groups = out.shape[1] * self.config.o_groups // self.config.num_attention_heads
-        low = self.wo_a.in_groups(out.reshape(out.shape[0], groups, -1))
-        projected = self.wo_b(low.reshape(out.shape[0], -1))
+        _, projected = project_twice(out.reshape(out.shape[0], groups, -1), (self.wo_a,), self.wo_b)
         if self.axis is None:
             return projected
         return jax.lax.psum(projected.astype(jnp.float32), self.axis).astype(projected.dtype)

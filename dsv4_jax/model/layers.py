@@ -8,7 +8,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ..ops.nn.dense import multiply_each
-from ..ops.nn.projection import BlockScaledWeight, project, project_each, project_groups
+from ..ops.nn.projection import (
+    BlockScaledWeight,
+    Gated,
+    Normed,
+    prepared,
+    project,
+    project_each,
+    project_groups,
+    project_through,
+)
 from ..ops.nn.rms_norm import rms_norm
 
 Array = jax.Array
@@ -36,9 +45,13 @@ class Linear(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     @jax.named_scope("projection")
-    def __call__(self, x: Array) -> Array:
-        """x (..., in) -> (..., out), in `dtype`."""
-        x = x.astype(self.dtype)
+    def __call__(self, x: Array, before: Normed | Gated | None = None) -> Array:
+        """x (..., in) -> (..., out), in `dtype`; `before`: what becomes of x first."""
+        if before is None:
+            x = x.astype(self.dtype)
+        if hasattr(self, "scale") and x.dtype == self.dtype:
+            return project(x, BlockScaledWeight(self.weight[...], self.scale[...]), before=before)
+        x = prepared(x, before).astype(self.dtype)
         if hasattr(self, "scale"):
             return project(x, BlockScaledWeight(self.weight[...], self.scale[...]))
         weight = self.weight[...].astype(self.dtype)
@@ -79,6 +92,28 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """x (..., dim), its dtype kept."""
         return rms_norm(x, self.weight[...], eps=self.eps)
+
+    @property
+    def inside(self) -> Normed:
+        """The same inside the product that follows."""
+        return Normed(self.weight[...], self.eps)
+
+
+@jax.named_scope("projection")
+def project_twice(x: Array, firsts: Sequence[Linear], second: Linear, norm: RMSNorm | None = None) -> tuple[Array, ...]:
+    """x (T, G, in) through each of `firsts`, (T, out), and the first of these results, normed, through `second`.
+
+    Where there are several of `firsts`, G is 1. On a GPU a few tokens take one call for all of it.
+    """
+    x = x.astype(second.dtype)
+    if all(hasattr(linear, "scale") for linear in (*firsts, second)):
+        weights = [BlockScaledWeight(linear.weight[...], linear.scale[...]) for linear in (*firsts, second)]
+        return project_through(x, weights[:-1], weights[-1], norm=None if norm is None else norm.inside)
+    if x.shape[1] == 1:
+        results = project_by_each(x[:, 0], firsts)
+    else:
+        results = tuple(linear.in_groups(x).reshape(x.shape[0], -1) for linear in firsts)
+    return (*results, second(results[0], None if norm is None else norm.inside))
 
 
 class Embedding(nnx.Module):

@@ -6,17 +6,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ..ops.nn.experts import ExpertWeights, Fp4Weight, apply_experts
+from ..ops.nn.projection import Gated
 from ..ops.nn.router import ByScore, ByToken, choose_experts
+from ..ops.nn.swiglu import swiglu
 from .config import DSV4Config
 from .expert_parallel import exchange
 from .layer_schedule import LayerSpec, RouterMode
 from .layers import Linear, matmul_precision, project_by_each
 
 Array = jax.Array
-
-
-def _swiglu(gate: Array, up: Array, limit: float) -> Array:
-    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
 
 
 class Router(nnx.Module):
@@ -110,7 +108,7 @@ class Experts(nnx.Module):
             )
             precision = matmul_precision(w1.dtype)
             gate, up = (jnp.einsum("h,ih->i", x[0], w, precision=precision) for w in (w1, w3))
-            inner = _swiglu(gate, up, self.limit) * weight.astype(gate.dtype)
+            inner = swiglu(gate, up, self.limit) * weight.astype(gate.dtype)
             out = out + jnp.einsum("i,hi->h", inner, w2, precision=precision)
         return out[None]
 
@@ -125,7 +123,7 @@ class Experts(nnx.Module):
         )
         # One weight per expert and token, zero for those not picked; it goes in before w2, which is linear.
         share = jnp.sum(jax.nn.one_hot(picks, experts) * weights[..., None], axis=1)
-        inner = _swiglu(gate, up, self.limit) * share[..., None].astype(gate.dtype)
+        inner = swiglu(gate, up, self.limit) * share[..., None].astype(gate.dtype)
         if x.shape[0] <= size:
             # Few tokens are summed over experts afterwards: for one product XLA has to transpose all of w2.
             return jnp.sum(jnp.einsum("tei,ehi->eth", inner, w2, precision=precision), axis=0)
@@ -143,7 +141,7 @@ class Experts(nnx.Module):
         rows = x[token]
         gate = jax.lax.ragged_dot(rows, w1, sizes, precision=precision)
         up = jax.lax.ragged_dot(rows, w3, sizes, precision=precision)
-        out = jax.lax.ragged_dot(_swiglu(gate, up, self.limit), w2, sizes, precision=precision)
+        out = jax.lax.ragged_dot(swiglu(gate, up, self.limit), w2, sizes, precision=precision)
         out = jnp.where(here.reshape(-1)[order][:, None], out.astype(jnp.float32), 0.0)
         out = out * weights.reshape(-1)[order][:, None]
         # Back to (token, pick) order before summing, so that the sum does not depend on the other tokens.
@@ -165,7 +163,7 @@ class SharedExpert(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """x (T, hidden) -> (T, hidden)."""
         gate, up = project_by_each(x, (self.w1, self.w3))
-        return self.w2(_swiglu(gate, up, self.limit))
+        return self.w2(gate, Gated(up, self.limit))
 
 
 class MoE(nnx.Module):

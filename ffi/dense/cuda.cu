@@ -45,7 +45,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1
 
 template <int kPlaces, int kTiles, int kAhead>
 constexpr int dense_shared() {
-  constexpr int kRing = kAhead * kTiles * 2 * kThreads * 16, kSums = kWarps * 8 * kPlaces * 16 * kTiles * 4;
+  constexpr int kRing = kAhead * (kTiles * 2 + kPlaces) * kThreads * 16, kSums = kWarps * 8 * kPlaces * 16 * kTiles * 4;
   return kRing > kSums ? kRing : kSums;
 }
 
@@ -54,7 +54,8 @@ constexpr int dense_shared() {
 template <int kPlaces, int kTiles, int kAhead>
 __global__ void __launch_bounds__(kThreads) dense_kernel(const __grid_constant__ DenseCall call) {
   extern __shared__ __align__(16) uint8_t shared[];
-  uint4* ring = reinterpret_cast<uint4*>(shared) + threadIdx.x;  // (ahead, tiles, halves, threads)
+  constexpr int kOfStep = 2 * kTiles + kPlaces;                  // pieces of a thread
+  uint4* ring = reinterpret_cast<uint4*>(shared) + threadIdx.x;  // (ahead, tiles by halves and tokens, threads)
   float* sums = reinterpret_cast<float*>(shared);                // (warps, tokens, rows), afterwards
   constexpr int kRows = 16 * kTiles, kTokens = 8 * kPlaces;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
@@ -72,8 +73,14 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(const __grid_constant__
     if (step < steps) {
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i)
-        ptx::copy_16(ptx::shared_address(ring + (step % kAhead * 2 * kTiles + i) * kThreads),
+        ptx::copy_16(ptx::shared_address(ring + (step % kAhead * kOfStep + i) * kThreads),
                      w + step * (kStep / 8) + i * 8 * pitch);
+#pragma unroll
+      for (int p = 0; p < kPlaces; ++p) {
+        if (p * 8 + g < call.tokens)
+          ptx::copy_16(ptx::shared_address(ring + (step % kAhead * kOfStep + 2 * kTiles + p) * kThreads),
+                       x + step * (kStep / 8) + p * 8 * pitch);
+      }
     }
     ptx::copies_commit();
   };
@@ -83,17 +90,17 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(const __grid_constant__
 #pragma unroll 2
   for (int step = 0; step < steps; ++step) {
     copy(step + kAhead - 1);
+    ptx::copies_wait<kAhead - 1>();
+    const uint4* own = ring + step % kAhead * kOfStep * kThreads;
     uint4 b[kPlaces];
 #pragma unroll
     for (int p = 0; p < kPlaces; ++p) {
       b[p] = make_uint4(0, 0, 0, 0);
-      if (p * 8 + g < call.tokens) b[p] = __ldg(x + step * (kStep / 8) + p * 8 * pitch);
+      if (p * 8 + g < call.tokens) b[p] = own[(2 * kTiles + p) * kThreads];
     }
-    ptx::copies_wait<kAhead - 1>();
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const uint4* a = ring + (step % kAhead * 2 * kTiles + 2 * t) * kThreads;
-      const uint4 q = a[0], r = a[kThreads];
+      const uint4 q = own[2 * t * kThreads], r = own[(2 * t + 1) * kThreads];
 #pragma unroll
       for (int p = 0; p < kPlaces; ++p) {
         multiply(sum[t][p], q.x, r.x, q.y, r.y, b[p].x, b[p].y);

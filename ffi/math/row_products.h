@@ -11,7 +11,6 @@ namespace dsv4 {
 
 constexpr int64_t kRowBlock = 4;  // rows of weights in a call of row_products are a multiple of it
 constexpr int64_t kMostRowBlock = 16;
-constexpr int64_t kTokenBlock = 3;  // rows of activations that share a load of them
 
 // Rows of weights to take at once: of many, so that activations of many tokens are fetched less often.
 inline int64_t rows_at_once(int64_t tokens) { return tokens > 4 ? kMostRowBlock : kRowBlock; }
@@ -31,6 +30,20 @@ struct Lanes {
     for (int i = 0; i < 8; ++i) lane[i] += b.lane[i];
     return *this;
   }
+};
+#endif
+
+// How a product runs: values at a time, and rows of activations that share a load of weights.
+struct Narrow {
+  using V = Lanes;
+  static constexpr int kLanes = 8, kTokens = 3;
+};
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#define DSV4_WIDE_LANES
+// For processors with AVX-512, which have twice as many registers.
+struct Wide {
+  using V = float __attribute__((vector_size(64), aligned(4), may_alias));
+  static constexpr int kLanes = 16, kTokens = 6;
 };
 #endif
 
@@ -62,26 +75,39 @@ DSV4_INTO_CLONES void sum_lanes(const Lanes (&v)[kRowBlock], float (&out)[kRowBl
 #endif
 }
 
+DSV4_INTO_CLONES Lanes narrow(const Lanes& v) { return v; }
+#ifdef DSV4_WIDE_LANES
+DSV4_INTO_CLONES Lanes narrow(const Wide::V& v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+#endif
+
 // Four rows of weights times kTokens rows of x, to out[k * pitch + r].
-template <int kTokens>
+template <typename How, int kTokens>
 DSV4_INTO_CLONES void four_rows(const float* w, int64_t padded, int64_t n, const float* const* x, float* out,
                                 int64_t pitch) {
-  const int64_t whole = n / 8 * 8;
-  Lanes sum[kTokens][kRowBlock] = {};
-  for (int64_t i = 0; i < whole; i += 8) {
-    Lanes a[kRowBlock];
+  using V = typename How::V;
+  constexpr int64_t kLanes = How::kLanes;
+  const int64_t whole = n / kLanes * kLanes;
+  V sum[kTokens][kRowBlock] = {};
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    V a[kRowBlock];
 #pragma GCC unroll 4
-    for (int64_t r = 0; r < kRowBlock; ++r) a[r] = *reinterpret_cast<const Lanes*>(w + r * padded + i);
-#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRowBlock; ++r) a[r] = *reinterpret_cast<const V*>(w + r * padded + i);
+#pragma GCC unroll 6
     for (int64_t k = 0; k < kTokens; ++k) {
-      const Lanes v = *reinterpret_cast<const Lanes*>(x[k] + i);
+      const V v = *reinterpret_cast<const V*>(x[k] + i);
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kRowBlock; ++r) sum[k][r] += a[r] * v;
     }
   }
+#pragma GCC unroll 6
   for (int64_t k = 0; k < kTokens; ++k) {
+    Lanes lanes[kRowBlock];
     float totals[kRowBlock];
-    sum_lanes(sum[k], totals);
+    for (int64_t r = 0; r < kRowBlock; ++r) lanes[r] = narrow(sum[k][r]);
+    sum_lanes(lanes, totals);
     for (int64_t r = 0; r < kRowBlock; ++r) {
       for (int64_t i = whole; i < n; ++i) totals[r] += w[r * padded + i] * x[k][i];
       out[k * pitch + r] = totals[r];
@@ -91,17 +117,40 @@ DSV4_INTO_CLONES void four_rows(const float* w, int64_t padded, int64_t n, const
 
 // out[t * rows + r] = weights row r (of `rows`, `padded` apart) . x[t] over n values. A result does not depend on which
 // or how many the other rows are.
-DSV4_VECTOR_CLONES inline void row_products(const float* weights, int64_t rows, int64_t padded, int64_t n,
-                                            const float* const* x, int64_t tokens, float* out) {
+template <typename How>
+DSV4_INTO_CLONES void all_rows(const float* weights, int64_t rows, int64_t padded, int64_t n, const float* const* x,
+                               int64_t tokens, float* out) {
   int64_t t = 0;
-  for (; t + kTokenBlock <= tokens; t += kTokenBlock) {
+  for (; t + How::kTokens <= tokens; t += How::kTokens) {
     for (int64_t r = 0; r < rows; r += kRowBlock)
-      four_rows<kTokenBlock>(weights + r * padded, padded, n, x + t, out + t * rows + r, rows);
+      four_rows<How, How::kTokens>(weights + r * padded, padded, n, x + t, out + t * rows + r, rows);
   }
   for (; t < tokens; ++t) {
     for (int64_t r = 0; r < rows; r += kRowBlock)
-      four_rows<1>(weights + r * padded, padded, n, x + t, out + t * rows + r, rows);
+      four_rows<How, 1>(weights + r * padded, padded, n, x + t, out + t * rows + r, rows);
   }
+}
+
+#ifdef DSV4_WIDE_LANES
+__attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma"))) inline void wide_row_products(
+    const float* weights, int64_t rows, int64_t padded, int64_t n, const float* const* x, int64_t tokens, float* out) {
+  all_rows<Wide>(weights, rows, padded, n, x, tokens, out);
+}
+#endif
+
+DSV4_VECTOR_CLONES inline void narrow_row_products(const float* weights, int64_t rows, int64_t padded, int64_t n,
+                                                   const float* const* x, int64_t tokens, float* out) {
+  all_rows<Narrow>(weights, rows, padded, n, x, tokens, out);
+}
+
+inline void row_products(const float* weights, int64_t rows, int64_t padded, int64_t n, const float* const* x,
+                         int64_t tokens, float* out) {
+#ifdef DSV4_WIDE_LANES
+  static const bool is_wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+  if (is_wide) return wide_row_products(weights, rows, padded, n, x, tokens, out);
+#endif
+  narrow_row_products(weights, rows, padded, n, x, tokens, out);
 }
 
 }  // namespace dsv4

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/export.h"
 #include "common/launched.h"
@@ -18,31 +19,7 @@ constexpr int kBlocks = 132;  // a Hopper's multiprocessors
 constexpr int kMostShared = 232448;
 constexpr int64_t kPiece = 64;  // tokens that are multiplied at once
 
-// Up to 8 tokens: every block has all columns of its rows.
-template <int kColumns>
-cudaError_t run_few(const kernels::Call& call, cudaStream_t stream) {
-  using F = kernels::Few<kColumns>;
-  const int places = call.tokens == 1 ? 1 : call.tokens == 2 ? 2 : call.tokens <= 4 ? 4 : 8;
-  int stages = 6;
-  while (stages > 1 && F::shared_bytes(stages, call.columns, places) > kMostShared) --stages;
-  const auto run = [&](auto kernel) {
-    const int shared = F::shared_bytes(stages, call.columns, places);
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (status != cudaSuccess) return status;
-    kernel<<<std::min(kBlocks, call.rows / F::kRows), kernels::kThreads, shared, stream>>>(call, stages);
-    return cudaGetLastError();
-  };
-  switch (places) {
-    case 1:
-      return run(kernels::few_tokens_kernel<kColumns, 1>);
-    case 2:
-      return run(kernels::few_tokens_kernel<kColumns, 2>);
-    case 4:
-      return run(kernels::few_tokens_kernel<kColumns, 4>);
-    default:
-      return run(kernels::few_tokens_kernel<kColumns, 8>);
-  }
-}
+using kernels::Before;
 
 template <typename Kernel, typename... Args>
 cudaError_t launch(Kernel kernel, dim3 grid, int threads, int shared, cudaStream_t stream, bool overlap, Args... args) {
@@ -57,13 +34,35 @@ cudaError_t launch(Kernel kernel, dim3 grid, int threads, int shared, cudaStream
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// One or two tokens: every block has all columns of its rows.
+template <int kColumns, Before kBefore>
+cudaError_t run_few(const kernels::Call& call, cudaStream_t stream, bool overlap) {
+  using F = kernels::Few<kColumns>;
+  const int places = call.tokens;
+  int stages = 6;
+  while (stages > 1 && F::shared_bytes(stages, call.columns, places) > kMostShared) --stages;
+  const auto run = [&](auto kernel) {
+    return launch(kernel, dim3(std::min(kBlocks, call.rows / F::kRows)), kernels::kThreads,
+                  F::shared_bytes(stages, call.columns, places), stream, overlap, call, stages);
+  };
+  return places == 1 ? run(kernels::few_tokens_kernel<kColumns, 1, kBefore>)
+                     : run(kernels::few_tokens_kernel<kColumns, 2, kBefore>);
+}
+
+template <Before kBefore>
+cudaError_t run_few(const kernels::Call& call, cudaStream_t stream, bool overlap) {
+  return call.columns % 2048 == 0   ? run_few<2048, kBefore>(call, stream, overlap)
+         : call.columns % 1024 == 0 ? run_few<1024, kBefore>(call, stream, overlap)
+                                    : run_few<512, kBefore>(call, stream, overlap);
+}
+
 // A piece of up to 64 tokens, in slices of the columns. Scratch: split activations, what to multiply by, sums of slices.
-template <int kTokens>
-cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cudaStream_t stream) {
+template <int kTokens, Before kBefore = Before::kNothing>
+cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cudaStream_t stream, bool overlap = false) {
   const int blocks = call.rows / kernels::kSomeRows, in_group = blocks / call.groups, slices = call.columns / slice;
   int each = 1;
-  while (static_cast<int64_t>(blocks) * slices > static_cast<int64_t>(kBlocks) * each && in_group % (2 * each) == 0)
-    each *= 2;
+  const int64_t at_once = (kTokens <= kernels::kInsideTokens ? 2 : 1) * kBlocks;  // two blocks a multiprocessor
+  while (static_cast<int64_t>(blocks) * slices > at_once * each && in_group % (2 * each) == 0) each *= 2;
   uint8_t* split = scratch;
   float* inverse = reinterpret_cast<float*>(split + static_cast<int64_t>(call.groups) * call.columns * 2 * kTokens);
   float* parts = inverse + call.groups * kTokens;
@@ -76,8 +75,9 @@ cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cud
   } else {
     parts = reinterpret_cast<float*>(scratch);
   }
-  status = launch(kernels::some_tokens_kernel<kTokens>, dim3(blocks / each, slices), kernels::kSomeThreads,
-                  kernels::some_shared<kTokens>(slice), stream, !kInside, call, each, slice,
+  status = launch(kernels::some_tokens_kernel<kTokens, kBefore>, dim3(blocks / each, slices), kernels::kSomeThreads,
+                  kernels::some_shared<kTokens>(slice), stream, !kInside || overlap,
+                  call, each, slice,
                   static_cast<const uint8_t*>(split), static_cast<const float*>(inverse), parts);
   if (status != cudaSuccess || slices == 1) return status;
   const int64_t size = static_cast<int64_t>(call.tokens) * call.rows;
@@ -85,13 +85,39 @@ cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cud
                 call, static_cast<const float*>(parts), slices);
 }
 
+template <Before kBefore>
+cudaError_t run_some(const kernels::Call& call, int places, int slice, uint8_t* scratch, cudaStream_t stream,
+                     bool overlap) {
+  return places == 4 ? run_some<4, kBefore>(call, slice, scratch, stream, overlap)
+                     : run_some<8, kBefore>(call, slice, scratch, stream, overlap);
+}
+
+// Up to eight tokens. With `overlap` it begins while the kernel before it ends.
+cudaError_t run_prepared(const kernels::Call& call, Before before, int slice, uint8_t* scratch, cudaStream_t stream,
+                         bool overlap) {
+  const int places = call.tokens <= 4 ? 4 : 8;
+  const auto run = [&](auto constant) {
+    constexpr Before kBefore = decltype(constant)::value;
+    return slice ? run_some<kBefore>(call, places, slice, scratch, stream, overlap)
+                 : run_few<kBefore>(call, stream, overlap);
+  };
+  switch (before) {
+    case Before::kNorm:
+      return run(std::integral_constant<Before, Before::kNorm>());
+    case Before::kSwiGLU:
+      return run(std::integral_constant<Before, Before::kSwiGLU>());
+    default:
+      return run(std::integral_constant<Before, Before::kNothing>());
+  }
+}
+
 template <int kTokens>
 cudaError_t run_many(kernels::Call call, __half* packed, float* inverse, cudaStream_t stream) {
   const auto kernel = kernels::many_tokens_kernel<kTokens>;
-  const int shared = kProductShared<Codes::kE4M3, kTokens> + kTokens * 4;
+  const int shared = kProductShared<kTokens> + kTokens * 4;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
-  pack_kernel<Codes::kE4M3><<<call.tokens * call.groups, 256, 0, stream>>>(call.x, call.columns, packed, inverse);
+  pack_kernel<<<call.tokens * call.groups, 256, 0, stream>>>(call.x, call.columns, packed, inverse);
   for (int i = 0; i < call.number; ++i) {
     kernels::Call one = call;
     one.weights[0] = call.weights[i], one.number = 1, one.rows = call.weights[i].rows;
@@ -101,13 +127,21 @@ cudaError_t run_many(kernels::Call call, __half* packed, float* inverse, cudaStr
   return cudaGetLastError();
 }
 
-// Operands: x, then codes and scale of each weight. Results: y of each weight, scratch.
-ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t slice) {
+// Operands: x, where `normed` the norm's weight (K), where `gated` the up projection as x, then codes and scale of each
+// weight. Results: y of each weight, scratch. With `then` of 0 or more the last weight is not of x but of the first
+// result, its groups side by side, in slices of so many columns; that is what is normed.
+ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, int64_t slice,
+                             int64_t normed, int64_t gated, float number, int64_t then) {
   Projection bound;
   Operands operands("project", args);
   kernels::Call call = {};
   bind_input(operands, &bound);
-  while (operands.ok() && operands.left()) {
+  const Operands::Shape shape = {bound.tokens, bound.groups, bound.columns};
+  if (normed) call.norm = operands.take<const float>("norm", {ffi::DataType::F32}, {then < 0 ? bound.columns : -1});
+  if (gated) call.up = operands.take<const __nv_bfloat16>("up", {ffi::DataType::BF16}, shape);
+  call.eps = call.limit = number;
+  const Before before = normed ? Before::kNorm : gated ? Before::kSwiGLU : Before::kNothing;
+  while (operands.ok() && operands.left() > (then < 0 ? 0 : 2)) {
     if (call.number == kernels::kMostWeights || (call.number && bound.groups > 1)) {
       operands.fail("too many weights", "up to 3, and one where x has groups");
       break;
@@ -119,16 +153,49 @@ ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
     call.weights[call.number++] = {bound.codes, bound.scale, static_cast<__nv_bfloat16*>(bound.y), call.rows, rows};
     call.rows += rows;
   }
+  kernels::Call second = {};
+  if (then >= 0 && operands.ok() && call.number) {
+    Projection of_first;
+    of_first.tokens = bound.tokens, of_first.groups = 1, of_first.columns = call.weights[0].rows;
+    of_first.is_float = bound.is_float;
+    bind_weight(operands, results, call.number, &of_first);
+    second.x = call.weights[0].y, second.norm = call.norm, second.eps = number, second.number = 1;
+    second.tokens = static_cast<int>(bound.tokens), second.groups = 1, second.rows = static_cast<int>(of_first.rows);
+    second.columns = static_cast<int>(of_first.columns);
+    second.weights[0] = {of_first.codes, of_first.scale, static_cast<__nv_bfloat16*>(of_first.y), 0, second.rows};
+    call.norm = nullptr;
+    if (second.columns % 512 || second.rows % kernels::kManyRows || (then && second.columns % then) || gated)
+      operands.fail("a second weight of another size", "a multiple of 512 columns and of 256 rows");
+  }
   if (!operands.ok()) return operands.error();
   if (!call.number) return ffi::Error::InvalidArgument("project: got no weight; expected one.");
   if (!bound.tokens) return ffi::Error::Success();
   bound.rows = call.rows;
   call.x = static_cast<const __nv_bfloat16*>(bound.x), call.tokens = static_cast<int>(bound.tokens);
   call.groups = static_cast<int>(bound.groups), call.columns = static_cast<int>(bound.columns);
-  auto scratch = results.get<ffi::AnyBuffer>(call.number);
+  auto scratch = results.get<ffi::AnyBuffer>(call.number + second.number);
   if (!scratch.has_value()) return ffi::Error::InvalidArgument("project: got no scratch; expected one.");
+  if (before != Before::kNothing && bound.tokens > kernels::kInsideTokens)
+    return ffi::Error::InvalidArgument("project: got " + std::to_string(bound.tokens) +
+                                       " tokens to be normed or gated; expected up to 8.");
   void* data = (*scratch)->untyped_data();
   const int64_t have = static_cast<int64_t>((*scratch)->size_bytes());
+  if (second.number) {
+    const auto in_parts = [&](const kernels::Call& of, int64_t slice) {
+      const int64_t slices = slice ? of.columns / slice : 1;
+      return slices > 1 ? slices * of.tokens * of.rows * 4 : 0;
+    };
+    if (bound.tokens > (slice && then ? kernels::kInsideTokens : kernels::kFewTokens) ||
+        have < std::max(in_parts(call, slice), in_parts(second, then))) {
+      return ffi::Error::InvalidArgument("project: got too many tokens or too little scratch for two products.");
+    }
+    cudaError_t status =
+        run_prepared(call, Before::kNothing, static_cast<int>(slice), static_cast<uint8_t*>(data), stream, false);
+    if (status == cudaSuccess) {
+      status = run_prepared(second, before, static_cast<int>(then), static_cast<uint8_t*>(data), stream, true);
+    }
+    return launched("project", status);
+  }
   if (slice) {
     const int64_t piece = std::min(bound.tokens, kPiece), slices = bound.columns / slice;
     const int64_t places = piece <= 4 ? 4 : piece <= 8 ? 8 : piece <= 16 ? 16 : piece <= 32 ? 32 : 64;
@@ -148,8 +215,7 @@ ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
       part.x += first * bound.groups * bound.columns;
       part.tokens = static_cast<int>(std::min(bound.tokens - first, kPiece));
       for (int i = 0; i < part.number; ++i) part.weights[i].y += first * part.weights[i].rows;
-      status = places == 4    ? run_some<4>(part, columns, data8, stream)
-               : places == 8  ? run_some<8>(part, columns, data8, stream)
+      status = part.tokens <= 8 && places <= 8 ? run_prepared(part, before, columns, data8, stream, false)
                : places == 16 ? run_some<16>(part, columns, data8, stream)
                : places == 32 ? run_some<32>(part, columns, data8, stream)
                               : run_some<64>(part, columns, data8, stream);
@@ -157,10 +223,7 @@ ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
     return launched("project", status);
   }
   if (bound.tokens <= kernels::kFewTokens) {
-    const cudaError_t status = bound.columns % 2048 == 0   ? run_few<2048>(call, stream)
-                               : bound.columns % 1024 == 0 ? run_few<1024>(call, stream)
-                                                           : run_few<512>(call, stream);
-    return launched("project", status);
+    return launched("project", run_prepared(call, before, 0, nullptr, stream, false));
   }
   const int64_t packed = bound.tokens * bound.groups * bound.columns * 2;
   if (have < packed + bound.tokens * bound.groups * 4) {
@@ -176,6 +239,13 @@ ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
 DSV4_EXPORT_HANDLER(Dsv4Project);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     Dsv4Project, dsv4::project_on_device,
-    xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets().Attr<int64_t>(
-        "slice"),
+    xla::ffi::Ffi::Bind()
+        .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+        .RemainingArgs()
+        .RemainingRets()
+        .Attr<int64_t>("slice")
+        .Attr<int64_t>("normed")
+        .Attr<int64_t>("gated")
+        .Attr<float>("number")
+        .Attr<int64_t>("then"),
     {xla::ffi::Traits::kCmdBufferCompatible});

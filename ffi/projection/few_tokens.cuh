@@ -1,4 +1,4 @@
-// A product with block-scaled FP8 weights for at most eight tokens, at the rate the weights come from memory.
+// A product with block-scaled FP8 weights for one or two tokens, at the rate the weights come from memory.
 //
 // A block streams rows through a ring in shared memory, filled by one warp; its other eight warps take 256 columns of
 // 16 rows each. The activations of all columns are in shared memory, as halves. Sums of the warps that share rows are
@@ -6,9 +6,7 @@
 #ifndef DSV4_PROJECTION_FEW_TOKENS_CUH_
 #define DSV4_PROJECTION_FEW_TOKENS_CUH_
 
-#include <cuda_bf16.h>
-
-#include "cuda/weight_mma.cuh"
+#include "projection/input.cuh"
 
 namespace dsv4::projection {
 
@@ -16,33 +14,7 @@ constexpr int kConsumers = 256, kThreads = kConsumers + 32;
 constexpr int kPart = 256;          // columns of a warp
 constexpr int kStageCodes = 32768;  // bytes of a stage without its pads
 constexpr int kPad = 64;
-constexpr int kFewTokens = 8;
-
-constexpr int kMostWeights = 3;
-
-// A weight of the call; its rows are first … first + rows - 1 of all.
-struct Weight {
-  const uint8_t* codes;  // (rows, columns)
-  const uint8_t* scale;  // (rows / 128, columns / 128)
-  __nv_bfloat16* y;      // (T, rows)
-  int first, rows;
-};
-
-struct Call {
-  const __nv_bfloat16* x;  // (T, groups, columns)
-  Weight weights[kMostWeights];
-  int number;  // of weights; with more than one there is one group
-  int tokens, groups, rows, columns;
-
-  __device__ __forceinline__ Weight of_row(int row) const {
-    Weight found = weights[0];
-#pragma unroll
-    for (int i = 1; i < kMostWeights; ++i) {
-      if (i < number && row >= weights[i].first) found = weights[i];
-    }
-    return found;
-  }
-};
+constexpr int kFewTokens = 2;
 
 __device__ __forceinline__ void consumers_sync() { ptx::sync_threads(1, kConsumers); }
 
@@ -52,12 +24,12 @@ struct Few {
   static constexpr int kWarps = kColumns / kPart;  // that share rows
   static constexpr int kSumBytes = 2 * kWarps * kRows * 8 * 4;
   static int shared_bytes(int stages, int columns, int places) {
-    return stages * (kStageBytes + 16) + kSumBytes + columns * places * 2 + 64;
+    return stages * (kStageBytes + 16) + kSumBytes + columns * places * 2 + 96;
   }
 };
 
 // kColumns: of a stage, a divisor of the call's. kPlaces: tokens there is room for.
-template <int kColumns, int kPlaces>
+template <int kColumns, int kPlaces, Before kBefore>
 __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call, const int stages) {
   using F = Few<kColumns>;
   extern __shared__ __align__(128) uint8_t shared[];
@@ -65,13 +37,15 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
   uint4* activations = reinterpret_cast<uint4*>(shared + stages * F::kStageBytes + F::kSumBytes);
   float* inverse = reinterpret_cast<float*>(activations + call.columns * kPlaces / 8);
   uint32_t* largest_of = reinterpret_cast<uint32_t*>(inverse + 8);  // of the warps
-  uint64_t* full = reinterpret_cast<uint64_t*>(inverse + 16);
+  float* squares_of = inverse + 16;
+  uint64_t* full = reinterpret_cast<uint64_t*>(inverse + 24);
   uint64_t* empty = full + stages;
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) ptx::barrier_init(full + i, 1), ptx::barrier_init(empty + i, kConsumers / 32);
     ptx::fence_barrier_init();
   }
   __syncthreads();
+  ptx::grid_launch_dependents();
   const int row_blocks = call.rows / F::kRows, steps = call.columns / kColumns;
   int item = static_cast<int>(static_cast<int64_t>(row_blocks) * blockIdx.x / gridDim.x);
   const int last = static_cast<int>(static_cast<int64_t>(row_blocks) * (blockIdx.x + 1) / gridDim.x);
@@ -100,6 +74,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
     return;
   }
 
+  ptx::grid_wait();  // x
   const int part = warp % F::kWarps, row = warp / F::kWarps * 16;
   int group = -1, buffer = 0;
   for (; item < last; ++item, buffer ^= 1) {
@@ -111,30 +86,27 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
       // four products.
       constexpr int kSharing = kConsumers / 32 / kPlaces;
       const int token = warp / kSharing, first = warp % kSharing * 32 + lane;
-      const uint4* x =
-          reinterpret_cast<const uint4*>(call.x + (static_cast<int64_t>(token) * call.groups + group) * call.columns);
-      uint32_t largest = 0;
+      const int64_t of_row = call.row_of(token, group);
+      Magnitude<kBefore> magnitude;
       if (token < call.tokens) {
 #pragma unroll 4
-        for (int i = first; i < call.columns / 8; i += 32 * kSharing) {
-          const uint4 v = __ldg(x + i);
-          largest = larger_magnitudes(larger_magnitudes(largest, v.x), v.y);
-          largest = larger_magnitudes(larger_magnitudes(largest, v.z), v.w);
-        }
-        largest = __reduce_max_sync(0xFFFFFFFFu, max(largest & 0xFFFFu, largest >> 16));
+        for (int i = first; i < call.columns / 8; i += 32 * kSharing) magnitude.take(call, of_row, i);
+        magnitude.reduce_warp();
       }
       if constexpr (kSharing > 1) {
-        if (lane == 0) largest_of[warp] = largest;
+        if (lane == 0) largest_of[warp] = magnitude.largest, squares_of[warp] = magnitude.squares;
         consumers_sync();
+        magnitude = {};
 #pragma unroll
-        for (int i = 0; i < kSharing; ++i) largest = max(largest, largest_of[token * kSharing + i]);
+        for (int i = 0; i < kSharing; ++i)
+          magnitude.add(largest_of[token * kSharing + i], squares_of[token * kSharing + i]);
       }
       if (token < call.tokens) {
-        const float power = into_halves(largest);
+        const float root = magnitude.root(call), power = into_halves(magnitude.bits(root));
         if (warp % kSharing == 0 && lane == 0) inverse[token] = inverse_power(power);
 #pragma unroll 4
         for (int i = first; i < call.columns / 8; i += 32 * kSharing) {
-          const uint4 v = __ldg(x + i);
+          const uint4 v = prepared<kBefore>(call, of_row, i, root);
           const auto pair = [power](uint32_t p) {
             return ptx::half_pair(__uint_as_float(p << 16) * power, __uint_as_float(p & 0xFFFF0000u) * power);
           };

@@ -15,7 +15,7 @@ template <int kTokens>
 __global__ void __launch_bounds__(kProductThreads, 1)
     many_tokens_kernel(const Call call, const __half* packed, const float* inverse, float* parts) {
   extern __shared__ __align__(128) uint8_t shared[];
-  int* rows = reinterpret_cast<int*>(shared + kProductShared<Codes::kE4M3, kTokens>);
+  int* rows = reinterpret_cast<int*>(shared + kProductShared<kTokens>);
   const int first_token = blockIdx.z * kTokens, group = blockIdx.x * kManyRows / (call.rows / call.groups);
   for (int i = threadIdx.x; i < kTokens; i += kProductThreads) {
     rows[i] = first_token + i < call.tokens ? (first_token + i) * call.groups + group : -1;
@@ -24,13 +24,13 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   const int all_chunks = call.columns / kChunk;
   const int first_chunk = all_chunks * blockIdx.y / gridDim.y, last_chunk = all_chunks * (blockIdx.y + 1) / gridDim.y;
   const int lane = threadIdx.x % 32, first_row = blockIdx.x * kManyRows + threadIdx.x / 128 * 128;
-  WeightTile<Codes::kE4M3> tiles[2];
+  WeightTile tiles[2];
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
     tiles[t].init(call.weights[0].codes, call.weights[0].scale, first_row + t * 64, call.columns, first_chunk, last_chunk);
   }
   float sum[2][kTokens / 2];
-  multiply_tiles<Codes::kE4M3, kTokens>(tiles, packed + first_chunk * kChunk, call.columns, last_chunk - first_chunk,
+  multiply_tiles<kTokens>(tiles, packed + first_chunk * kChunk, call.columns, last_chunk - first_chunk,
                                         rows, shared, sum);
 #pragma unroll
   for (int t = 0; t < 2; ++t) {

@@ -55,19 +55,19 @@ __global__ void __launch_bounds__(256) split_kernel(const Call call, int places,
 
 template <int kTokens>
 constexpr int some_shared(int slice) {
-  return slice * kTokens * 2 + kTokens * 4 + slice / kStep * 8;
+  return slice * kTokens * 2 + kTokens * 8 + slice / kStep * 8;
 }
 
 // Grid: parts of the rows, of `row_blocks` blocks of 128 each; slices of the columns. With more than one slice sums go
 // to `parts` (slices, T, rows).
-template <int kTokens>
-__global__ void __launch_bounds__(kSomeThreads, 1)
+template <int kTokens, Before kBefore>
+__global__ void __launch_bounds__(kSomeThreads, kTokens <= kInsideTokens ? 2 : 1)
     some_tokens_kernel(const Call call, const int row_blocks, const int slice, const uint8_t* split,
                        const float* inverses, float* parts) {
   constexpr int kWidth = 2 * kTokens;
   constexpr bool kInside = kTokens <= kInsideTokens;
   extern __shared__ __align__(128) uint8_t shared[];
-  float* inverse = reinterpret_cast<float*>(shared + slice * kWidth);
+  float *inverse = reinterpret_cast<float*>(shared + slice * kWidth), *roots = inverse + kTokens;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4;
   const int first_column = blockIdx.y * slice, steps = slice / kStep;
   const int first_block = blockIdx.x * row_blocks, blocks = min(row_blocks, call.rows / kSomeRows - first_block);
@@ -92,31 +92,28 @@ __global__ void __launch_bounds__(kSomeThreads, 1)
   };
   load(0);
 
-  uint64_t* arrived = reinterpret_cast<uint64_t*>(inverse + kTokens);
+  uint64_t* arrived = reinterpret_cast<uint64_t*>(roots + kTokens);
   if (threadIdx.x == 0) {
     for (int i = 0; i < steps; ++i) ptx::barrier_init(arrived + i, 1);
     ptx::fence_barrier_init();
   }
   if constexpr (kInside) {
+    ptx::grid_launch_dependents();
+    ptx::grid_wait();  // x
     // Largest magnitudes of the slice, then its values in the order of the codes.
-    const auto row_of = [&](int t) {
-      return reinterpret_cast<const uint4*>(call.x + (static_cast<int64_t>(t) * call.groups + group) * call.columns +
-                                            first_column);
-    };
 #pragma unroll 2
     for (int t = warp; t < kTokens; t += 8) {
-      uint32_t largest = 0;
+      Magnitude<kBefore> magnitude;
       if (t < call.tokens) {
-        const uint4* x = row_of(t);
+        // A norm is of the whole row.
+        const int first = kBefore == Before::kNorm ? 0 : first_column / 8;
+        const int last = kBefore == Before::kNorm ? call.columns / 8 : (first_column + slice) / 8;
 #pragma unroll 4
-        for (int i = lane; i < slice / 8; i += 32) {
-          const uint4 v = __ldg(x + i);
-          largest = larger_magnitudes(larger_magnitudes(largest, v.x), v.y);
-          largest = larger_magnitudes(larger_magnitudes(largest, v.z), v.w);
-        }
+        for (int i = first + lane; i < last; i += 32) magnitude.take(call, call.row_of(t, group), i);
       }
-      largest = __reduce_max_sync(0xFFFFFFFFu, max(largest & 0xFFFFu, largest >> 16));
-      if (lane == 0) inverse[t] = into_e4m3(__uint_as_float(largest << 16));
+      magnitude.reduce_warp();
+      const float root = magnitude.root(call);
+      if (lane == 0) inverse[t] = into_e4m3(__uint_as_float(magnitude.bits(root) << 16)), roots[t] = root;
     }
     __syncthreads();
 #pragma unroll 4
@@ -124,7 +121,10 @@ __global__ void __launch_bounds__(kSomeThreads, 1)
       const int t = i % ((kTokens + 7) / 8) * 8 + lane % 8, step = i / ((kTokens + 7) / 8), quarter = lane / 8;
       if (t >= kTokens) continue;
       uint4 v = make_uint4(0, 0, 0, 0);
-      if (t < call.tokens) v = __ldg(row_of(t) + step / 2 * 8 + quarter * 2 + step % 2);
+      if (t < call.tokens) {
+        v = prepared<kBefore>(call, call.row_of(t, group), first_column / 8 + step / 2 * 8 + quarter * 2 + step % 2,
+                              roots[t]);
+      }
       const float power = t < call.tokens ? inverse[t] : 0.0f;
       const float2 p = floats_of(v.x, __nv_bfloat16()), q = floats_of(v.y, __nv_bfloat16());
       const float2 r = floats_of(v.z, __nv_bfloat16()), s = floats_of(v.w, __nv_bfloat16());
@@ -140,7 +140,6 @@ __global__ void __launch_bounds__(kSomeThreads, 1)
     __syncthreads();
     if (threadIdx.x < kTokens) inverse[threadIdx.x] = 1.0f / inverse[threadIdx.x];
     __syncthreads();
-    ptx::grid_launch_dependents();
   } else {
     ptx::grid_wait();
     ptx::grid_launch_dependents();

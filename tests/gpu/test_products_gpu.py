@@ -43,6 +43,22 @@ def test_experts(rng):
         assert bool(jnp.isnan(other[1:]).all()), tokens
 
 
+@pytest.mark.parametrize("picks", [[4, 2, 7, 1, 6, 3], [5], [-1, 4, 2, -1, EXPERTS, -1, 6], [-1, -1, 3, 3]])
+def test_experts_of_one_token(picks, rng):
+    """Its picks are added up inside the last product; one that is none adds nothing, though a NaN were read for it."""
+    experts = ExpertWeights(weight(rng, INNER, HIDDEN), weight(rng, HIDDEN, INNER), weight(rng, INNER, HIDDEN))
+    x = jnp.asarray(rng.normal(size=(1, HIDDEN)), jnp.bfloat16)
+    picks, share = jnp.asarray([picks], jnp.int32), jnp.asarray(rng.uniform(0.1, 1, (1, len(picks))), jnp.float32)
+    unused = jax.tree.map(lambda w: w.at[0].set(0xFF), experts)
+    got = apply_experts(x, picks, share, unused, limit=10.0, implementation="cuda")
+    expected = apply_experts(x.astype(jnp.float32), picks, share, experts, limit=10.0, implementation="jnp")
+    assert error(got, expected) < 2e-3
+    # The same as in company, where a kernel of its own adds them up.
+    two = [jnp.concatenate([a, a]) for a in (x, picks, share)]
+    both = apply_experts(*two, unused, limit=10.0, implementation="cuda")
+    assert error(got[0], both[0].astype(jnp.float32)) < 2e-3
+
+
 @pytest.mark.parametrize(("groups", "rows", "columns"), [(1, 4096, 1024), (2, 2048, 4096), (1, 512, 8192)])
 def test_projection(groups, rows, columns, rng):
     codes = rng.integers(0, 127, (rows, columns), np.uint8)

@@ -1,7 +1,7 @@
 """A product with weights in the released FP8 form: E4M3 codes with a power-of-two scale per block of 128x128."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ import numpy as np
 from .. import dispatch
 from ..formats.fp4 import power_of_two
 from ..formats.fp8 import decode_e4m3
+from .rms_norm import rms_norm
+from .swiglu import swiglu
 
 Array = jax.Array
 
@@ -21,6 +23,41 @@ MOST_WEIGHTS = 3
 
 IN_PIECES = 512
 """Tokens up to which the CUDA form multiplies 64 at a time, each piece reading the weight; more share one reading."""
+
+
+MOST_PREPARED = 8
+"""Tokens that the CUDA form norms or gates in the launch that multiplies them; of more XLA does it before."""
+
+
+class Normed(NamedTuple):
+    """x is normed before it is multiplied, `rms_norm(x, weight, eps=eps)`.
+
+    Attributes:
+      weight: (K,) float32.
+      eps: of the norm.
+    """
+
+    weight: Array
+    eps: float
+
+
+class Gated(NamedTuple):
+    """x is a gate, `swiglu(x, up, limit)` is what is multiplied.
+
+    Attributes:
+      up: as x.
+      limit: of SwiGLU.
+    """
+
+    up: Array
+    limit: float
+
+
+def prepared(x: Array, before: Normed | Gated | None) -> Array:
+    """What becomes of x (..., K) before it is multiplied, in its dtype."""
+    if before is None:
+        return x
+    return rms_norm(x, before.weight, eps=before.eps) if isinstance(before, Normed) else swiglu(x, *before)
 
 
 class BlockScaledWeight(NamedTuple):
@@ -42,7 +79,9 @@ def dequantise_weight(weight: BlockScaledWeight) -> Array:
     return decode_e4m3(weight.codes) * scale
 
 
-def project(x: Array, weight: BlockScaledWeight, *, implementation: str | None = None) -> Array:
+def project(
+    x: Array, weight: BlockScaledWeight, *, before: Normed | Gated | None = None, implementation: str | None = None
+) -> Array:
     """y = x W^T, with the weight kept as released.
 
     Sums are taken in float32 or better: from the same stored weight a result is within 2e-3 (relative, L2) of the exact
@@ -52,6 +91,7 @@ def project(x: Array, weight: BlockScaledWeight, *, implementation: str | None =
     Args:
       x: (..., K) bfloat16 or float32.
       weight: codes (N, K), scale (ceil(N / 128), ceil(K / 128)).
+      before: what becomes of x first.
       implementation: "jnp", "cpu" or "cuda"; None takes the native one where there is one that serves.
 
     Returns:
@@ -60,18 +100,22 @@ def project(x: Array, weight: BlockScaledWeight, *, implementation: str | None =
     Raises:
       ValueError: shapes that do not fit, or an implementation that cannot be used.
     """
-    return project_each(x, (weight,), implementation=implementation)[0]
+    return project_each(x, (weight,), before=before, implementation=implementation)[0]
 
 
 def project_each(
-    x: Array, weights: Sequence[BlockScaledWeight], *, implementation: str | None = None
+    x: Array,
+    weights: Sequence[BlockScaledWeight],
+    *,
+    before: Normed | Gated | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, ...]:
     """As `project`, with each of several weights of the same input; on a GPU in one launch.
 
     Args:
       x: (..., K) bfloat16 or float32.
       weights: codes (N, K) each.
-      implementation: as in `project`.
+      before, implementation: as in `project`.
 
     Returns:
       A result (..., N) for each weight.
@@ -84,9 +128,19 @@ def project_each(
             raise ValueError(
                 f"project: x has shape {x.shape} and the weight {weight.codes.shape}, expected (..., K) and (N, K)"
             )
+    if isinstance(before, Normed) and (before.weight.shape != x.shape[-1:] or before.weight.dtype != jnp.float32):
+        raise ValueError(
+            f"project: the norm's weight is {before.weight.dtype} {before.weight.shape}, "
+            f"expected float32 {x.shape[-1:]}"
+        )
+    if isinstance(before, Gated):
+        if before.up.shape != x.shape or before.up.dtype != x.dtype:
+            raise ValueError(f"project: up is {before.up.dtype} {before.up.shape}, expected {x.dtype} {x.shape}, as x")
+        before = before._replace(up=before.up.reshape(-1, 1, x.shape[-1]))
     results: list[Array] = []
     for first in range(0, len(weights), MOST_WEIGHTS):
-        results += _grouped(x.reshape(-1, 1, x.shape[-1]), weights[first : first + MOST_WEIGHTS], implementation)
+        some = weights[first : first + MOST_WEIGHTS]
+        results += _grouped(x.reshape(-1, 1, x.shape[-1]), some, implementation, before)
     return tuple(y.reshape(*x.shape[:-1], w.codes.shape[0]) for y, w in zip(results, weights, strict=True))
 
 
@@ -113,8 +167,78 @@ def project_groups(x: Array, weight: BlockScaledWeight, *, implementation: str |
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _grouped(x: Array, weights: Sequence[BlockScaledWeight], implementation: str | None) -> tuple[Array, ...]:
-    """x (T, G, K), weights (G * N, K) -> (T, G, N) each; with more than one G is 1."""
+def project_through(
+    x: Array,
+    firsts: Sequence[BlockScaledWeight],
+    second: BlockScaledWeight,
+    *,
+    norm: Normed | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, ...]:
+    """Products of x, and one of the first of their results: on a GPU the second begins to read its weight before.
+
+    Args:
+      x: (T, G, K) bfloat16 or float32.
+      firsts: codes (G * N, K) each, rows g * N … are group g's; with more than one G is 1.
+      second: codes (M, G * N) of the first's.
+      norm: the second product is of the first result normed, its weight (G * N,).
+      implementation: "jnp" or "cuda"; None takes the native one where it serves, and products one by one elsewhere.
+
+    Returns:
+      (T, G * N) for each of `firsts`, then (T, M), of x's dtype.
+
+    Raises:
+      ValueError: as in `project`.
+    """
+    tokens, groups, columns = x.shape
+    rows = [weight.codes.shape[0] for weight in firsts]
+    between, eps = norm or (None, 0.0)
+
+    def one_by_one(x: Array, between: Array | None, second: BlockScaledWeight, *firsts: BlockScaledWeight) -> Any:
+        inner = implementation if implementation == "jnp" else None
+        results = [y.reshape(tokens, -1) for y in _grouped(x, firsts, inner)]
+        before = None if between is None else Normed(between, eps)
+        return (*results, project(results[0], second, before=before, implementation=inner))
+
+    def in_native(x: Array, between: Array | None, second: BlockScaledWeight, *firsts: BlockScaledWeight) -> Any:
+        plans = _plan(tokens, groups, sum(rows), columns), _plan(tokens, 1, *second.codes.shape)
+        results = [jax.ShapeDtypeStruct((tokens, n), x.dtype) for n in (*rows, second.codes.shape[0])]
+        scratch = jax.ShapeDtypeStruct((max(size for _, size in plans),), jnp.uint8)
+        call: Any = dispatch.ffi_call("dsv4_project", (*results, scratch))
+        return tuple(
+            call(
+                *jax.tree.leaves((x, between, firsts, second)), slice=np.int64(plans[0][0]),
+                normed=np.int64(norm is not None), gated=np.int64(0), number=np.float32(eps),
+                then=np.int64(plans[1][0]),
+            )[:-1]
+        )  # fmt: skip
+
+    def limit(platform: str) -> str | None:
+        if platform == "cpu":
+            return "there is none for the CPU"
+        if not dispatch.on_hopper():
+            return "it is for GPUs of compute capability 9.0"
+        if x.dtype != jnp.bfloat16 or tokens > MOST_PREPARED or len(firsts) > (MOST_WEIGHTS if groups == 1 else 1):
+            return f"it takes up to {MOST_PREPARED} tokens of bfloat16 and {MOST_WEIGHTS} weights without groups"
+        if any(n // groups % 256 for n in rows) or columns % 512 or second.codes.shape[0] % 256 or rows[0] % 512:
+            return "it takes multiples of 512 columns and of 256 rows in a group"
+        return None
+
+    if second.codes.shape[1] != rows[0] or (between is not None and between.shape != (rows[0],)):
+        raise ValueError(
+            f"project_through: the second weight is {second.codes.shape}, expected {rows[0]} columns and a norm "
+            "of as many"
+        )
+    return dispatch.call("project_through", implementation, limit, in_native, one_by_one, x, between, second, *firsts)
+
+
+def _grouped(
+    x: Array,
+    weights: Sequence[BlockScaledWeight],
+    implementation: str | None,
+    before: Normed | Gated | None = None,
+) -> tuple[Array, ...]:
+    """x (T, G, K), weights (G * N, K) -> (T, G, N) each; with more than one, or with `before`, G is 1."""
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"project: x is {x.dtype}, expected bfloat16 or float32")
     groups, columns = x.shape[1:]
@@ -127,7 +251,15 @@ def _grouped(x: Array, weights: Sequence[BlockScaledWeight], implementation: str
             )
     rows = [weight.codes.shape[0] // groups for weight in weights]
 
-    def in_jnp(x: Array, *weights: BlockScaledWeight) -> tuple[Array, ...]:
+    # What is an array of `before` is an operand.
+    array, number = before or (None, 0.0)
+
+    def ready(x: Array, array: Array | None) -> Array:
+        return x if before is None or array is None else prepared(x, type(before)(array, number))
+
+    def in_jnp(x: Array, array: Array | None, *weights: BlockScaledWeight) -> tuple[Array, ...]:
+        x = ready(x, array)
+
         def product(weight: BlockScaledWeight) -> Array:
             values = dequantise_weight(weight).reshape(groups, -1, columns)
             y = jnp.einsum("tgk,gnk->tgn", x.astype(jnp.float32), values, precision=jax.lax.Precision.HIGHEST)
@@ -135,19 +267,29 @@ def _grouped(x: Array, weights: Sequence[BlockScaledWeight], implementation: str
 
         return tuple(map(product, weights))
 
-    def in_native(x: Array, *weights: BlockScaledWeight) -> tuple[Array, ...]:
+    def in_native(x: Array, array: Array | None, *weights: BlockScaledWeight) -> tuple[Array, ...]:
         results = [jax.ShapeDtypeStruct((*x.shape[:2], n), x.dtype) for n in rows]
 
-        def on_cpu(x: Array, *weights: BlockScaledWeight) -> tuple[Array, ...]:
+        def on_cpu(x: Array, array: Array | None, *weights: BlockScaledWeight) -> tuple[Array, ...]:
+            x = ready(x, array)
             calls = [dispatch.ffi_call("dsv4_project", result) for result in results]
             return tuple(call(x, *weight) for call, weight in zip(calls, weights, strict=True))
 
-        def on_cuda(x: Array, *weights: BlockScaledWeight) -> tuple[Array, ...]:
+        def on_cuda(x: Array, array: Array | None, *weights: BlockScaledWeight) -> tuple[Array, ...]:
+            inside = before if x.shape[0] <= MOST_PREPARED else None
+            if inside is None:
+                x, array = ready(x, array), None
             columns_at_once, scratch = _plan(x.shape[0], groups, groups * sum(rows), columns)
             call = dispatch.ffi_call("dsv4_project", (*results, jax.ShapeDtypeStruct((scratch,), jnp.uint8)))
-            return tuple(call(x, *jax.tree.leaves(weights), slice=np.int64(columns_at_once))[:-1])
+            return tuple(
+                call(
+                    *jax.tree.leaves((x, array, weights)), slice=np.int64(columns_at_once),
+                    normed=np.int64(isinstance(inside, Normed)), gated=np.int64(isinstance(inside, Gated)),
+                    number=np.float32(number), then=np.int64(-1),
+                )[:-1]
+            )  # fmt: skip
 
-        return dispatch.on_platform(x, *weights, default=on_cpu, cuda=on_cuda)
+        return dispatch.on_platform(x, array, *weights, default=on_cpu, cuda=on_cuda)
 
     def limit(platform: str) -> str | None:
         if platform == "cpu":
@@ -160,7 +302,7 @@ def _grouped(x: Array, weights: Sequence[BlockScaledWeight], implementation: str
             return f"it takes multiples of 512 columns and of 256 rows in a group, not {columns} and {rows}"
         return None
 
-    return dispatch.call("project", implementation, limit, in_native, in_jnp, x, *weights)
+    return dispatch.call("project", implementation, limit, in_native, in_jnp, x, array, *weights)
 
 
 def _plan(tokens: int, groups: int, rows: int, columns: int) -> tuple[int, int]:
@@ -172,6 +314,7 @@ def _plan(tokens: int, groups: int, rows: int, columns: int) -> tuple[int, int]:
         at_once = 1024 if large and columns % 1024 == 0 else 512
         piece = min(tokens, 64)
         places = next(n for n in (4, 8, 16, 32, 64) if n >= piece)
+        slices = columns // at_once
         split = groups * places * (2 * columns + 4) if places > 8 else 0
-        return at_once, split + (4 * piece * rows * (columns // at_once) if columns > at_once else 0)
+        return at_once, split + (4 * piece * rows * slices if slices > 1 else 0)
     return 0, tokens * groups * (2 * columns + 4)

@@ -23,11 +23,13 @@ def test_products(tokens, columns, implementation, rng):
     rows = (96, 32, 64)
     x, weights = inputs(rng, tokens, columns, rows)
     got = jax.jit(lambda *a: multiply_each(*a, implementation=implementation))(x, weights)
+    # XLA:GPU may add up parts that it has rounded.
+    limit = 4e-3 if implementation == "jnp" and jax.default_backend() == "gpu" else 2e-3
     for y, weight, n in zip(got, weights, rows, strict=True):
         assert y.shape == (tokens, n)
         assert y.dtype == jnp.bfloat16
         exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
-        assert np.linalg.norm(np.asarray(y, np.float64) - exact) < 2e-3 * np.linalg.norm(exact)
+        assert np.linalg.norm(np.asarray(y, np.float64) - exact) < limit * np.linalg.norm(exact)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from dsv4_jax.ops import dispatch
-from dsv4_jax.ops.nn.projection import BlockScaledWeight, project, project_each, project_groups
+from dsv4_jax.ops.nn.projection import (
+    BlockScaledWeight,
+    Gated,
+    Normed,
+    project,
+    project_each,
+    project_groups,
+    project_through,
+)
 
 LIMIT = {jnp.float32: 1e-5, jnp.bfloat16: 2e-3}
 # A native form runs where the arrays are.
@@ -56,6 +64,62 @@ def test_several_weights_of_one_input(tokens, implementation, rng):
         assert error(y, np.asarray(x, np.float64) @ of.T) < 2e-3
 
 
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("implementation", ["jnp", *NATIVE])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 9])
+@pytest.mark.parametrize("kind", ["norm", "swiglu"])
+def test_what_becomes_of_x_before(kind, tokens, implementation, dtype, rng):
+    if implementation == "cuda" and dtype == jnp.float32:
+        pytest.skip("not on CUDA")
+    if implementation != "cuda" and tokens > 2:
+        pytest.skip("a size for kernels of some tokens")
+    columns = 1024
+    weight, values = random_weight(rng, 512, columns)
+    x = jnp.asarray(rng.normal(size=(tokens, columns)) * 2.0 ** rng.integers(-3, 3, (tokens, 1)), dtype)
+    exact = np.asarray(x, np.float64)
+    if kind == "norm":
+        before = Normed(jnp.asarray(rng.uniform(0.5, 2, columns), jnp.float32), 1e-6)
+        exact = exact / np.sqrt(np.mean(exact**2, axis=1, keepdims=True) + 1e-6) * np.asarray(before.weight, np.float64)
+    else:
+        before = Gated(jnp.asarray(rng.normal(size=(tokens, columns)) * 3, dtype), 2.0)
+        gate, up = np.minimum(exact, 2.0), np.clip(np.asarray(before.up, np.float64), -2.0, 2.0)
+        exact = gate / (1 + np.exp(-gate)) * up
+    got = jax.jit(
+        lambda x, array, w: project(x, w, before=type(before)(array, before[1]), implementation=implementation)
+    )(x, before[0], weight)
+    # What is multiplied is of x's dtype.
+    rounded = np.asarray(jnp.asarray(exact.astype(np.float32), dtype), np.float64)
+    assert error(got, rounded @ values.T) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("implementation", ["jnp", None])
+@pytest.mark.parametrize(("tokens", "groups", "columns"), [(1, 1, 512), (2, 2, 512), (7, 1, 1024), (1, 1, 8192)])
+def test_a_product_of_a_product(tokens, groups, columns, implementation, rng):
+    if implementation is None and columns > 1024 and jax.default_backend() != "gpu":
+        pytest.skip("a size for kernels that share the columns")
+    rows = (512 * groups, 256) if groups == 1 else (512 * groups,)
+    firsts, values = zip(*(random_weight(rng, n, columns) for n in rows), strict=True)
+    second, of_second = random_weight(rng, 256, rows[0])
+    norm = Normed(jnp.asarray(rng.uniform(0.5, 2, rows[0]), jnp.float32), 1e-6) if groups == 1 else None
+    x = jnp.asarray(rng.normal(size=(tokens, groups, columns)), jnp.bfloat16)
+
+    def run(x, firsts, second, array):
+        norm = None if array is None else Normed(array, 1e-6)
+        return project_through(x, firsts, second, norm=norm, implementation=implementation)
+
+    # In one program XLA may norm a first result that it has not rounded.
+    limit = 4e-3 if implementation == "jnp" else 2e-3
+    *got, last = jax.jit(run)(x, firsts, second, norm and norm.weight)
+    for y, of in zip(got, values, strict=True):
+        exact = np.einsum("tgk,gnk->tgn", np.asarray(x, np.float64), of.reshape(groups, -1, columns))
+        assert error(y, exact.reshape(tokens, -1)) < 2e-3
+    low = np.asarray(got[0], np.float64)  # as it was stored
+    if norm:
+        low = low / np.sqrt(np.mean(low**2, axis=1, keepdims=True) + 1e-6) * np.asarray(norm.weight, np.float64)
+        low = np.asarray(jnp.asarray(low.astype(np.float32), jnp.bfloat16), np.float64)
+    assert error(last, low @ of_second.T) < limit
+
+
 @pytest.mark.parametrize("implementation", ["jnp", *NATIVE])
 def test_groups(implementation, rng):
     rows = 512 if implementation == "cuda" else 96
@@ -88,3 +152,7 @@ def test_shapes_are_checked(rng):
         project(jnp.zeros((2, 256), jnp.bfloat16), weight._replace(scale=weight.scale[:1]))
     with pytest.raises(ValueError, match="float16"):
         project(jnp.zeros((2, 256), jnp.float16), weight)
+    with pytest.raises(ValueError, match=r"expected float32 \(256,\)"):
+        project(jnp.zeros((2, 256)), weight, before=Normed(jnp.zeros(2), 1e-6))
+    with pytest.raises(ValueError, match="as x"):
+        project(jnp.zeros((2, 256)), weight, before=Gated(jnp.zeros((1, 256)), 1.0))
