@@ -45,7 +45,7 @@ def test_experts(rng):
 
 @pytest.mark.parametrize("picks", [[4, 2, 7, 1, 6, 3], [5], [-1, 4, 2, -1, EXPERTS, -1, 6], [-1, -1, 3, 3]])
 def test_experts_of_one_token(picks, rng):
-    """Its picks are added up inside the last product; one that is none adds nothing, though a NaN were read for it."""
+    """Its picks take the place of a list of who picked what; one that is none adds nothing."""
     experts = ExpertWeights(weight(rng, INNER, HIDDEN), weight(rng, HIDDEN, INNER), weight(rng, INNER, HIDDEN))
     x = jnp.asarray(rng.normal(size=(1, HIDDEN)), jnp.bfloat16)
     picks, share = jnp.asarray([picks], jnp.int32), jnp.asarray(rng.uniform(0.1, 1, (1, len(picks))), jnp.float32)
@@ -53,7 +53,7 @@ def test_experts_of_one_token(picks, rng):
     got = apply_experts(x, picks, share, unused, limit=10.0, implementation="cuda")
     expected = apply_experts(x.astype(jnp.float32), picks, share, experts, limit=10.0, implementation="jnp")
     assert error(got, expected) < 2e-3
-    # The same as in company, where a kernel of its own adds them up.
+    # The same as in company, where there is such a list.
     two = [jnp.concatenate([a, a]) for a in (x, picks, share)]
     both = apply_experts(*two, unused, limit=10.0, implementation="cuda")
     assert error(got[0], both[0].astype(jnp.float32)) < 2e-3
