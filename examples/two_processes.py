@@ -21,8 +21,7 @@ def serve(process: int, address: str, checkpoint: str, new_tokens: int) -> None:
 
     import dsv4_jax
 
-    # Where one process ends, the others end at most so many seconds later.
-    jax.distributed.initialize(address, num_processes=len(PROMPTS), process_id=process, heartbeat_timeout_seconds=30)
+    jax.distributed.initialize(address, num_processes=len(PROMPTS), process_id=process)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))  # those of all processes
     model = dsv4_jax.from_pretrained(checkpoint, mesh=mesh)  # reads what its own devices need
     manager = dsv4_jax.ShardedKVCacheManager(
