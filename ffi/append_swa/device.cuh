@@ -12,7 +12,10 @@ namespace dsv4 {
 
 // A warp holds a token, a lane eight neighbouring channels at a time where that goes into the record.
 template <typename Form>
-using TokenInWarp = Spread<Form::kDim, 32, Form::kDim % 256 == 0 ? 8 : Form::kDim % 128 == 0 ? 4 : 2>;
+using TokenInWarp = Spread<Form::kDim, 32,
+                           Form::kDim % 256 == 0   ? 8
+                           : Form::kDim % 128 == 0 ? 4
+                                                   : 2>;
 
 // Writes a row, and says so. kGrouped: a power-of-two scale for every group of values; otherwise one scale for the row.
 template <typename Form, bool kGrouped, typename Piece, int kPieces>

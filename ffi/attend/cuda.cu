@@ -13,8 +13,8 @@ namespace {
 
 constexpr int kMostSplits = 16;  // thread blocks of a cluster
 
-// Clusters of so many thread blocks that run at once on an H200, as cudaOccupancyMaxActiveClusters says of it: a cluster
-// lies in one of the chip's eight parts. One cluster more than that takes twice as long.
+// Clusters of so many thread blocks that run at once on an H200, as cudaOccupancyMaxActiveClusters says of it: a
+// cluster lies in one of the chip's eight parts. One cluster more than that takes twice as long.
 constexpr int kClusters[kMostSplits + 1] = {0, 132, 66, 39, 30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7};
 
 constexpr int64_t kRows = 64;  // of a block of rows
@@ -26,8 +26,8 @@ int64_t blocks_of(const AttendCall& call) {
   return (call.window + kRows - 1) / kRows + (entries + kRows - 1) / kRows;
 }
 
-// In how many parts the rows of a token are taken: from shapes alone, so that a token's bits follow from them too. As few
-// as give the parts the fewest blocks of rows, of those of which all clusters run at once.
+// In how many parts the rows of a token are taken: from shapes alone, so that a token's bits follow from them too. As
+// few as give the parts the fewest blocks of rows, of those of which all clusters run at once.
 int splits_of(int64_t blocks, int64_t clusters) {
   int best = 1;
   for (int splits = 2; splits <= kMostSplits; ++splits) {
@@ -39,7 +39,8 @@ int splits_of(int64_t blocks, int64_t clusters) {
 
 int64_t clusters_of(const AttendCall& call, int64_t heads) { return call.tokens * ((call.heads + heads - 1) / heads); }
 
-// Whether the kernel of few tokens is the faster one (docs/measurements): where its thread blocks have few blocks of rows.
+// Whether the kernel of few tokens is the faster one (docs/measurements): where its thread blocks have few blocks of
+// rows.
 bool is_for_few(const AttendCall& call) {
   constexpr int64_t kMostTokens = 16, kFewClusters = 8;
   const int64_t clusters = clusters_of(call, attend_few::kHeads), blocks = blocks_of(call);
@@ -60,8 +61,8 @@ cudaError_t launch(cudaStream_t stream, const AttendCall& call, int64_t heads, i
   constexpr int64_t kMostTokens = 65535;
   if (call.tokens > kMostTokens) return cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(splits, static_cast<unsigned>((call.heads + heads - 1) / heads),
-                        static_cast<unsigned>(call.tokens));
+  config.gridDim =
+      dim3(splits, static_cast<unsigned>((call.heads + heads - 1) / heads), static_cast<unsigned>(call.tokens));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
@@ -80,9 +81,8 @@ cudaError_t launch_few(cudaStream_t stream, const AttendCall& call) {
     divide.ratio = attend_few::Divisor(call.ratio), divide.per_block = attend_few::Divisor(call.per_block);
   }
   const int splits = splits_of(blocks_of(call), clusters_of(call, attend_few::kHeads));
-  return launch<attend_few::attend_kernel<kGroups, kFloat>>(stream, call, attend_few::kHeads, splits, true,
-                                                            attend_few::kThreads, attend_few::kSharedBytes<kGroups>,
-                                                            divide);
+  return launch<attend_few::attend_kernel<kGroups, kFloat>>(
+      stream, call, attend_few::kHeads, splits, true, attend_few::kThreads, attend_few::kSharedBytes<kGroups>, divide);
 }
 
 template <bool kGroups, bool kFloat>
@@ -145,8 +145,9 @@ ffi::Error attend(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRe
                                          std::to_string(attend_sm90::kPartial) + ").");
     }
   }
-  auto* const run = groups ? call.is_float ? launch_one<true, true> : launch_one<true, false>
-                           : call.is_float ? launch_one<false, true> : launch_one<false, false>;
+  auto* const run = groups          ? call.is_float ? launch_one<true, true> : launch_one<true, false>
+                    : call.is_float ? launch_one<false, true>
+                                    : launch_one<false, false>;
   return launched("attend", run(stream, call));
 }
 

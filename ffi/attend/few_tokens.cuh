@@ -4,9 +4,9 @@
 // As in sm90.cuh, with k8 a row's codes, s its scale and r its RoPE half,
 //   score = s (q_nope . k8) + q_rope . r,   out_nope = sum (p s) k8,   out_rope = sum p r,
 // and codes become float16, exactly, in registers. Here heads are the rows of a warp's products (mma m16n8k16): each of
-// eight warps fetches and scores eight rows of a block of 64, then holds 64 of the 512 values of the output; the last has
-// the RoPE half. What follows from all rows passes through shared memory twice a block: the maxima, the probabilities.
-// Thread blocks of a cluster share the rows of a token; each sends its sums to those that add them up.
+// eight warps fetches and scores eight rows of a block of 64, then holds 64 of the 512 values of the output; the last
+// has the RoPE half. What follows from all rows passes through shared memory twice a block: the maxima, the
+// probabilities. Thread blocks of a cluster share the rows of a token; each sends its sums to those that add them up.
 #ifndef DSV4_ATTEND_FEW_TOKENS_CUH_
 #define DSV4_ATTEND_FEW_TOKENS_CUH_
 
@@ -19,14 +19,15 @@
 
 namespace dsv4::attend_few {
 
-constexpr int kNope = V4Record::kNope, kRope = V4Record::kRope, kWidth = V4Record::kDim, kChunks = kNope / V4Record::kGroup;
+constexpr int kNope = V4Record::kNope, kRope = V4Record::kRope, kWidth = V4Record::kDim,
+              kChunks = kNope / V4Record::kGroup;
 constexpr int kHeads = 16;   // of a thread block
 constexpr int kRows = 64;    // of a block of rows
 constexpr int kPitch = 608;  // bytes of a row in shared memory: 448 + 128 and 32 against bank conflicts
 constexpr int kStages = 3;   // blocks of rows in shared memory
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMostSplits = 16;  // thread blocks of a cluster
-constexpr int kUnits = 32;       // in which a thread block's sums are shared out: a warp's, of half its values and heads
+constexpr int kUnits = 32;  // in which a thread block's sums are shared out: a warp's, of half its values and heads
 constexpr float kLog2e = 1.4426950408889634f;
 
 template <bool kGroups>
@@ -42,7 +43,8 @@ struct SharedMemory {
   float turn[2][kRope / 2];  // cosine and sine, where queries come raw
   // From each thread block of the cluster.
   float2 softmax[kMostSplits][kHeads];  // reference and sum
-  float4 parts[45][2][32];  // of the units that are added up here; 45: kUnits / splits rounded up, times splits, at most
+  float4 parts[45][2]
+              [32];  // of the units that are added up here; 45: kUnits / splits rounded up, times splits, at most
 };
 template <bool kGroups>
 constexpr int kSharedBytes = sizeof(SharedMemory<kGroups>);
@@ -63,8 +65,8 @@ struct Divisors {
   Divisor ratio, per_block, ring_rows;
 };
 
-// Eight rows of a block as the columns of a product: column g is row row_of_column(g). A lane's two columns of the scores are
-// then its rows of the probabilities, and no lane of eight that load together meets another's banks.
+// Eight rows of a block as the columns of a product: column g is row row_of_column(g). A lane's two columns of the
+// scores are then its rows of the probabilities, and no lane of eight that load together meets another's banks.
 __device__ __forceinline__ int row_of_column(int g) {
   return ((g & 4) | ((g >> 1) & 1) | ((g & 1) << 1)) ^ ((g & 4) >> 1);
 }
@@ -76,10 +78,10 @@ __device__ __forceinline__ uint32_t word_of(const uint4& four, int i) {
 // What a token sees.
 struct Token {
   int32_t slot, position;
-  uint32_t visible;            // entries
-  int32_t first_fresh;         // position of the step's first token; beyond every position without fresh rows
-  const int32_t* fresh_rows;   // token index of the positions from first_fresh on
-  int window_rows, blocks;     // of the window, filled up to whole blocks; they come first
+  uint32_t visible;           // entries
+  int32_t first_fresh;        // position of the step's first token; beyond every position without fresh rows
+  const int32_t* fresh_rows;  // token index of the positions from first_fresh on
+  int window_rows, blocks;    // of the window, filled up to whole blocks; they come first
 };
 
 __device__ __forceinline__ Token token_of(const AttendCall& call, const Divisors& divide, int64_t t) {
@@ -105,8 +107,8 @@ __device__ __forceinline__ Token token_of(const AttendCall& call, const Divisors
   return token;
 }
 
-// Finds and fetches rows, a lane a quarter of a row's pieces of 16 bytes. To find an entry takes two loads that depend on
-// each other; each call of `step` takes one of them for a block of rows to come, so that none waits.
+// Finds and fetches rows, a lane a quarter of a row's pieces of 16 bytes. To find an entry takes two loads that depend
+// on each other; each call of `step` takes one of them for a block of rows to come, so that none waits.
 template <bool kGroups>
 struct Fetcher {
   const AttendCall& call;
@@ -114,8 +116,8 @@ struct Fetcher {
   const Token& token;
   SharedMemory<kGroups>& shared;
   int64_t t;
-  int first, blocks;           // of this thread block
-  int row, quarter;            // of this lane, in a block
+  int first, blocks;                           // of this thread block
+  int row, quarter;                            // of this lane, in a block
   int32_t entry = -1, place = -1, within = 0;  // of the block after the next; of the next: block of the pool, row in it
 
   __device__ __forceinline__ void look(int n) {
@@ -141,7 +143,8 @@ struct Fetcher {
     *records = &call.ring;
     if (i >= token.window_rows) {
       *records = &call.pool;
-      return static_cast<uint32_t>(place) < static_cast<uint32_t>(call.num_blocks) ? place * call.per_block + within : -1;
+      return static_cast<uint32_t>(place) < static_cast<uint32_t>(call.num_blocks) ? place * call.per_block + within
+                                                                                   : -1;
     }
     const int back = static_cast<int>(call.window) - 1 - i, position = token.position - back;
     if (back < 0 || position < 0) return -1;
@@ -151,8 +154,8 @@ struct Fetcher {
     return index < call.tokens ? index : -1;
   }
 
-  // Fetches block n. What is not visible is filled with zeros: its probability is 0, and 0 times what lies there must be 0.
-  // Returns which of the warp's rows are visible, a bit each.
+  // Fetches block n. What is not visible is filled with zeros: its probability is 0, and 0 times what lies there must
+  // be 0. Returns which of the warp's rows are visible, a bit each.
   __device__ __forceinline__ uint32_t step(int n) {
     uint32_t seen = 0;
     if (n >= 0 && n < blocks) {
@@ -180,8 +183,8 @@ struct Fetcher {
   }
 };
 
-// This thread's part of the queries, from `from` (heads, 512), in the form of a warp's fragments: warp w takes heads w and
-// w + 8, a lane four times eight values of one.
+// This thread's part of the queries, from `from` (heads, 512), in the form of a warp's fragments: warp w takes heads w
+// and w + 8, a lane four times eight values of one.
 template <typename T>
 struct Queries {
   uint4 stored[4][sizeof(T) / 2];
@@ -249,8 +252,9 @@ struct Queries {
         } else {
           const uint2 high = make_uint2(ptx::bfloat_pair(y[0], y[1]), ptx::bfloat_pair(y[2], y[3]));
           *at = high;
-          at[64 * 4] = make_uint2(ptx::bfloat_pair(y[0] - __uint_as_float(high.x << 16), y[1] - __uint_as_float(high.x & 0xFFFF0000u)),
-                                  ptx::bfloat_pair(y[2] - __uint_as_float(high.y << 16), y[3] - __uint_as_float(high.y & 0xFFFF0000u)));
+          at[64 * 4] = make_uint2(
+              ptx::bfloat_pair(y[0] - __uint_as_float(high.x << 16), y[1] - __uint_as_float(high.x & 0xFFFF0000u)),
+              ptx::bfloat_pair(y[2] - __uint_as_float(high.y << 16), y[3] - __uint_as_float(high.y & 0xFFFF0000u)));
         }
       }
     }
@@ -262,10 +266,11 @@ __device__ __forceinline__ float unpack_scales(SharedMemory<true>& shared, uint6
   return dsv4::unpack_scales<kChunks>(stored, [&](int i, uint16_t factor) { shared.factor[buffer][i][row] = factor; });
 }
 
-// A warp's eight rows times 16 heads: columns 2 quarter and the next of heads g, then of g + 8. Codes and RoPE half apart.
+// A warp's eight rows times 16 heads: columns 2 quarter and the next of heads g, then of g + 8. Codes and RoPE half
+// apart.
 template <bool kGroups>
-__device__ __forceinline__ void score_rows(const SharedMemory<kGroups>& shared, const uint8_t* row, const uint16_t* factor,
-                                           bool two_parts, float (&nope)[4], float (&rope)[4]) {
+__device__ __forceinline__ void score_rows(const SharedMemory<kGroups>& shared, const uint8_t* row,
+                                           const uint16_t* factor, bool two_parts, float (&nope)[4], float (&rope)[4]) {
   const int lane = threadIdx.x % 32, quarter = lane % 4;
   float sums[2][4] = {};
   const auto fragment = [&](int step) {
@@ -300,8 +305,8 @@ __device__ __forceinline__ void score_rows(const SharedMemory<kGroups>& shared, 
   for (int k = 0; k < 4; ++k) nope[k] = sums[0][k] + sums[1][k];
 }
 
-// Adds a block's probabilities times 64 of its values: tile 4 j + v of `out` has values 32 j + 4 n + v of the codes, tile
-// 2 j + v values 16 j + 2 n + v of the RoPE half, n = 0 to 7.
+// Adds a block's probabilities times 64 of its values: tile 4 j + v of `out` has values 32 j + 4 n + v of the codes,
+// tile 2 j + v values 16 j + 2 n + v of the RoPE half, n = 0 to 7.
 template <bool kGroups>
 __device__ __forceinline__ void add_values(const SharedMemory<kGroups>& shared, const uint8_t* rows, int buffer,
                                            float (&out)[8][4]) {
@@ -332,7 +337,8 @@ __device__ __forceinline__ void add_values(const SharedMemory<kGroups>& shared, 
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {  // of values
           const uint32_t select = pair ? 0x7362 : 0x5140;
-          const uint32_t first = __byte_perm(words[0], words[1], select), second = __byte_perm(words[2], words[3], select);
+          const uint32_t first = __byte_perm(words[0], words[1], select),
+                         second = __byte_perm(words[2], words[3], select);
 #pragma unroll
           for (int v = 0; v < 2; ++v) {
             uint32_t b0 = ptx::halves_of_e4m3(first >> (16 * v)), b1 = ptx::halves_of_e4m3(second >> (16 * v));
@@ -346,8 +352,10 @@ __device__ __forceinline__ void add_values(const SharedMemory<kGroups>& shared, 
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         load(32 * j, words);
-        ptx::product_of_warp_bf16(out[2 * j], a, __byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410));
-        ptx::product_of_warp_bf16(out[2 * j + 1], a, __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x7632));
+        ptx::product_of_warp_bf16(out[2 * j], a, __byte_perm(words[0], words[1], 0x5410),
+                                  __byte_perm(words[2], words[3], 0x5410));
+        ptx::product_of_warp_bf16(out[2 * j + 1], a, __byte_perm(words[0], words[1], 0x7632),
+                                  __byte_perm(words[2], words[3], 0x7632));
       }
     }
   }
@@ -391,7 +399,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!token.blocks) {  // padding, the same in the whole cluster
     constexpr int kVectors = kWidth * sizeof(T) / 16;
     uint4* to = static_cast<uint4*>(call.out) + (t * call.heads + first_head) * kVectors;
-    for (int i = threadIdx.x + rank * kThreads; i < heads * kVectors; i += kThreads * splits) to[i] = make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x + rank * kThreads; i < heads * kVectors; i += kThreads * splits)
+      to[i] = make_uint4(0, 0, 0, 0);
     return;
   }
   ptx::cluster_arrive();  // others may send when all are here
@@ -403,7 +412,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint32_t seen = fetcher.step(0), seen_next = fetcher.step(1);
   if (call.cos && threadIdx.x < kRope) {
     const int pair = threadIdx.x % (kRope / 2);
-    shared.turn[threadIdx.x / (kRope / 2)][pair] = __ldg((threadIdx.x < kRope / 2 ? call.cos : call.sin) + t * (kRope / 2) + pair);
+    shared.turn[threadIdx.x / (kRope / 2)][pair] =
+        __ldg((threadIdx.x < kRope / 2 ? call.cos : call.sin) + t * (kRope / 2) + pair);
   }
   queries.store(call, shared, t);
   __syncthreads();
@@ -486,20 +496,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += shared.sum[head][w];
-    ptx::store_remote(ptx::address_in(ptx::shared_address(&shared.softmax[rank][head]), threadIdx.x / kHeads), shared.top[head], sum);
+    ptx::store_remote(ptx::address_in(ptx::shared_address(&shared.softmax[rank][head]), threadIdx.x / kHeads),
+                      shared.top[head], sum);
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int unit = 4 * warp + k, h = k / 2, j = k % 2;
-    const uint32_t to = ptx::address_in(ptx::shared_address(&shared.parts[unit / splits * splits + rank][0][lane]), unit % splits);
+    const uint32_t to =
+        ptx::address_in(ptx::shared_address(&shared.parts[unit / splits * splits + rank][0][lane]), unit % splits);
     // Four values side by side, and four more.
     const bool codes = warp < kChunks;
-    const float4 a = make_float4(out[4 * j][2 * h], out[4 * j + 1][2 * h],
-                                 codes ? out[4 * j + 2][2 * h] : out[4 * j][2 * h + 1],
-                                 codes ? out[4 * j + 3][2 * h] : out[4 * j + 1][2 * h + 1]);
+    const float4 a =
+        make_float4(out[4 * j][2 * h], out[4 * j + 1][2 * h], codes ? out[4 * j + 2][2 * h] : out[4 * j][2 * h + 1],
+                    codes ? out[4 * j + 3][2 * h] : out[4 * j + 1][2 * h + 1]);
     const float4 b = make_float4(codes ? out[4 * j][2 * h + 1] : out[4 * j + 2][2 * h],
-                                 codes ? out[4 * j + 1][2 * h + 1] : out[4 * j + 3][2 * h],
-                                 out[4 * j + 2][2 * h + 1],
+                                 codes ? out[4 * j + 1][2 * h + 1] : out[4 * j + 3][2 * h], out[4 * j + 2][2 * h + 1],
                                  out[4 * j + 3][2 * h + 1]);
     ptx::store_remote(to, a);
     ptx::store_remote(to + 32 * sizeof(float4), b);
@@ -517,10 +528,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       const float2 part = shared.softmax[r][head];
       // A part without a maximum has sums of 0, or of NaN.
       const float weight = ptx::exp2_fast((part.x == -INFINITY ? reference : part.x) - reference);
-      const float4 x = shared.parts[unit / splits * splits + r][0][lane], y = shared.parts[unit / splits * splits + r][1][lane];
+      const float4 x = shared.parts[unit / splits * splits + r][0][lane],
+                   y = shared.parts[unit / splits * splits + r][1][lane];
       sum = fmaf(weight, part.y, sum);
-      a.x = fmaf(weight, x.x, a.x), a.y = fmaf(weight, x.y, a.y), a.z = fmaf(weight, x.z, a.z), a.w = fmaf(weight, x.w, a.w);
-      b.x = fmaf(weight, y.x, b.x), b.y = fmaf(weight, y.y, b.y), b.z = fmaf(weight, y.z, b.z), b.w = fmaf(weight, y.w, b.w);
+      a.x = fmaf(weight, x.x, a.x), a.y = fmaf(weight, x.y, a.y), a.z = fmaf(weight, x.z, a.z),
+      a.w = fmaf(weight, x.w, a.w);
+      b.x = fmaf(weight, y.x, b.x), b.y = fmaf(weight, y.y, b.y), b.z = fmaf(weight, y.z, b.z),
+      b.w = fmaf(weight, y.w, b.w);
     }
     if (head >= heads) continue;
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / (sum + ptx::exp2_fast(sinks[h] * kLog2e - reference));

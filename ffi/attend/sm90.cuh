@@ -5,10 +5,10 @@
 // so that codes go from shared memory through registers into the tensor cores: E4M3 is exact in float16. Both products
 // are transposed, rows or values by heads, because a warpgroup takes the first factor from registers.
 //
-// Four warpgroups. The first multiplies a block of 64 rows with the queries and takes its softmax; two hold the output, 256
-// values of 64 heads each, and multiply the block's probabilities with its values, while the first is at the next block;
-// the last fetches rows. Blocks of a cluster share the rows of a token and add up in shared memory; more blocks than a
-// cluster has leave their sums in global memory, where a second kernel adds them up.
+// Four warpgroups. The first multiplies a block of 64 rows with the queries and takes its softmax; two hold the output,
+// 256 values of 64 heads each, and multiply the block's probabilities with its values, while the first is at the next
+// block; the last fetches rows. Blocks of a cluster share the rows of a token and add up in shared memory; more blocks
+// than a cluster has leave their sums in global memory, where a second kernel adds them up.
 #ifndef DSV4_ATTEND_SM90_CUH_
 #define DSV4_ATTEND_SM90_CUH_
 
@@ -24,10 +24,10 @@
 namespace dsv4::attend_sm90 {
 
 constexpr int kNope = V4Record::kNope, kRope = V4Record::kRope, kWidth = V4Record::kDim;
-constexpr int kHeads = 64;   // of a thread block
-constexpr int kRows = 64;    // of a block of rows
+constexpr int kHeads = 64;        // of a thread block
+constexpr int kRows = 64;         // of a block of rows
 constexpr int kHalf = kRows / 2;  // rows are fetched and given back by halves of a block
-constexpr int kPitch = 608;  // bytes of a row in shared memory: 448 + 128 and 32 against bank conflicts
+constexpr int kPitch = 608;       // bytes of a row in shared memory: 448 + 128 and 32 against bank conflicts
 constexpr int kWarpgroup = 128, kThreads = 4 * kWarpgroup;
 constexpr int kConsumers = 3 * kWarpgroup;
 // Registers of a thread of the first warpgroup, of the two after it, of the last: together four times 128.
@@ -41,16 +41,16 @@ constexpr int kPartial = kHeads * kWidth + 2 * kHeads;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kRescaleAbove = 8.0f;  // a reference is kept until the maximum exceeds it by 2^8
 
-// Halves of blocks in shared memory: while one block is at the scores, another waits for its softmax and a third is at the
-// output, what is free of the third takes rows to come.
+// Halves of blocks in shared memory: while one block is at the scores, another waits for its softmax and a third is at
+// the output, what is free of the third takes rows to come.
 template <bool kGroups>
 constexpr int kHalves = kGroups ? 6 : 7;
 
 // What records with a scale for every 64 values need beside.
 template <bool kGroups>
 struct GroupScales {
-  float largest[kHalves<true> * kHalf];                // of a row
-  uint16_t factor[kChunks][kHalves<true> * kHalf];     // float16: scale of 64 values by the largest
+  float largest[kHalves<true> * kHalf];             // of a row
+  uint16_t factor[kChunks][kHalves<true> * kHalf];  // float16: scale of 64 values by the largest
 };
 template <>
 struct GroupScales<false> {};
@@ -60,8 +60,9 @@ struct SharedMemory {
   using Scale = std::conditional_t<kGroups, uint64_t, float>;  // as stored
   union {
     struct {
-      uint8_t q[9][kHeads * 128];  // 64 values of every head, swizzled; the last two: RoPE, bfloat16, and what that lacks
-      uint8_t p[kRows * 128];      // probability times scale, float16, a row of 64 heads, swizzled
+      uint8_t q[9]
+               [kHeads * 128];  // 64 values of every head, swizzled; the last two: RoPE, bfloat16, and what that lacks
+      uint8_t p[kRows * 128];   // probability times scale, float16, a row of 64 heads, swizzled
       uint8_t p_rope[kRows * 128];  // probability, bfloat16
       uint8_t rows[kHalves<kGroups> * kHalf * kPitch];
     };
@@ -71,11 +72,11 @@ struct SharedMemory {
   GroupScales<kGroups> groups;
   uint8_t visible[kHalves<kGroups> * kHalf];
   alignas(16) float alpha[2][kHeads];  // what the output so far is multiplied by
-  float partial[4][kHeads];  // of each warp
-  float reference[kHeads];  // of the block's probabilities
-  float shift[kHeads];      // by which the reference fell
-  float top[kHeads], total[kHeads];  // reference and sum of the softmax
-  float inverse[kHeads];    // of the sum with the sink, for a thread block alone
+  float partial[4][kHeads];            // of each warp
+  float reference[kHeads];             // of the block's probabilities
+  float shift[kHeads];                 // by which the reference fell
+  float top[kHeads], total[kHeads];    // reference and sum of the softmax
+  float inverse[kHeads];               // of the sum with the sink, for a thread block alone
   int rescale[2][2], settled[2];
   uint64_t full[kHalves<kGroups>], empty[kHalves<kGroups>], p_full, p_empty, queries;
 };
@@ -97,15 +98,17 @@ struct Place {
 // Rows of a thread block of 64 heads in the fragments of a product: row g of 16 lies at g with the middle bits turned,
 // so that eight lanes that load together meet no bank twice.
 __device__ __forceinline__ int turned(int g) { return (g & 4) | ((g >> 1) & 1) | ((g & 1) << 1); }
-__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t piece) {
+  return row * 128 + ((piece ^ (row & 7)) << 4);
+}
 
 // What the token of a thread block sees.
 struct Token {
   int32_t slot, position;
-  int64_t visible;             // entries
-  int32_t first_fresh;         // position of the step's first token; beyond every position without fresh rows
-  const int32_t* fresh_rows;   // token index of the positions from first_fresh on
-  int window_blocks, blocks;   // of 64 rows; those of the window come first
+  int64_t visible;            // entries
+  int32_t first_fresh;        // position of the step's first token; beyond every position without fresh rows
+  const int32_t* fresh_rows;  // token index of the positions from first_fresh on
+  int window_blocks, blocks;  // of 64 rows; those of the window come first
 };
 
 __device__ __forceinline__ Token token_of(const AttendCall& call, int64_t t) {
@@ -159,7 +162,8 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, SharedMemor
   if (raw && rope) {
     const int64_t first = t * (kRope / 2) + (lane - 4 * kChunks) * 8;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) turn[i] = make_float2(__ldg(call.cos + first + (i ^ kChunks)), __ldg(call.sin + first + (i ^ kChunks)));
+    for (int i = 0; i < 8; ++i)
+      turn[i] = make_float2(__ldg(call.cos + first + (i ^ kChunks)), __ldg(call.sin + first + (i ^ kChunks)));
   }
   uint8_t* tile = shared.q[chunk] + 4 * (lane % 4);
 #pragma unroll 2
@@ -200,8 +204,8 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, SharedMemor
 }
 
 // The last warpgroup fetches rows, a warp eight of each half block. A lane looks up where one part of a row is: lane
-// 8 part + row. That takes two loads that depend on each other, and so three steps, which a loop takes an iteration apart:
-// none waits for a load.
+// 8 part + row. That takes two loads that depend on each other, and so three steps, which a loop takes an iteration
+// apart: none waits for a load.
 struct Fetcher {
   static constexpr int kOwn = kHalf / 4;  // rows of a warp
   int warp, lane;
@@ -241,7 +245,8 @@ struct Fetcher {
     uint32_t column = __umulhi(entry, inverse);
     if (entry - column * per_block >= per_block) ++column;
     lookup.entry = static_cast<int32_t>(entry - column * per_block);
-    if (column < static_cast<uint32_t>(call.columns)) lookup.place = __ldg(call.table + token.slot * call.columns + column);
+    if (column < static_cast<uint32_t>(call.columns))
+      lookup.place = __ldg(call.table + token.slot * call.columns + column);
   }
   // Null: not visible.
   __device__ __forceinline__ const uint8_t* finish(const AttendCall& call, const Token& token, const Lookup& lookup,
@@ -311,9 +316,8 @@ __device__ __forceinline__ float scale_of(const SharedMemory<kGroups>& shared, i
   }
 }
 
-// Reduces 16 values over the eight lanes that have the same `quarter`: lane g of them ends with values 2 g and 2 g + 1, in
-// x[0] and x[1].
-// (A template, as the compiler leaves a loop over halves rolled and x in local memory.)
+// Reduces 16 values over the eight lanes that have the same `quarter`: lane g of them ends with values 2 g and 2 g + 1,
+// in x[0] and x[1]. (A template, as the compiler leaves a loop over halves rolled and x in local memory.)
 template <int kHalf = 8, typename Combine>
 __device__ __forceinline__ void reduce_spread(float (&x)[16], int lane, Combine combine) {
   const bool upper = lane & (2 * kHalf);
@@ -331,21 +335,21 @@ __device__ __forceinline__ float inverse_of(float top, float total, float sink) 
   return total == 0.0f ? 0.0f : 1.0f / (total + ptx::exp2_fast(sink * kLog2e - reference));
 }
 
-// The first warpgroup: scores and softmax. The products of a block are under way while the softmax of the one before it is
-// taken; with r / s as their first sum, one multiplication by s makes scores of them.
+// The first warpgroup: scores and softmax. The products of a block are under way while the softmax of the one before it
+// is taken; with r / s as their first sum, one multiplication by s makes scores of them.
 template <bool kGroups>
 __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory<kGroups>& shared, int blocks,
                                            int first_head) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quarter = lane % 4;
   // This thread's rows are `low` of its half block and eight below.
   const int low = 16 * (warp & 1) + turned(g);
-  // Where the row lies that this thread names of the matrices that the warp stores, rows low and high in turn: its place
-  // among the rows of the second product's fragments.
+  // Where the row lies that this thread names of the matrices that the warp stores, rows low and high in turn: its
+  // place among the rows of the second product's fragments.
   const int x = turned(lane % 8), stored = 16 * warp + 2 * (x & 3) + (x >> 2) + (lane & 8);
   const float factor = call.scale * kLog2e;
   const bool two_parts = call.is_float || call.cos;  // queries that are not bfloat16 from the start
 
-  float total[16] = {};  // of this thread's rows
+  float total[16] = {};   // of this thread's rows
   float top = -INFINITY;  // reference of head threadIdx.x
   bool settled = false;   // every head has a reference
   float products[32];     // of the block to come, then of the next
@@ -357,7 +361,8 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory<
 
   for (int i = -1; i < blocks; ++i) {
     const bool next = i + 1 < blocks;
-    // Scores of block i, relative to the reference: this thread has heads 8 j + 2 quarter and the next, in rows low, high.
+    // Scores of block i, relative to the reference: this thread has heads 8 j + 2 quarter and the next, in rows low,
+    // high.
     float scores[32];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -395,14 +400,16 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory<
       for (int step = 0; step < 4; ++step) ptx::product_bf16<0>(products, a[step], b + 2 * step, step > 0);
       if (two_parts) {
 #pragma unroll
-        for (int step = 0; step < 4; ++step) ptx::product_bf16<0>(products, a[step], b + (kHeads * 128 >> 4) + 2 * step);
+        for (int step = 0; step < 4; ++step)
+          ptx::product_bf16<0>(products, a[step], b + (kHeads * 128 >> 4) + 2 * step);
       }
       ptx::products_commit();
     }
 
     // Most blocks raise no head's reference.
     const int buffer = i & 1;
-    const float log_low = ptx::log2_fast(fmaxf(scale_low, 1e-30f)), log_high = ptx::log2_fast(fmaxf(scale_high, 1e-30f));
+    const float log_low = ptx::log2_fast(fmaxf(scale_low, 1e-30f)),
+                log_high = ptx::log2_fast(fmaxf(scale_high, 1e-30f));
     bool above = !settled;
     {
       float most_low = scores[0], most_high = scores[2];
@@ -442,7 +449,8 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory<
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float2 shift = *reinterpret_cast<const float2*>(&shared.shift[8 * j + 2 * quarter]);
-        scores[4 * j] += shift.x, scores[4 * j + 1] += shift.y, scores[4 * j + 2] += shift.x, scores[4 * j + 3] += shift.y;
+        scores[4 * j] += shift.x, scores[4 * j + 1] += shift.y, scores[4 * j + 2] += shift.x,
+            scores[4 * j + 3] += shift.y;
       }
       if (shared.rescale[buffer][0] | shared.rescale[buffer][1]) {
 #pragma unroll
@@ -477,7 +485,7 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory<
     uint32_t scaled[4][4], plain[4][4];  // of sixteen heads, rows low and high: eight heads, and the next eight
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      uint32_t(&now)[4][4] = a[chunk & 1];
+      uint32_t (&now)[4][4] = a[chunk & 1];
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         const uint32_t wl = word_of(l, step), wh = word_of(h, step);
@@ -485,7 +493,8 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory<
         now[step][1] = ptx::halves_of_e4m3(wh), now[step][3] = ptx::halves_of_e4m3(wh >> 16);
       }
       if constexpr (kGroups) {
-        const uint32_t fl = shared.groups.factor[chunk][row] * 0x10001u, fh = shared.groups.factor[chunk][row + 8] * 0x10001u;
+        const uint32_t fl = shared.groups.factor[chunk][row] * 0x10001u,
+                       fh = shared.groups.factor[chunk][row + 8] * 0x10001u;
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
           now[step][0] = ptx::multiply_halves(now[step][0], fl), now[step][2] = ptx::multiply_halves(now[step][2], fl);
@@ -511,7 +520,8 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory<
             pl[k] = ptx::exp2_fast(scores[4 * j + k]), ph[k] = ptx::exp2_fast(scores[4 * j + 2 + k]);
             total[2 * j + k] += pl[k] + ph[k];
           }
-          plain[chunk][2 * half] = ptx::bfloat_pair(pl[0], pl[1]), plain[chunk][2 * half + 1] = ptx::bfloat_pair(ph[0], ph[1]);
+          plain[chunk][2 * half] = ptx::bfloat_pair(pl[0], pl[1]),
+                           plain[chunk][2 * half + 1] = ptx::bfloat_pair(ph[0], ph[1]);
           scaled[chunk][2 * half] = ptx::half_pair(pl[0] * scale_low, pl[1] * scale_low);
           scaled[chunk][2 * half + 1] = ptx::half_pair(ph[0] * scale_high, ph[1] * scale_high);
         }
@@ -543,7 +553,8 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory<
   if (threadIdx.x < kHeads) {
     const int head = threadIdx.x;
     shared.top[head] = top;
-    const float sum = (shared.partial[0][head] + shared.partial[1][head]) + (shared.partial[2][head] + shared.partial[3][head]);
+    const float sum =
+        (shared.partial[0][head] + shared.partial[1][head]) + (shared.partial[2][head] + shared.partial[3][head]);
     shared.total[head] = sum;
     if (gridDim.x == 1 && first_head + head < call.heads) {
       shared.inverse[head] = inverse_of(top, sum, __ldg(call.sink + first_head + head));
@@ -558,8 +569,8 @@ __device__ __forceinline__ void pair_rows(uint32_t a, uint32_t b, uint32_t (&out
   out[2] = ptx::halves_of_e4m3(last), out[3] = ptx::halves_of_e4m3(last >> 16);
 }
 
-// The first of the two values that a thread has of a tile of 64: warpgroup 0 has values 0 to 255; warpgroup 1 256 to 447 in
-// tiles 0 to 2, and in tile 3 the RoPE half.
+// The first of the two values that a thread has of a tile of 64: warpgroup 0 has values 0 to 255; warpgroup 1 256 to
+// 447 in tiles 0 to 2, and in tile 3 the RoPE half.
 template <int kPart>
 __device__ __forceinline__ int first_value(int tile, int warp, int g) {
   if (kPart == 0 || tile < 2) return 256 * kPart + 128 * (tile / 2) + 32 * warp + 4 * g + 2 * (tile % 2);
@@ -611,8 +622,8 @@ __device__ __forceinline__ void add_values(SharedMemory<kGroups>& shared, int bl
       ptx::barrier_wait(ptx::shared_address(&shared.full[place.index]), place.round & 1);
       int row = place.index * kHalf + quarter;
       const uint8_t* rows = shared.rows + row * kPitch;
-      // In four parts, of 16 rows and two tiles each. What a part loads comes while the products of the one before it run;
-      // converting that early too would take more registers than there are.
+      // In four parts, of 16 rows and two tiles each. What a part loads comes while the products of the one before it
+      // run; converting that early too would take more registers than there are.
       uint32_t words[4];  // of the part's four rows
       load_codes<kPart>(words, rows, 0, warp, g);
 #pragma unroll 1
@@ -644,7 +655,8 @@ __device__ __forceinline__ void add_values(SharedMemory<kGroups>& shared, int bl
               a[tile][2] = high[2 * tile], a[tile][3] = high[2 * tile + 1];
             }
           } else {
-            const uint32_t low = __byte_perm(words[0], words[1], 0x5140), high = __byte_perm(words[2], words[3], 0x5140);
+            const uint32_t low = __byte_perm(words[0], words[1], 0x5140),
+                           high = __byte_perm(words[2], words[3], 0x5140);
             a[0][0] = ptx::halves_of_e4m3(low), a[0][1] = ptx::halves_of_e4m3(low >> 16);
             a[0][2] = ptx::halves_of_e4m3(high), a[0][3] = ptx::halves_of_e4m3(high >> 16);
             if constexpr (kGroups) {
@@ -703,7 +715,8 @@ __device__ __forceinline__ void fetch_rows(const AttendCall& call, SharedMemory<
 }
 
 // Two values of a head, the first at an even place: rotated back where queries came raw, and stored.
-__device__ __forceinline__ void store_pair(const AttendCall& call, int64_t t, int64_t head, int value, float a, float b) {
+__device__ __forceinline__ void store_pair(const AttendCall& call, int64_t t, int64_t head, int value, float a,
+                                           float b) {
   if (call.cos && value >= kNope) {
     const int64_t pair = t * (kRope / 2) + (value - kNope) / 2;
     const float c = __ldg(call.cos + pair), s = __ldg(call.sin + pair), x = a;
@@ -738,14 +751,16 @@ __device__ __forceinline__ void store_values(const AttendCall& call, const Share
       const int64_t at = (t * call.heads + first_head + head) * kWidth;
       float a[4], b[4];
 #pragma unroll
-      for (int tile = 0; tile < 4; ++tile) a[tile] = out[tile][4 * j + k] * inverse, b[tile] = out[tile][4 * j + 2 + k] * inverse;
+      for (int tile = 0; tile < 4; ++tile)
+        a[tile] = out[tile][4 * j + k] * inverse, b[tile] = out[tile][4 * j + 2 + k] * inverse;
       if (kPart == 1 && call.cos) {
         const float x = a[kRopeTile], y = b[kRopeTile];
         a[kRopeTile] = x * c + y * s, b[kRopeTile] = y * c - x * s;
       }
 #pragma unroll
       for (int tile = 0; tile < 4; tile += 2) {
-        const int64_t first = at + first_value<kPart>(tile, warp, g), second = at + first_value<kPart>(tile + 1, warp, g);
+        const int64_t first = at + first_value<kPart>(tile, warp, g),
+                      second = at + first_value<kPart>(tile + 1, warp, g);
         const bool together = kPart == 0 || tile == 0;  // four values in a row
         if (call.is_float) {
           float* to = static_cast<float*>(call.out);
@@ -784,11 +799,11 @@ __device__ __forceinline__ void put_values(float* sums, int pitch, const float (
 }
 
 template <bool kGroups>
-__global__ void __launch_bounds__(kThreads, 1)
-    attend_kernel(const __grid_constant__ AttendCall call, float* partials) {
+__global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_constant__ AttendCall call, float* partials) {
   extern __shared__ uint8_t raw[];
   using Shared = SharedMemory<kGroups>;
-  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~static_cast<uintptr_t>(1023));
+  Shared& shared =
+      *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~static_cast<uintptr_t>(1023));
   const int64_t t = blockIdx.z;
   const int first_head = blockIdx.y * kHeads;
   const int splits = static_cast<int>(gridDim.x), rank = static_cast<int>(blockIdx.x);
@@ -829,7 +844,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!call.is_float && threadIdx.x == 0) {
     const uint32_t bytes = heads * kWidth * 2;
     ptx::barrier_arrive_expect(arrived, bytes);
-    ptx::copy_bulk(ptx::shared_address(shared.rows + kRows * kPitch), static_cast<const BFloat16*>(call.q) + query, bytes, arrived);
+    ptx::copy_bulk(ptx::shared_address(shared.rows + kRows * kPitch), static_cast<const BFloat16*>(call.q) + query,
+                   bytes, arrived);
   }
   const int halves = 2 * (end - first);
   Fetcher::Lookup lookups[4];  // of the last warpgroup

@@ -18,8 +18,8 @@
 namespace dsv4::attend_window {
 
 constexpr int kNope = 448, kRope = 64, kWidth = kNope + kRope, kChunks = kNope / 64;
-constexpr int kHeads = 64;   // of a thread block
-constexpr int kHalf = 64;    // rows of two warpgroups
+constexpr int kHeads = 64;  // of a thread block
+constexpr int kHalf = 64;   // rows of two warpgroups
 constexpr int kRows = 2 * kHalf;
 constexpr int kPitch = 608;  // bytes of a row in shared memory: 448 + 128 and 32, which also keep its banks apart
 constexpr int kOutPitch = 2 * kWidth + 16;  // of a head's output
@@ -28,9 +28,9 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 // What lies behind a row in shared memory.
 struct Behind {
-  uint64_t stored;             // its scales as they are stored: one float, or one of E8M0 for every 64 values
-  float largest;               // of several scales
-  uint16_t factor[kChunks];    // float16: scale of 64 values by the largest
+  uint64_t stored;           // its scales as they are stored: one float, or one of E8M0 for every 64 values
+  float largest;             // of several scales
+  uint16_t factor[kChunks];  // float16: scale of 64 values by the largest
   uint8_t visible;
 };
 static_assert(kWidth + kRope + sizeof(Behind) <= kPitch, "the row is longer");
@@ -53,7 +53,7 @@ struct SharedMemory {
     float squares[kWarps][8];  // of raw queries
   };
   alignas(16) int most[kHeads];  // reference of the softmax: the largest score times scale, in order as integers
-  float inverse[kHeads];     // of the sum with the sink
+  float inverse[kHeads];         // of the sum with the sink
 
   __device__ __forceinline__ Behind& behind(int row) {
     return *reinterpret_cast<Behind*>(rows + row * kPitch + kNope + 2 * kRope);
@@ -215,8 +215,9 @@ __device__ __forceinline__ void unpack_scales(Behind& row) {
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     const int byte = static_cast<int>((stored >> (8 * i)) & 0xFF), below = largest - byte;
-    uint16_t factor = below > 24 ? 0 : below > 14 ? static_cast<uint16_t>(1 << (24 - below))
-                                                  : static_cast<uint16_t>((15 - below) << 10);
+    uint16_t factor = below > 24   ? 0
+                      : below > 14 ? static_cast<uint16_t>(1 << (24 - below))
+                                   : static_cast<uint16_t>((15 - below) << 10);
     if (byte == 255) factor = 0x7E00;
     row.factor[i] = factor;
   }

@@ -60,11 +60,10 @@ __device__ __forceinline__ void sync_threads(int id, int threads) {
 // The same, and whether `mine` holds in one of them.
 __device__ __forceinline__ bool any_of_threads(int id, int threads, bool mine) {
   int any;
-  asm volatile(
-      "{\n.reg .pred p, q;\nsetp.ne.s32 p, %1, 0;\nbar.red.or.pred q, %2, %3, p;\nselp.s32 %0, 1, 0, q;\n}\n"
-      : "=r"(any)
-      : "r"(static_cast<int>(mine)), "r"(id), "r"(threads)
-      : "memory");
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.s32 p, %1, 0;\nbar.red.or.pred q, %2, %3, p;\nselp.s32 %0, 1, 0, q;\n}\n"
+               : "=r"(any)
+               : "r"(static_cast<int>(mine)), "r"(id), "r"(threads)
+               : "memory");
   return any;
 }
 
@@ -95,7 +94,8 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
 // 4 or 8 bytes.
 template <int kBytes>
 __device__ __forceinline__ void copy_small(uint32_t to, uint64_t from, bool copies) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(copies ? kBytes : 0)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+               "r"(copies ? kBytes : 0)
                : "memory");
 }
 template <int kBytes>
@@ -148,7 +148,8 @@ __device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&x)[4]) {
                : "r"(from)
                : "memory");
 }
-// Stores four matrices of 8 by 8 halves, a register each; a lane names the place of row (lane % 8) of matrix (lane / 8).
+// Stores four matrices of 8 by 8 halves, a register each; a lane names the place of row (lane % 8) of matrix (lane /
+// 8).
 __device__ __forceinline__ void store_matrices(uint32_t to, const uint32_t (&x)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]),
                "r"(x[2]), "r"(x[3])
@@ -277,16 +278,17 @@ __device__ __forceinline__ uint64_t piece_descriptor(uint32_t address, uint32_t 
 
 #define DSV4_PRODUCT(name, types)                                                                                     \
   template <int kTransposed>                                                                                          \
-  __device__ __forceinline__ void name(float (&d)[32], const uint32_t* a, uint64_t b, bool accumulate = true) {         \
+  __device__ __forceinline__ void name(float (&d)[32], const uint32_t* a, uint64_t b, bool accumulate = true) {       \
     asm volatile(                                                                                                     \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                                  \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." types " "                                                       \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." types                                                           \
+        " "                                                                                                           \
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
         "%23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"                 \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),             \
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),       \
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),     \
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])      \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),      \
+          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),     \
+          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                   \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposed));   \
   }
 DSV4_PRODUCT(product_f16, "f16.f16")
@@ -310,7 +312,9 @@ __device__ __forceinline__ void more_registers() {
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

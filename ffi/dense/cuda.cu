@@ -1,9 +1,9 @@
 // multiply_each on CUDA: bfloat16 weights of one input, a few tokens. Contract and jax.numpy form:
 // dsv4_jax/ops/nn/dense.py.
 //
-// A block has 16 or 32 rows of one weight, each of its warps an eighth of the columns. The order in which a product runs
-// over its columns is free: a thread takes 16 contiguous bytes of a row of the weight, and of x, as operands of two
-// products, and so copies to shared memory what it alone will read.
+// A block has 16 or 32 rows of one weight, each of its warps an eighth of the columns. The order in which a product
+// runs over its columns is free: a thread takes 16 contiguous bytes of a row of the weight, and of x, as operands of
+// two products, and so copies to shared memory what it alone will read.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -64,10 +64,11 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(const __grid_constant__
   for (int i = 1; i < kMostWeights; ++i) {
     if (i < call.number && static_cast<int>(blockIdx.x) >= call.weights[i].first_block) weight = call.weights[i];
   }
-  const int first_row = (blockIdx.x - weight.first_block) * kRows, slice = call.columns / kWarps, pitch = call.columns / 8;
+  const int first_row = (blockIdx.x - weight.first_block) * kRows, slice = call.columns / kWarps,
+            pitch = call.columns / 8;
   const int steps = slice / kStep;
-  const uint4* w = reinterpret_cast<const uint4*>(weight.w + static_cast<int64_t>(first_row + g) * call.columns +
-                                                  warp * slice) + c;
+  const uint4* w =
+      reinterpret_cast<const uint4*>(weight.w + static_cast<int64_t>(first_row + g) * call.columns + warp * slice) + c;
   const uint4* x = reinterpret_cast<const uint4*>(call.x + static_cast<int64_t>(g) * call.columns + warp * slice) + c;
   const auto copy = [&](int step) {
     if (step < steps) {

@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kWorkPerChunk = 1 << 17;  // values decoded or multiplied: some 10 us
 
 // Rows first … first + rows - 1, and the last again up to at_once.
-void decode_rows(const ExpertMatrix& matrix, int64_t first, int64_t rows, int64_t at_once, int64_t columns, float* out) {
+void decode_rows(const ExpertMatrix& matrix, int64_t first, int64_t rows, int64_t at_once, int64_t columns,
+                 float* out) {
   for (int64_t r = 0; r < at_once; ++r) {
     const int64_t row = first + std::min(r, rows - 1);
     decode_e2m1_row(matrix.codes + row * (columns / 2), matrix.scale + row * (columns / kExpertGroup), columns,

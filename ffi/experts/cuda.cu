@@ -70,7 +70,8 @@ ffi::Error experts_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
   Scratch scratch((*result)->untyped_data());
   kernels::ManyCall many = {};
   kernels::Call& c = many.call;
-  const int64_t pieces = kernels::most_pieces(entries, call.experts), places = kernels::most_places(entries, call.experts);
+  const int64_t pieces = kernels::most_pieces(entries, call.experts),
+                places = kernels::most_places(entries, call.experts);
   int32_t *slots, *expert_of, *begin, *list, *tiles, *totals, *piece_of, *place_entries;
   kernels::Piece* piece_list;
   float *inverse, *shares;
@@ -93,7 +94,8 @@ ffi::Error experts_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
     // When down writes what each expert gives, the tokens have been read.
     many.images = scratch.take<uint8_t>(std::max(places * 2, entries * 4) * call.hidden);
     c.each = reinterpret_cast<float*>(many.images);
-    many.totals = totals, many.pieces = piece_list, many.entries = place_entries, many.inverse = inverse, many.shares = shares;
+    many.totals = totals, many.pieces = piece_list, many.entries = place_entries, many.inverse = inverse,
+    many.shares = shares;
   }
   if (scratch.used() > static_cast<int64_t>((*result)->size_bytes())) {
     return ffi::Error::InvalidArgument("apply_experts: got scratch of " + std::to_string((*result)->size_bytes()) +

@@ -204,12 +204,12 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kProducers, 1) few_kernel(
         }
         if (lane < 16) {
           ptx::copy_bulk(shared + stage * kStageBytes + row_in_stage * kStagePitch, from + step * (kStageColumns / 2),
-                    kStageColumns / 2, full + stage);
+                         kStageColumns / 2, full + stage);
         } else if (lane == 16 && warp < 2 && step == 0) {
           const uint8_t* scale =
               (warp ? second.scale : first.scale) + (warp && !kGate ? row + 32 : row) * (kColumns / 32);
           ptx::copy_bulk(shared + L::kScales + buffer * L::kScaleBytes + warp * (L::kScaleBytes / 2), scale,
-                    L::kScaleBytes / 2, full + stage);
+                         L::kScaleBytes / 2, full + stage);
         }
         if (step == 0 && ++buffer == L::kScaleBuffers) buffer = 0;
         __syncwarp();

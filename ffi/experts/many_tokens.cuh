@@ -1,9 +1,10 @@
-// Routed experts of many tokens: wgmma of weights, converted in registers, with up to 112 tokens of an expert at a time.
+// Routed experts of many tokens: wgmma of weights, converted in registers, with up to 112 tokens of an expert at a
+// time.
 //
 // A piece of an expert's tokens is an image in memory, as shared memory takes it: for every 64 columns units of 8
-// columns by all its tokens, in the order in which threads hold weights. One thread copies what it needs of it, ahead of
-// two warpgroups; each of these has two tiles of 64 weight rows, takes their codes from memory to registers, and waits
-// for nothing but its own products. Gate and up leave an image for down.
+// columns by all its tokens, in the order in which threads hold weights. One thread copies what it needs of it, ahead
+// of two warpgroups; each of these has two tiles of 64 weight rows, takes their codes from memory to registers, and
+// waits for nothing but its own products. Gate and up leave an image for down.
 #ifndef DSV4_EXPERTS_MANY_TOKENS_CUH_
 #define DSV4_EXPERTS_MANY_TOKENS_CUH_
 
@@ -15,11 +16,11 @@
 
 namespace dsv4::experts {
 
-constexpr int kManyTile = 112;       // tokens of a piece at most: 128 take more registers than there are
-constexpr int kCodesColumns = 128;   // of a row, 16 bytes in each of four threads
-constexpr int kStageWidth = 64;      // columns of a stage of activations
+constexpr int kManyTile = 112;      // tokens of a piece at most: 128 take more registers than there are
+constexpr int kCodesColumns = 128;  // of a row, 16 bytes in each of four threads
+constexpr int kStageWidth = 64;     // columns of a stage of activations
 constexpr int kImageStage = kManyTile * kStageWidth * 2;
-constexpr int kItemRows = 256;       // weight rows of a block: of down, or half of gate and half of up
+constexpr int kItemRows = 256;  // weight rows of a block: of down, or half of gate and half of up
 constexpr int kManyConsumers = 256, kManyThreads = kManyConsumers + 128;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kMostManyShared = 232448;
@@ -31,7 +32,7 @@ struct Piece {
 
 struct ManyCall {
   Call call;
-  const int32_t* totals;   // pieces, places
+  const int32_t* totals;  // pieces, places
   const Piece* pieces;
   const int32_t* entries;  // of a place: token * k + pick, or -1
   const float* inverse;    // of a place: what products with its activations are to be multiplied by
@@ -183,8 +184,8 @@ __device__ __forceinline__ void halves_of_codes(uint32_t codes, uint32_t scale, 
   halves[3] = ptx::multiply_halves(odd & 0xFF00FF00u, scale);
 }
 
-// Shared memory: stages of activations, of gate and up what leaves (two stages), scales as they come, scales relative to
-// their row's largest, and the largest, barriers.
+// Shared memory: stages of activations, of gate and up what leaves (two stages), scales as they come, scales relative
+// to their row's largest, and the largest, barriers.
 template <bool kDown>
 struct ManyLayout {
   int stages, scale_pitch, leaving, raw, relative, largest, barriers, bytes;
@@ -289,8 +290,8 @@ __device__ __forceinline__ void multiply_piece(Ring& ring, ThreadCodes& codes, c
       for (int h = 0; h < 2; ++h) s[h] = relative[(t * 64 + h * 8) * pitch + chunk * 4] * 0x04000400u;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        uint32_t(&own)[8] = a[(t * 4 + i) % kBuffers];
-        ptx::products_wait<kBuffers - 1>();  // what used these registers is done
+        uint32_t (&own)[8] = a[(t * 4 + i) % kBuffers];
+        ptx::products_wait<kBuffers - 1>();                       // what used these registers is done
         if (t == 0 && i == kBuffers - 1 && chunk && lane == 0) {  // so are the stages before
           ptx::barrier_arrive(used[0]), ptx::barrier_arrive(used[1]);
         }
@@ -390,8 +391,8 @@ __device__ __forceinline__ void run_item(const ManyCall& many, const Item& item,
     ptx::fence_shared_proxy();
     ptx::sync_threads(1 + warpgroup, 128);
     if (at == 0) {
-      ptx::store_bulk(many.inner_images + unit_offset(item.piece, call.inner_size,
-                                                      (item.row_block * 2 + warpgroup) * 8, item.piece.first),
+      ptx::store_bulk(many.inner_images + unit_offset(item.piece, call.inner_size, (item.row_block * 2 + warpgroup) * 8,
+                                                      item.piece.first),
                       out, kTokens * 128);
     }
   }
@@ -409,7 +410,8 @@ __global__ void __launch_bounds__(kManyThreads, 1) many_tokens_kernel(const Many
   const uint32_t scales_full = barriers + layout.stages * 16, scales_empty = scales_full + 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < layout.stages; ++i) {
-      ptx::barrier_init(barriers + i * 8, 1), ptx::barrier_init(barriers + (layout.stages + i) * 8, kManyConsumers / 32);
+      ptx::barrier_init(barriers + i * 8, 1),
+          ptx::barrier_init(barriers + (layout.stages + i) * 8, kManyConsumers / 32);
     }
     ptx::barrier_init(scales_full, 1), ptx::barrier_init(scales_empty, kManyConsumers / 32);
     ptx::fence_barrier_init();
@@ -435,19 +437,22 @@ __global__ void __launch_bounds__(kManyThreads, 1) many_tokens_kernel(const Many
                          scales_full);
         }
       }
-      const uint8_t* image = (kDown ? many.inner_images : many.images) + unit_offset(item.piece, columns, 0, item.piece.first);
+      const uint8_t* image =
+          (kDown ? many.inner_images : many.images) + unit_offset(item.piece, columns, 0, item.piece.first);
       const int bytes = item.piece.width * kStageWidth * 2;
       for (int stage = 0; stage < columns / kStageWidth; ++stage, ring.next()) {
         ptx::barrier_wait(ring.empty + ring.stage * 8, ring.phase ^ 1);
         if (lane == 0) {
           ptx::barrier_arrive_expect(ring.full + ring.stage * 8, bytes);
-          ptx::copy_bulk(ring.base + ring.stage * kImageStage, image + stage * bytes, bytes, ring.full + ring.stage * 8);
+          ptx::copy_bulk(ring.base + ring.stage * kImageStage, image + stage * bytes, bytes,
+                         ring.full + ring.stage * 8);
         }
         if (stage % 4 == 0) {  // the codes of 256 columns, into the L2
 #pragma unroll 1
           for (int r = lane; r < kItemRows; r += 32) {
-            ptx::prefetch_l2(row_at<kDown>(kDown ? call.w2.codes : call.w1.codes, call.w3.codes, call, item, r,
-                                           columns / 2) + stage * (kStageWidth / 2));
+            ptx::prefetch_l2(
+                row_at<kDown>(kDown ? call.w2.codes : call.w1.codes, call.w3.codes, call, item, r, columns / 2) +
+                stage * (kStageWidth / 2));
           }
         }
       }
@@ -474,12 +479,13 @@ __global__ void __launch_bounds__(kManyThreads, 1) many_tokens_kernel(const Many
         const uint4* from = reinterpret_cast<const uint4*>(shared + layout.raw + r * scale_width);
         uint4* to = reinterpret_cast<uint4*>(own_scales + at * pitch);
         uint32_t largest = 0;
-  #pragma unroll 4
+#pragma unroll 4
         for (int i = 0, u = at % units; i < units; ++i, u = u + 1 == units ? 0 : u + 1)
           largest = max(largest, largest_byte(from[u]));
         largest_of[at] = largest;
-        const uint32_t less = largest < 30 ? 0 : (largest - 30) * 0x01010101u, more = largest < 30 ? (30 - largest) * 0x01010101u : 0;
-  #pragma unroll 4
+        const uint32_t less = largest < 30 ? 0 : (largest - 30) * 0x01010101u,
+                       more = largest < 30 ? (30 - largest) * 0x01010101u : 0;
+#pragma unroll 4
         for (int i = 0, u = at % units; i < units; ++i, u = u + 1 == units ? 0 : u + 1) {
           const uint4 v = from[u];
           to[u] = make_uint4(__vsubus4(v.x, less) + more, __vsubus4(v.y, less) + more, __vsubus4(v.z, less) + more,
@@ -497,10 +503,17 @@ __global__ void __launch_bounds__(kManyThreads, 1) many_tokens_kernel(const Many
                                                  shared + layout.leaving, factors, entries, aim_at_next);
       };
       switch (item.piece.width) {
-        case 32: run(Width<32>()); break;
-        case 64: run(Width<64>()); break;
-        case 96: run(Width<96>()); break;
-        default: run(Width<112>());
+        case 32:
+          run(Width<32>());
+          break;
+        case 64:
+          run(Width<64>());
+          break;
+        case 96:
+          run(Width<96>());
+          break;
+        default:
+          run(Width<112>());
       }
       item = next;
     }

@@ -56,9 +56,11 @@ cudaError_t run_few(const kernels::Call& call, cudaStream_t stream, bool overlap
                                     : run_few<512, kBefore>(call, stream, overlap);
 }
 
-// A piece of up to 64 tokens, in slices of the columns. Scratch: split activations, what to multiply by, sums of slices.
+// A piece of up to 64 tokens, in slices of the columns. Scratch: split activations, what to multiply by, sums of
+// slices.
 template <int kTokens, Before kBefore = Before::kNothing>
-cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cudaStream_t stream, bool overlap = false) {
+cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cudaStream_t stream,
+                     bool overlap = false) {
   const int blocks = call.rows / kernels::kSomeRows, in_group = blocks / call.groups, slices = call.columns / slice;
   int each = 1;
   const int64_t at_once = (kTokens <= kernels::kInsideTokens ? 2 : 1) * kBlocks;  // two blocks a multiprocessor
@@ -76,8 +78,7 @@ cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cud
     parts = reinterpret_cast<float*>(scratch);
   }
   status = launch(kernels::some_tokens_kernel<kTokens, kBefore>, dim3(blocks / each, slices), kernels::kSomeThreads,
-                  kernels::some_shared<kTokens>(slice), stream, !kInside || overlap,
-                  call, each, slice,
+                  kernels::some_shared<kTokens>(slice), stream, !kInside || overlap, call, each, slice,
                   static_cast<const uint8_t*>(split), static_cast<const float*>(inverse), parts);
   if (status != cudaSuccess || slices == 1) return status;
   const int64_t size = static_cast<int64_t>(call.tokens) * call.rows;
@@ -216,9 +217,9 @@ ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
       part.tokens = static_cast<int>(std::min(bound.tokens - first, kPiece));
       for (int i = 0; i < part.number; ++i) part.weights[i].y += first * part.weights[i].rows;
       status = part.tokens <= 8 && places <= 8 ? run_prepared(part, before, columns, data8, stream, false)
-               : places == 16 ? run_some<16>(part, columns, data8, stream)
-               : places == 32 ? run_some<32>(part, columns, data8, stream)
-                              : run_some<64>(part, columns, data8, stream);
+               : places == 16                  ? run_some<16>(part, columns, data8, stream)
+               : places == 32                  ? run_some<32>(part, columns, data8, stream)
+                                               : run_some<64>(part, columns, data8, stream);
     }
     return launched("project", status);
   }
@@ -237,15 +238,14 @@ ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
 }  // namespace dsv4
 
 DSV4_EXPORT_HANDLER(Dsv4Project);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    Dsv4Project, dsv4::project_on_device,
-    xla::ffi::Ffi::Bind()
-        .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-        .RemainingArgs()
-        .RemainingRets()
-        .Attr<int64_t>("slice")
-        .Attr<int64_t>("normed")
-        .Attr<int64_t>("gated")
-        .Attr<float>("number")
-        .Attr<int64_t>("then"),
-    {xla::ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4Project, dsv4::project_on_device,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("slice")
+                                  .Attr<int64_t>("normed")
+                                  .Attr<int64_t>("gated")
+                                  .Attr<float>("number")
+                                  .Attr<int64_t>("then"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});

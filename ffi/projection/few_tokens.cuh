@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
 #pragma unroll
         for (int row = lane; row < F::kRows; row += 32) {
           ptx::copy_bulk(shared + stage * F::kStageBytes + row * F::kPitch,
-                    codes + static_cast<int64_t>(row) * call.columns + step * kColumns, kColumns, full + stage);
+                         codes + static_cast<int64_t>(row) * call.columns + step * kColumns, kColumns, full + stage);
         }
       }
     }
@@ -140,9 +140,9 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
           }
           const auto step16 = [&](float (&sum)[4], uint32_t upper, uint32_t lower, uint32_t b0, uint32_t b1) {
             ptx::product_of_warp(sum,
-                {ptx::halves_of_e4m3(upper), ptx::halves_of_e4m3(lower), ptx::halves_of_e4m3(upper >> 16),
-                 ptx::halves_of_e4m3(lower >> 16)},
-                b0, b1);
+                                 {ptx::halves_of_e4m3(upper), ptx::halves_of_e4m3(lower),
+                                  ptx::halves_of_e4m3(upper >> 16), ptx::halves_of_e4m3(lower >> 16)},
+                                 b0, b1);
           };
           step16(d[0], q.x, r.x, b[0].x, b[0].y);
           step16(d[1], q.y, r.y, b[0].z, b[0].w);

@@ -80,7 +80,8 @@ __device__ __forceinline__ uint4 prepared(const Call& call, int64_t row, int i, 
 // The largest magnitude of what a row becomes, and the sum of its squares where it is normed. Threads take parts.
 template <Before kBefore>
 struct Magnitude {
-  uint32_t largest = 0;  // of values as packed pairs of bfloat16, then of one; where x is normed of x * norm, as a float
+  uint32_t largest =
+      0;  // of values as packed pairs of bfloat16, then of one; where x is normed of x * norm, as a float
   float squares = 0;
 
   __device__ __forceinline__ void take(const Call& call, int64_t row, int i) {

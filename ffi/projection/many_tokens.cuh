@@ -27,11 +27,12 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   WeightTile tiles[2];
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
-    tiles[t].init(call.weights[0].codes, call.weights[0].scale, first_row + t * 64, call.columns, first_chunk, last_chunk);
+    tiles[t].init(call.weights[0].codes, call.weights[0].scale, first_row + t * 64, call.columns, first_chunk,
+                  last_chunk);
   }
   float sum[2][kTokens / 2];
-  multiply_tiles<kTokens>(tiles, packed + first_chunk * kChunk, call.columns, last_chunk - first_chunk,
-                                        rows, shared, sum);
+  multiply_tiles<kTokens>(tiles, packed + first_chunk * kChunk, call.columns, last_chunk - first_chunk, rows, shared,
+                          sum);
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
 #pragma unroll
@@ -70,8 +71,8 @@ __global__ void __launch_bounds__(256) sum_parts_kernel(const Call call, const f
     const float4 v = *reinterpret_cast<const float4*>(parts + i * size + at);
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
   }
-  __nv_bfloat162* to = reinterpret_cast<__nv_bfloat162*>(weight.y + static_cast<int64_t>(token) * weight.rows + row -
-                                                         weight.first);
+  __nv_bfloat162* to =
+      reinterpret_cast<__nv_bfloat162*>(weight.y + static_cast<int64_t>(token) * weight.rows + row - weight.first);
   to[0] = __floats2bfloat162_rn(sum.x, sum.y);
   to[1] = __floats2bfloat162_rn(sum.z, sum.w);
 }

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kSomeThreads, kTokens <= kInsideTokens ? 2 : 1
   if constexpr (kInside) {
     ptx::grid_launch_dependents();
     ptx::grid_wait();  // x
-    // Largest magnitudes of the slice, then its values in the order of the codes.
+                       // Largest magnitudes of the slice, then its values in the order of the codes.
 #pragma unroll 2
     for (int t = warp; t < kTokens; t += 8) {
       Magnitude<kBefore> magnitude;
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kSomeThreads, kTokens <= kInsideTokens ? 2 : 1
       ptx::products_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        wgmma_e4m3<kWidth>(d, a[k], ptx::piece_descriptor(tokens + (half * 4 + k) * 2 * kWidth * 16, kWidth * 16), k > 0);
+        wgmma_e4m3<kWidth>(d, a[k], ptx::piece_descriptor(tokens + (half * 4 + k) * 2 * kWidth * 16, kWidth * 16),
+                           k > 0);
       }
       ptx::products_commit();
       ptx::products_wait<0>();

@@ -11,7 +11,7 @@
 
 namespace dsv4::select_sm90 {
 
-constexpr int64_t kBlocks = 264;      // of kThreads threads, that fill the chip
+constexpr int64_t kBlocks = 264;       // of kThreads threads, that fill the chip
 constexpr int64_t kShareTokens = 132;  // from so many tokens of a piece on, thread blocks take several
 
 // What keeps a call from being served: got ...; expected ...; empty if nothing does.
@@ -35,8 +35,8 @@ inline std::string limit_of(const SelectCall& call) {
 template <bool kPowers>
 cudaError_t launch_scores(cudaStream_t stream, const SelectCall& call, const Piece& piece) {
   // Every time, here and below: attributes are those of the kernel on one device, and a process may have several.
-  const cudaError_t prepared = cudaFuncSetAttribute(
-      shared_score_kernel<kPowers>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared * kTokenBytes);
+  const cudaError_t prepared = cudaFuncSetAttribute(shared_score_kernel<kPowers>,
+                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, kShared * kTokenBytes);
   if (prepared != cudaSuccess) return prepared;
   const bool share = piece.count >= kShareTokens;
   const int64_t groups = share ? (piece.count + kShared - 1) / kShared : piece.count;

@@ -1,9 +1,10 @@
 // Scores of the visible entries on Hopper: FP4 keys in registers against queries in shared memory.
 //
 // A warpgroup takes 64 keys at a time. A quarter of a key, 16 bytes, is one thread's, and is a fragment of operand A
-// once its codes are halves: the order of the inner index is free, so the query is stored in the order in which a word's
-// nibbles come apart (see `inner`). The products with 64 heads are rounded to halves, negative ones to 0, and are
-// operand A once more, against the heads' weights (of a product of the warp). A score depends on its token and key alone.
+// once its codes are halves: the order of the inner index is free, so the query is stored in the order in which a
+// word's nibbles come apart (see `inner`). The products with 64 heads are rounded to halves, negative ones to 0, and
+// are operand A once more, against the heads' weights (of a product of the warp). A score depends on its token and key
+// alone.
 #ifndef DSV4_SELECT_SCORES_CUH_
 #define DSV4_SELECT_SCORES_CUH_
 
@@ -17,12 +18,12 @@
 namespace dsv4::select_sm90 {
 
 constexpr int kWidth = 128, kHeads = 64;
-constexpr int kTile = 64;     // keys of a warpgroup's products
-constexpr int kGroup = 16;    // keys whose best score is kept beside the scores: a warp's
-constexpr int kThreads = 256;  // of a thread block, or twice as many
-constexpr int kAcross = kHeads * 16;                   // bytes from 8 of the inner index to the next 8
-constexpr int kQueryBytes = kHeads * kWidth * 2;       // a token's query
-constexpr int kWeightBytes = 32 * 8 * 4;               // its weights, as a warp's registers have them
+constexpr int kTile = 64;                         // keys of a warpgroup's products
+constexpr int kGroup = 16;                        // keys whose best score is kept beside the scores: a warp's
+constexpr int kThreads = 256;                     // of a thread block, or twice as many
+constexpr int kAcross = kHeads * 16;              // bytes from 8 of the inner index to the next 8
+constexpr int kQueryBytes = kHeads * kWidth * 2;  // a token's query
+constexpr int kWeightBytes = 32 * 8 * 4;          // its weights, as a warp's registers have them
 constexpr int kTokenBytes = kQueryBytes + kWeightBytes + 16;  // and the factor of its scores
 
 // An integer that orders as scores do, above 0: NaN, of which arithmetic makes but one, is the best. No score is -0.
@@ -38,7 +39,8 @@ __device__ __forceinline__ T* fixed(T* p) {
   return p;
 }
 
-// E2M1 codes of a word, times 2^-14, as the high bytes of halves: those at odd places; after a shift by 4 the even ones.
+// E2M1 codes of a word, times 2^-14, as the high bytes of halves: those at odd places; after a shift by 4 the even
+// ones.
 __device__ __forceinline__ uint32_t high_bytes(uint32_t codes) {
   return (codes & 0x80808080u) | ((codes >> 3) & 0x0E0E0E0Eu);
 }
@@ -66,7 +68,8 @@ __device__ __forceinline__ void decode_quarter(uint4 codes, uint32_t scales, int
     low |= low << 16, high = low;
     *factor = __uint_as_float(static_cast<uint32_t>(most) << 23);
   } else {
-    const uint32_t halves = ptx::multiply_halves(ptx::halves_of_e4m3(scales), 0x58005800u);  // times 2^7: products are times 2^-7
+    const uint32_t halves =
+        ptx::multiply_halves(ptx::halves_of_e4m3(scales), 0x58005800u);  // times 2^7: products are times 2^-7
     low = __byte_perm(halves, 0, 0x1010), high = __byte_perm(halves, 0, 0x3232);
     *factor = 1.0f;
   }
@@ -265,13 +268,13 @@ struct Keys {
     constexpr int kScales = kPowers ? 4 : 8;
     const char* from = codes + static_cast<int64_t>(row) * 64;
     const char* of = scales + static_cast<int64_t>(row) * kScales;
-#define DSV4_FETCH(type)                                                                                             \
-  asm volatile(                                                                                                      \
-      "{\n.reg .pred given;\nsetp.ge.s32 given, %12, 0;\n"                                                           \
+#define DSV4_FETCH(type)                                                                                               \
+  asm volatile(                                                                                                        \
+      "{\n.reg .pred given;\nsetp.ge.s32 given, %12, 0;\n"                                                             \
       "@given ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%10];\n@given ld.global.nc.v4.u32 {%4, %5, %6, %7}, [%10+512];\n" \
-      "@given ld.global.nc." type " %8, [%11];\n@given ld.global.nc." type " %9, [%11+%13];\n}\n"                     \
-      : "+r"(code[0].x), "+r"(code[0].y), "+r"(code[0].z), "+r"(code[0].w), "+r"(code[1].x), "+r"(code[1].y),        \
-        "+r"(code[1].z), "+r"(code[1].w), "+r"(scale[0]), "+r"(scale[1])                                             \
+      "@given ld.global.nc." type " %8, [%11];\n@given ld.global.nc." type " %9, [%11+%13];\n}\n"                      \
+      : "+r"(code[0].x), "+r"(code[0].y), "+r"(code[0].z), "+r"(code[0].w), "+r"(code[1].x), "+r"(code[1].y),          \
+        "+r"(code[1].z), "+r"(code[1].w), "+r"(scale[0]), "+r"(scale[1])                                               \
       : "l"(from), "l"(of), "r"(row), "n"(8 * kScales))
     if constexpr (kPowers) {
       DSV4_FETCH("u32");
@@ -296,7 +299,8 @@ __device__ __forceinline__ float score_of(const uint32_t (&a)[32], uint64_t quer
   float d[32];
   ptx::products_fence();
 #pragma unroll
-  for (int step = 0; step < 8; ++step) ptx::product_f16<0>(d, a + 4 * step, query + step * (2 * kAcross >> 4), step > 0);
+  for (int step = 0; step < 8; ++step)
+    ptx::product_f16<0>(d, a + 4 * step, query + step * (2 * kAcross >> 4), step > 0);
   ptx::products_commit();
   ptx::products_wait<0>();
   float sums[4] = {};
@@ -410,7 +414,8 @@ __global__ void __launch_bounds__(kThreads, 2) shared_score_kernel(SelectCall ca
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      reinterpret_cast<uint4*>(place)[2 * (threadIdx.x % 32) + i] = make_uint4(b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]);
+      reinterpret_cast<uint4*>(place)[2 * (threadIdx.x % 32) + i] =
+          make_uint4(b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]);
     }
     if (threadIdx.x % 32 == 0) place[kWeightBytes / 4] = factor;
   }
@@ -440,7 +445,8 @@ __global__ void __launch_bounds__(kThreads, 2) shared_score_kernel(SelectCall ca
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const uint4 four = reinterpret_cast<const uint4*>(of_token + kQueryBytes)[2 * (threadIdx.x % 32) + i];
-          weights[4 * i] = four.x, weights[4 * i + 1] = four.y, weights[4 * i + 2] = four.z, weights[4 * i + 3] = four.w;
+          weights[4 * i] = four.x, weights[4 * i + 1] = four.y, weights[4 * i + 2] = four.z,
+                      weights[4 * i + 3] = four.w;
         }
         const float factor = *reinterpret_cast<const float*>(of_token + kQueryBytes + kWeightBytes);
         const float score = score_of(a, ptx::piece_descriptor(ptx::shared_address(of_token), kAcross), weights);

@@ -10,7 +10,7 @@ namespace dsv4::select_sm90 {
 
 constexpr int kTopThreads = 1024, kTopWarps = kTopThreads / 32;
 constexpr int kBins = 2 * kTopThreads;
-constexpr int kEach = 16;                        // values of a thread at a time
+constexpr int kEach = 16;  // values of a thread at a time
 constexpr int kRound = kEach * kTopThreads;
 constexpr int kMostK = 2048;
 constexpr int kCandidates = 4096;
@@ -63,8 +63,8 @@ struct Cut {
   uint32_t least, equal;
 };
 
-// The cut for the k largest of the block's values, all of them in the range; for up to `slack` more than k where that is
-// found sooner. All values where there are no more than k. The bins are 0, before and after.
+// The cut for the k largest of the block's values, all of them in the range; for up to `slack` more than k where that
+// is found sooner. All values where there are no more than k. The bins are 0, before and after.
 template <typename Each>
 __device__ __forceinline__ Cut find_cut(const Each& each, Range range, uint32_t k, uint32_t slack, Choice& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -87,7 +87,8 @@ __device__ __forceinline__ Cut find_cut(const Each& each, Range range, uint32_t 
     if (before_warp < wanted && wanted <= before_warp + of_warp) {
       const uint32_t to = before_warp + sum_to_lane(two.x + two.y), middle = to - two.y, from = middle - two.x;
       if (from < wanted && wanted <= middle) shared.bin = 2 * threadIdx.x, shared.before = from, shared.in_bin = two.x;
-      if (middle < wanted && wanted <= to) shared.bin = 2 * threadIdx.x + 1, shared.before = middle, shared.in_bin = two.y;
+      if (middle < wanted && wanted <= to)
+        shared.bin = 2 * threadIdx.x + 1, shared.before = middle, shared.in_bin = two.y;
     }
     __syncthreads();
     const uint32_t top = high - (shared.bin << shift), width = (1u << shift) - 1;
@@ -148,8 +149,8 @@ __device__ __forceinline__ uint4 load_four(const uint32_t* from, int i, int n) {
 }
 
 // As `choose`, for values that are mostly far from being chosen: load(i) gives four from index i on (0 from n on). At
-// least k of them are above `bound`, and none is above *high; where *high is 0 both follow from `best`, the best of every
-// kGroup of at most kRound values, or without it from the best of every eight, or where k is large from all.
+// least k of them are above `bound`, and none is above *high; where *high is 0 both follow from `best`, the best of
+// every kGroup of at most kRound values, or without it from the best of every eight, or where k is large from all.
 template <typename Load, typename At, typename Give>
 __device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at, const uint32_t* best, uint32_t k,
                                           uint32_t bound, uint32_t* high, Choice& shared, uint32_t* list, int* chosen,
@@ -228,8 +229,9 @@ __device__ __forceinline__ Cut choose_few(int n, const Load& load, const At& at,
         shared);
     return choose(n, at, range, k, shared, chosen, give);
   }
-  return choose(listed, [&](int i) { return list[i]; }, {bound + 1, *high, listed}, k, shared, chosen,
-                [&](int rank, int i) { give(rank, list[kCandidates + i]); });
+  return choose(
+      listed, [&](int i) { return list[i]; }, {bound + 1, *high, listed}, k, shared, chosen,
+      [&](int rank, int i) { give(rank, list[kCandidates + i]); });
 }
 
 // Chooses for a piece's tokens: one a block.
@@ -257,16 +259,14 @@ __global__ void __launch_bounds__(kTopThreads, 1) top_k_kernel(SelectCall call, 
     choose(n, [&](int i) { return list[i]; }, range, k, shared, &found, [&](int rank, int i) { out[rank] = i; });
   } else if (n <= kRound) {
     choose_few(
-        n, [&](int i) { return load_four(scores, i, n); },
-        [&](int i) { return __ldcg(scores + i); }, all >= 3 * k / 2 ? best : nullptr, k, 0, &high, shared, list, &found,
-        [&](int rank, int i) { out[rank] = i; });
+        n, [&](int i) { return load_four(scores, i, n); }, [&](int i) { return __ldcg(scores + i); },
+        all >= 3 * k / 2 ? best : nullptr, k, 0, &high, shared, list, &found, [&](int rank, int i) { out[rank] = i; });
   } else {
     // An entry among the k best is in one of the k groups with the best: each of these has one before it otherwise.
     int groups;
     const Cut cut = choose_few(
-        all, [&](int i) { return load_four(best, i, all); },
-        [&](int i) { return __ldcg(best + i); }, nullptr, k, 0, &high, shared, list, &groups,
-        [&](int rank, int i) { shared.groups[rank] = i; });
+        all, [&](int i) { return load_four(best, i, all); }, [&](int i) { return __ldcg(best + i); }, nullptr, k, 0,
+        &high, shared, list, &groups, [&](int rank, int i) { shared.groups[rank] = i; });
     __syncthreads();
     const auto place = [&](int i) { return shared.groups[i / kGroup] * kGroup + i % kGroup; };
     choose_few(
