@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "attend/op.h"
+#include "cuda/group_scales.cuh"
 #include "cuda/ptx.cuh"
 
 namespace dsv4::attend_window {
@@ -207,21 +208,7 @@ struct Queries {
 
 // The largest of a row's scales and, relative to it, that of every 64 values.
 __device__ __forceinline__ void unpack_scales(Behind& row) {
-  const uint64_t stored = row.stored;
-  int largest = 1;
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) largest = max(largest, static_cast<int>((stored >> (8 * i)) & 0xFF));
-  if (largest == 255) largest = 254;
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const int byte = static_cast<int>((stored >> (8 * i)) & 0xFF), below = largest - byte;
-    uint16_t factor = below > 24   ? 0
-                      : below > 14 ? static_cast<uint16_t>(1 << (24 - below))
-                                   : static_cast<uint16_t>((15 - below) << 10);
-    if (byte == 255) factor = 0x7E00;
-    row.factor[i] = factor;
-  }
-  row.largest = __uint_as_float(static_cast<uint32_t>(largest) << 23);
+  row.largest = dsv4::unpack_scales<kChunks>(row.stored, [&](int i, uint16_t factor) { row.factor[i] = factor; });
 }
 
 // What a row's codes are multiplied by, after unpack_scales where there are several scales.
