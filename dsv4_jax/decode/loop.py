@@ -314,7 +314,11 @@ class DecodeLoop:
     # there is none.
 
     def step(self) -> list[Event]:
-        """One jitted call -> what it brought, an event for each sample that took part, after those still to be had."""
+        """One jitted call -> what it brought, an event for each sample that took part, after those still to be had.
+
+        The events are the caller's from then on: a Ctrl-C between two of them ends the caller's own loop over the list.
+        Who iterates over the `DecodeLoop` instead and is interrupted finds the rest when it comes back.
+        """
         self._whole(self._advance)
         events = self._events[:]
         del self._events[:]
