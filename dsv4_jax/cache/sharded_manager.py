@@ -353,7 +353,7 @@ class ShardedKVCacheManager:
         ends = [None] * self.num_shards if limits is None else np.array_split(np.asarray(limits), self.num_shards)
         if width is None or num_segments is None:
             counts = [np.unique(part[part >= 0], return_counts=True)[1] for part in parts[0]]
-            width = max([1, *(int(n.max()) for n in counts if n.size)]) if width is None else width
+            width = max((n for each in counts for n in each.tolist()), default=1) if width is None else width
             num_segments = max(map(len, counts)) if num_segments is None else num_segments
         sizes = [StepSizes(lookahead, limit, num_segments, width, max_blocks) for limit in ends]
         calls = list(zip(self.shards, *parts, sizes, strict=True))
