@@ -12,6 +12,7 @@ import pytest
 from safetensors_bytes import file_bytes, safetensors_bytes
 
 from dsv4_jax import cli
+from dsv4_jax.ops import dispatch
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -70,6 +71,23 @@ def pytest_terminal_summary(terminalreporter):
         for name, text in report.user_properties:
             if name == "said":
                 terminalreporter.write_line(f"{report.nodeid}: {text}")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("jnp", "cpu"), id="jnp-cpu"),
+        pytest.param(("cpu", "cpu"), id="native-cpu"),
+        pytest.param(("jnp", "gpu"), id="jnp-gpu", marks=pytest.mark.gpu),
+        pytest.param(("cuda", "gpu"), id="native-gpu", marks=pytest.mark.gpu),
+    ]
+)
+def implementation(request):
+    """Every form of an operation by name, with a device of its platform as the default."""
+    name, platform = request.param
+    if name in ("cpu", "cuda") and name not in dispatch.available():
+        pytest.skip(f"no native library for {name}")
+    with jax.default_device(jax.devices(platform)[0]):
+        yield name
 
 
 @pytest.fixture

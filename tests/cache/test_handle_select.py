@@ -8,7 +8,6 @@ import pytest
 
 from dsv4_jax import CacheGeometry, KVCacheManager, LayerCacheHandle
 from dsv4_jax.cache import handle as module
-from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.formats.fp4 import hadamard_matrix
 from dsv4_jax.ops.read.select import select
 from dsv4_jax.ops.write.compress import CompressorWeights
@@ -20,22 +19,11 @@ LENGTH, SLOTS, ROLLBACK, K, HEADS = 256, 4, 5, 6, 4
 DECODE, CHUNK, WIDTH = 6, 90, 30  # rows of a decode step; of one that brings more, WIDTH at most of a slot
 ERROR = {"cuda": 2e-3}  # of a score, relative to the largest of its token; else 1e-5
 
-IMPLEMENTATIONS = [
-    pytest.param(("jnp", "cpu"), id="jnp-cpu"),
-    pytest.param(("cpu", "cpu"), id="native-cpu"),
-    pytest.param(("jnp", "gpu"), id="jnp-gpu", marks=pytest.mark.gpu),
-    pytest.param(("cuda", "gpu"), id="native-gpu", marks=pytest.mark.gpu),
-]
 
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request, monkeypatch):
-    name, platform = request.param
-    if name in ("cpu", "cuda") and name not in dispatch.available():
-        pytest.skip(f"no native library for {name}")
-    monkeypatch.setattr(module, "select", partial(select, implementation=name))
-    with jax.default_device(jax.devices(platform)[0]):
-        yield name
+@pytest.fixture
+def implementation(implementation, monkeypatch):
+    monkeypatch.setattr(module, "select", partial(select, implementation=implementation))
+    return implementation
 
 
 def is_right(chosen, keys, q, weights, error):

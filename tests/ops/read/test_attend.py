@@ -16,22 +16,6 @@ from dsv4_jax.ops.segments import Segments, StepTokens
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 LAYERS, LAYER = 2, 1
 
-IMPLEMENTATIONS = [
-    pytest.param(("jnp", "cpu"), id="jnp-cpu"),
-    pytest.param(("cpu", "cpu"), id="native-cpu"),
-    pytest.param(("jnp", "gpu"), id="jnp-gpu", marks=pytest.mark.gpu),
-    pytest.param(("cuda", "gpu"), id="native-gpu", marks=pytest.mark.gpu),
-]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    name, platform = request.param
-    if name in ("cpu", "cuda") and name not in dispatch.available():
-        pytest.skip(f"no native library for {name}")
-    with jax.default_device(jax.devices(platform)[0]):
-        yield name
-
 
 # What decides the shapes is static; the rest is data, so that few programs serve many cases.
 STATIC = ("layer", "window", "ratio", "scale", "eps", "max_entries", "implementation")

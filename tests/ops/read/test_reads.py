@@ -19,22 +19,6 @@ BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 INT_MAX = np.int32(2**31 - 1)
 LAYERS, LAYER = 2, 1
 
-IMPLEMENTATIONS = [
-    pytest.param(("jnp", "cpu"), id="jnp-cpu"),
-    pytest.param(("cpu", "cpu"), id="native-cpu"),
-    pytest.param(("jnp", "gpu"), id="jnp-gpu", marks=pytest.mark.gpu),
-    pytest.param(("cuda", "gpu"), id="native-gpu", marks=pytest.mark.gpu),
-]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    name, platform = request.param
-    if name in ("cpu", "cuda") and name not in dispatch.available():
-        pytest.skip(f"no native library for {name}")
-    with jax.default_device(jax.devices(platform)[0]):
-        yield name
-
 
 window_of = jax.jit(read_window, static_argnames=("layer", "window", "dtype", "implementation"))
 entries_of = jax.jit(read_entries, static_argnames=("layer", "max_blocks", "dtype", "implementation"))

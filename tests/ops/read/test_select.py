@@ -18,22 +18,7 @@ from dsv4_jax.ops.write.compress import IndexerKeys
 E, D, RATIO = 32, 128, 4
 BF16 = ml_dtypes.bfloat16
 
-IMPLEMENTATIONS = [
-    pytest.param(("jnp", "cpu"), id="jnp-cpu"),
-    pytest.param(("cpu", "cpu"), id="native-cpu"),
-    pytest.param(("jnp", "gpu"), id="jnp-gpu", marks=pytest.mark.gpu),
-    pytest.param(("cuda", "gpu"), id="native-gpu", marks=pytest.mark.gpu),
-]
 BOUND = {"cuda": 2e-3}  # of a score's error, relative to the token's largest; else 1e-5
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    name, platform = request.param
-    if name in ("cpu", "cuda") and name not in dispatch.available():
-        pytest.skip(f"no native library for {name}")
-    with jax.default_device(jax.devices(platform)[0]):
-        yield name
 
 
 @pytest.fixture
