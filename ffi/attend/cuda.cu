@@ -39,14 +39,19 @@ int splits_of(int64_t blocks, int64_t clusters) {
 
 int64_t clusters_of(const AttendCall& call, int64_t heads) { return call.tokens * ((call.heads + heads - 1) / heads); }
 
+int splits_for_few(const AttendCall& call) { return splits_of(blocks_of(call), clusters_of(call, attend_few::kHeads)); }
+
 // Whether the kernel of few tokens is the faster one (docs/measurements): where its thread blocks have few blocks of
 // rows.
 bool is_for_few(const AttendCall& call) {
   constexpr int64_t kMostTokens = 16, kFewClusters = 8;
   const int64_t clusters = clusters_of(call, attend_few::kHeads), blocks = blocks_of(call);
   const int64_t most = clusters <= kFewClusters ? 10 : 5;
-  return call.tokens <= kMostTokens && blocks <= most * splits_of(blocks, clusters);
+  return call.tokens <= kMostTokens && blocks <= most * splits_for_few(call);
 }
+
+// Whether its warps hold the queries in registers, which pays from two blocks of rows on.
+bool is_held(const AttendCall& call) { return blocks_of(call) > splits_for_few(call); }
 
 // Launches `splits` thread blocks, as a cluster or not, that share the rows of a token and `heads` of its heads.
 template <auto kKernel, typename... Args>
@@ -73,16 +78,16 @@ cudaError_t launch(cudaStream_t stream, const AttendCall& call, int64_t heads, i
   return cudaLaunchKernelEx(&config, kKernel, call, args...);
 }
 
-template <bool kGroups, bool kFloat>
+template <bool kGroups, bool kFloat, bool kHeld>
 cudaError_t launch_few(cudaStream_t stream, const AttendCall& call) {
   attend_few::Divisors divide;
   divide.ring_rows = attend_few::Divisor(call.ring_rows);
   if (call.has_entries) {
     divide.ratio = attend_few::Divisor(call.ratio), divide.per_block = attend_few::Divisor(call.per_block);
   }
-  const int splits = splits_of(blocks_of(call), clusters_of(call, attend_few::kHeads));
-  return launch<attend_few::attend_kernel<kGroups, kFloat>>(
-      stream, call, attend_few::kHeads, splits, true, attend_few::kThreads, attend_few::kSharedBytes<kGroups>, divide);
+  return launch<attend_few::attend_kernel<kGroups, kFloat, kHeld>>(stream, call, attend_few::kHeads,
+                                                                   splits_for_few(call), true, attend_few::kThreads,
+                                                                   attend_few::kSharedBytes<kGroups>, divide);
 }
 
 template <bool kGroups, bool kFloat>
@@ -120,7 +125,10 @@ cudaError_t launch_many(cudaStream_t stream, const AttendCall& call) {
 
 template <bool kGroups, bool kFloat>
 cudaError_t launch_one(cudaStream_t stream, const AttendCall& call) {
-  if (is_for_few(call)) return launch_few<kGroups, kFloat>(stream, call);
+  if (is_for_few(call)) {
+    return is_held(call) ? launch_few<kGroups, kFloat, true>(stream, call)
+                         : launch_few<kGroups, kFloat, false>(stream, call);
+  }
   const bool one_unit = !call.has_entries && blocks_of(call) * kRows <= attend_window::kRows;
   if (one_unit) return launch_window<kGroups, kFloat>(stream, call);
   return launch_many<kGroups>(stream, call);

@@ -266,43 +266,66 @@ __device__ __forceinline__ float unpack_scales(SharedMemory<true>& shared, uint6
   return dsv4::unpack_scales<kChunks>(stored, [&](int i, uint16_t factor) { shared.factor[buffer][i][row] = factor; });
 }
 
+// A warp's fragments of the queries. Every warp needs all of them for every block of rows: where there are several
+// blocks they are held in registers, as reading them from shared memory takes as long as the products.
+template <bool kGroups, bool kHeld>
+struct QueryFragments {
+  const SharedMemory<kGroups>& shared;
+  uint4 held[kHeld ? 4 * kChunks + 8 : 1];
+
+  __device__ __forceinline__ QueryFragments(const SharedMemory<kGroups>& shared, bool two_parts) : shared(shared) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int step = 0; step < 4 * kChunks + (two_parts ? 8 : 4); ++step) held[step] = read(step);
+    }
+  }
+  __device__ __forceinline__ uint4 read(int step) const {
+    const uint4 a = shared.q[step][threadIdx.x % 32];
+    return make_uint4(a.x, a.z, a.y, a.w);
+  }
+  __device__ __forceinline__ uint4 operator[](int step) const {
+    if constexpr (kHeld) return held[step];
+    return read(step);
+  }
+};
+
 // A warp's eight rows times 16 heads: columns 2 quarter and the next of heads g, then of g + 8. Codes and RoPE half
 // apart.
-template <bool kGroups>
-__device__ __forceinline__ void score_rows(const SharedMemory<kGroups>& shared, const uint8_t* row,
+template <bool kGroups, bool kHeld>
+__device__ __forceinline__ void score_rows(const QueryFragments<kGroups, kHeld>& q, const uint8_t* row,
                                            const uint16_t* factor, bool two_parts, float (&nope)[4], float (&rope)[4]) {
-  const int lane = threadIdx.x % 32, quarter = lane % 4;
-  float sums[2][4] = {};
-  const auto fragment = [&](int step) {
-    const uint4 a = shared.q[step][lane];
-    return make_uint4(a.x, a.z, a.y, a.w);
-  };
+  const int quarter = threadIdx.x % 4;
+  float sums[4][4] = {}, ropes[2][4] = {};
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     const uint4 codes = *reinterpret_cast<const uint4*>(row + 64 * chunk + 16 * quarter);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      uint32_t b0 = ptx::halves_of_e4m3(word_of(codes, step)), b1 = ptx::halves_of_e4m3(word_of(codes, step) >> 16);
+      uint32_t b0, b1;
+      ptx::halves_of_e4m3(word_of(codes, step), &b0, &b1);
       if constexpr (kGroups) {
         const uint32_t by = factor[chunk * kRows] * 0x10001u;
         b0 = ptx::multiply_halves(b0, by), b1 = ptx::multiply_halves(b1, by);
       }
-      ptx::product_of_warp(step % 2 ? sums[1] : sums[0], fragment(4 * chunk + step), b0, b1);
+      ptx::product_of_warp(sums[step], q[4 * chunk + step], b0, b1);
     }
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint4 values = *reinterpret_cast<const uint4*>(row + kNope + 32 * quarter + 16 * half);
     const int step = 4 * kChunks + 2 * half;
-    ptx::product_of_warp_bf16(rope, fragment(step), values.x, values.y);
-    ptx::product_of_warp_bf16(rope, fragment(step + 1), values.z, values.w);
+    ptx::product_of_warp_bf16(ropes[0], q[step], values.x, values.y);
+    ptx::product_of_warp_bf16(ropes[1], q[step + 1], values.z, values.w);
     if (two_parts) {
-      ptx::product_of_warp_bf16(rope, fragment(step + 4), values.x, values.y);
-      ptx::product_of_warp_bf16(rope, fragment(step + 5), values.z, values.w);
+      ptx::product_of_warp_bf16(ropes[0], q[step + 4], values.x, values.y);
+      ptx::product_of_warp_bf16(ropes[1], q[step + 5], values.z, values.w);
     }
   }
 #pragma unroll
-  for (int k = 0; k < 4; ++k) nope[k] = sums[0][k] + sums[1][k];
+  for (int k = 0; k < 4; ++k) {
+    nope[k] = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
+    rope[k] = ropes[0][k] + ropes[1][k];
+  }
 }
 
 // Adds a block's probabilities times 64 of its values: tile 4 j + v of `out` has values 32 j + 4 n + v of the codes,
@@ -339,11 +362,15 @@ __device__ __forceinline__ void add_values(const SharedMemory<kGroups>& shared, 
           const uint32_t select = pair ? 0x7362 : 0x5140;
           const uint32_t first = __byte_perm(words[0], words[1], select),
                          second = __byte_perm(words[2], words[3], select);
+          uint32_t b0[2], b1[2];
+          ptx::halves_of_e4m3(first, &b0[0], &b0[1]);
+          ptx::halves_of_e4m3(second, &b1[0], &b1[1]);
 #pragma unroll
           for (int v = 0; v < 2; ++v) {
-            uint32_t b0 = ptx::halves_of_e4m3(first >> (16 * v)), b1 = ptx::halves_of_e4m3(second >> (16 * v));
-            if constexpr (kGroups) b0 = ptx::multiply_halves(b0, factors[0]), b1 = ptx::multiply_halves(b1, factors[1]);
-            ptx::product_of_warp(out[4 * j + 2 * pair + v], a, b0, b1);
+            if constexpr (kGroups) {
+              b0[v] = ptx::multiply_halves(b0[v], factors[0]), b1[v] = ptx::multiply_halves(b1[v], factors[1]);
+            }
+            ptx::product_of_warp(out[4 * j + 2 * pair + v], a, b0[v], b1[v]);
           }
         }
       }
@@ -379,7 +406,7 @@ __device__ __forceinline__ void store_four(const AttendCall& call, const SharedM
   }
 }
 
-template <bool kGroups, bool kFloat>
+template <bool kGroups, bool kFloat, bool kHeld>
 __global__ void __launch_bounds__(kThreads, 1)
     attend_kernel(const __grid_constant__ AttendCall call, const __grid_constant__ Divisors divide) {
   extern __shared__ __align__(16) uint8_t raw[];
@@ -417,6 +444,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   queries.store(call, shared, t);
   __syncthreads();
+  const bool two_parts = kFloat || call.cos;
+  const QueryFragments<kGroups, kHeld> fragments(shared, two_parts);
 
   const int rows_of[2] = {8 * warp + row_of_column(2 * quarter), 8 * warp + row_of_column(2 * quarter + 1)};
   const float factor = call.scale * kLog2e;
@@ -439,10 +468,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Scores, relative to nothing, in powers of 2: of heads g and g + 8, two rows each.
     float scores[2][2];
     {
-      float nope[4], rope[4] = {};
+      float nope[4], rope[4];
       const int row = 8 * warp + row_of_column(g);
       const uint16_t* factors = kGroups ? &shared.factor[buffer % (kGroups ? 2 : 1)][0][row] : nullptr;
-      score_rows(shared, shared.rows[stage] + row * kPitch, factors, kFloat || call.cos, nope, rope);
+      score_rows(fragments, shared.rows[stage] + row * kPitch, factors, two_parts, nope, rope);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const bool sees = seen >> (4 * (rows_of[k % 2] - 8 * warp)) & 1;

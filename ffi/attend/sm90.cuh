@@ -489,8 +489,8 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory<
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         const uint32_t wl = word_of(l, step), wh = word_of(h, step);
-        now[step][0] = ptx::halves_of_e4m3(wl), now[step][2] = ptx::halves_of_e4m3(wl >> 16);
-        now[step][1] = ptx::halves_of_e4m3(wh), now[step][3] = ptx::halves_of_e4m3(wh >> 16);
+        ptx::halves_of_e4m3(wl, &now[step][0], &now[step][2]);
+        ptx::halves_of_e4m3(wh, &now[step][1], &now[step][3]);
       }
       if constexpr (kGroups) {
         const uint32_t fl = shared.groups.factor[chunk][row] * 0x10001u,
@@ -564,9 +564,8 @@ __device__ __forceinline__ void score_rows(const AttendCall& call, SharedMemory<
 
 // Two rows' codes of four values -> halves (row a, row b) of each value.
 __device__ __forceinline__ void pair_rows(uint32_t a, uint32_t b, uint32_t (&out)[4]) {
-  const uint32_t first = __byte_perm(a, b, 0x5140), last = __byte_perm(a, b, 0x7362);
-  out[0] = ptx::halves_of_e4m3(first), out[1] = ptx::halves_of_e4m3(first >> 16);
-  out[2] = ptx::halves_of_e4m3(last), out[3] = ptx::halves_of_e4m3(last >> 16);
+  ptx::halves_of_e4m3(__byte_perm(a, b, 0x5140), &out[0], &out[1]);
+  ptx::halves_of_e4m3(__byte_perm(a, b, 0x7362), &out[2], &out[3]);
 }
 
 // The first of the two values that a thread has of a tile of 64: warpgroup 0 has values 0 to 255; warpgroup 1 256 to
@@ -655,10 +654,8 @@ __device__ __forceinline__ void add_values(SharedMemory<kGroups>& shared, int bl
               a[tile][2] = high[2 * tile], a[tile][3] = high[2 * tile + 1];
             }
           } else {
-            const uint32_t low = __byte_perm(words[0], words[1], 0x5140),
-                           high = __byte_perm(words[2], words[3], 0x5140);
-            a[0][0] = ptx::halves_of_e4m3(low), a[0][1] = ptx::halves_of_e4m3(low >> 16);
-            a[0][2] = ptx::halves_of_e4m3(high), a[0][3] = ptx::halves_of_e4m3(high >> 16);
+            ptx::halves_of_e4m3(__byte_perm(words[0], words[1], 0x5140), &a[0][0], &a[0][1]);
+            ptx::halves_of_e4m3(__byte_perm(words[2], words[3], 0x5140), &a[0][2], &a[0][3]);
             if constexpr (kGroups) {
 #pragma unroll
               for (int v = 0; v < 4; ++v) a[0][v] = ptx::multiply_halves(a[0][v], factors[v / 2]);

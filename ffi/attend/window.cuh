@@ -299,8 +299,8 @@ __device__ __forceinline__ void multiply_values(const SharedMemory& shared, cons
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       const uint32_t x = step % 2 ? l[step / 2].y : l[step / 2].x, y = step % 2 ? h[step / 2].y : h[step / 2].x;
-      a[step][0] = ptx::halves_of_e4m3(x), a[step][2] = ptx::halves_of_e4m3(x >> 16);
-      a[step][1] = ptx::halves_of_e4m3(y), a[step][3] = ptx::halves_of_e4m3(y >> 16);
+      ptx::halves_of_e4m3(x, &a[step][0], &a[step][2]);
+      ptx::halves_of_e4m3(y, &a[step][1], &a[step][3]);
     }
     if constexpr (kGroups) {
       const uint32_t fl = shared.behind(low).factor[4 * own.part + chunk] * 0x10001u;
@@ -439,16 +439,14 @@ __device__ __forceinline__ void add_values(const SharedMemory& shared, const Lan
   for (int step = 0; step < kRows / 16; ++step) {
     // a[tile][0]: value 0, rows 0 and 1; [1]: value 1; [2]: value 0, rows 2 and 3; [3]: value 1.
     uint32_t a[2][4];
-    const uint32_t low = __byte_perm(words[0], words[1], 0x5140), high = __byte_perm(words[2], words[3], 0x5140);
-    a[0][0] = ptx::halves_of_e4m3(low), a[0][1] = ptx::halves_of_e4m3(low >> 16);
-    a[0][2] = ptx::halves_of_e4m3(high), a[0][3] = ptx::halves_of_e4m3(high >> 16);
+    ptx::halves_of_e4m3(__byte_perm(words[0], words[1], 0x5140), &a[0][0], &a[0][1]);
+    ptx::halves_of_e4m3(__byte_perm(words[2], words[3], 0x5140), &a[0][2], &a[0][3]);
     if constexpr (kLast) {
       a[1][0] = __byte_perm(plain[0], plain[1], 0x5410), a[1][1] = __byte_perm(plain[0], plain[1], 0x7632);
       a[1][2] = __byte_perm(plain[2], plain[3], 0x5410), a[1][3] = __byte_perm(plain[2], plain[3], 0x7632);
     } else {
-      const uint32_t low = __byte_perm(words[0], words[1], 0x7362), high = __byte_perm(words[2], words[3], 0x7362);
-      a[1][0] = ptx::halves_of_e4m3(low), a[1][1] = ptx::halves_of_e4m3(low >> 16);
-      a[1][2] = ptx::halves_of_e4m3(high), a[1][3] = ptx::halves_of_e4m3(high >> 16);
+      ptx::halves_of_e4m3(__byte_perm(words[0], words[1], 0x7362), &a[1][0], &a[1][1]);
+      ptx::halves_of_e4m3(__byte_perm(words[2], words[3], 0x7362), &a[1][2], &a[1][3]);
     }
     if constexpr (kGroups) {
       const auto factor = [&](int r) -> uint32_t {

@@ -196,6 +196,12 @@ __device__ __forceinline__ uint32_t halves_of_e4m3(uint32_t codes) {
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(codes)));
   return halves;
 }
+// Four codes as two pairs: the upper two need no shift.
+__device__ __forceinline__ void halves_of_e4m3(uint32_t codes, uint32_t* low, uint32_t* high) {
+  asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
+      : "=r"(*low), "=r"(*high)
+      : "r"(codes));
+}
 __device__ __forceinline__ void floats_of_halves(uint32_t halves, float* low, float* high) {
   asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
       : "=f"(*low), "=f"(*high)

@@ -97,9 +97,9 @@ struct WeightTile {
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int w = 0; w < 2; ++w) {
-        const uint32_t word = q[h][2 * i + w];
-        a[4 * w + h] = ptx::multiply_halves(ptx::halves_of_e4m3(word), s[h]);
-        a[4 * w + 2 + h] = ptx::multiply_halves(ptx::halves_of_e4m3(word >> 16), s[h]);
+        uint32_t low, high;
+        ptx::halves_of_e4m3(q[h][2 * i + w], &low, &high);
+        a[4 * w + h] = ptx::multiply_halves(low, s[h]), a[4 * w + 2 + h] = ptx::multiply_halves(high, s[h]);
       }
     }
   }

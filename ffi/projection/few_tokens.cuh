@@ -139,10 +139,10 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
             for (int h = 0; h < 2; ++h) b[h] = a[(((block * 2 + j) * 2 + h) * 4 + c) * kPlaces + lane / 4];
           }
           const auto step16 = [&](float (&sum)[4], uint32_t upper, uint32_t lower, uint32_t b0, uint32_t b1) {
-            ptx::product_of_warp(sum,
-                                 {ptx::halves_of_e4m3(upper), ptx::halves_of_e4m3(lower),
-                                  ptx::halves_of_e4m3(upper >> 16), ptx::halves_of_e4m3(lower >> 16)},
-                                 b0, b1);
+            uint4 codes;
+            ptx::halves_of_e4m3(upper, &codes.x, &codes.z);
+            ptx::halves_of_e4m3(lower, &codes.y, &codes.w);
+            ptx::product_of_warp(sum, codes, b0, b1);
           };
           step16(d[0], q.x, r.x, b[0].x, b[0].y);
           step16(d[1], q.y, r.y, b[0].z, b[0].w);
