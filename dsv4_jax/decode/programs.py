@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import unwrap
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from ..cache.plan import StepPlan
 from ..cache.sharding import DATA, cache_specs, shard_devices
 from ..model.transformer import DSV4Model
 from .steps import (
+    COMPILER_OPTIONS,
     WITH_LOGITS,
     DecodeInputs,
     DecodeProgram,
@@ -160,7 +162,12 @@ class Spread(NamedTuple):
     specs: Specs
 
 
-@partial(jax.jit, static_argnames=("structure", "spread", "wanted"), donate_argnames="cache")
+@partial(
+    jax.jit,
+    static_argnames=("structure", "spread", "wanted"),
+    donate_argnames="cache",
+    compiler_options=COMPILER_OPTIONS,
+)
 def _prefill_over_mesh(
     structure: Structure,
     weights: list[Array],
@@ -175,7 +182,7 @@ def _prefill_over_mesh(
     caches = cache_specs(cache)
 
     def local(*operands: Any) -> tuple[list[Array], list[Array]]:
-        return prefill_step(structure, *operands, wanted=wanted)
+        return unwrap(prefill_step)(structure, *operands, wanted=wanted)
 
     inside = jax.shard_map(
         local,
@@ -187,7 +194,12 @@ def _prefill_over_mesh(
     return inside(weights, cache, plan, given)
 
 
-@partial(jax.jit, static_argnames=("structure", "spread", "program"), donate_argnames="cache")
+@partial(
+    jax.jit,
+    static_argnames=("structure", "spread", "program"),
+    donate_argnames="cache",
+    compiler_options=COMPILER_OPTIONS,
+)
 def _decode_over_mesh(
     structure: Structure,
     weights: list[Array],
@@ -202,7 +214,7 @@ def _decode_over_mesh(
     caches = cache_specs(cache)
 
     def local(*operands: Any) -> tuple[list[Array], list[Array], list[Array]]:
-        return decode_steps(structure, *operands, program=program)
+        return unwrap(decode_steps)(structure, *operands, program=program)
 
     inside = jax.shard_map(
         local,

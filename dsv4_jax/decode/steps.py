@@ -86,6 +86,9 @@ class Wanted(NamedTuple):
 
 TOKENS, WITH_LOGITS = Wanted(), Wanted(logits=True)
 
+COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+"""Of every program of steps: kernels of a CUDA graph that do not need each other's results run side by side."""
+
 
 class PrefillInputs(NamedTuple):
     """What a prefill step computes, of T tokens, and where it draws one, N times."""
@@ -119,7 +122,7 @@ def _choose(wanted: Wanted, state: Any, logits: Array, positions: Array, draws: 
     return Chosen(tokens, logits if wanted.logits else None, probs)
 
 
-@partial(jax.jit, static_argnames=("structure", "wanted"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("structure", "wanted"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
 def prefill_step(
     structure: Structure,
     weights: list[Array],
@@ -148,7 +151,7 @@ def prefill_step(
     return jax.tree.leaves(chosen), jax.tree.leaves(cache)
 
 
-@partial(jax.jit, static_argnames=("structure", "program"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("structure", "program"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
 def decode_steps(
     structure: Structure,
     weights: list[Array],
