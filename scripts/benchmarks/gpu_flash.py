@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from gpu_slice import copy_rate, filled_cache, profile_steps, timed
+from gpu_slice import CONCURRENT, copy_rate, filled_cache, profile_steps, timed
 from gpu_timing import fact, failed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -39,8 +39,8 @@ def sharded_cache(config: DSV4Config, mesh: Mesh, batch: int, context: int):
     return jax.jit(fill)
 
 
-def decode_program(model, mesh: Mesh, specs, requests: int, context: int):
-    """A jitted decode step: (weights, cache, tokens, at) -> (cache, tokens, at). Requests of all devices."""
+def decode_program(model, mesh: Mesh, specs, requests: int, context: int, steps: int):
+    """Jitted decode steps: (weights, cache, tokens, at) -> (cache, tokens, at). Requests of all devices."""
     graphdef, _ = nnx.split(model)
     block = model.config.block_size
 
@@ -48,10 +48,15 @@ def decode_program(model, mesh: Mesh, specs, requests: int, context: int):
         model, here = nnx.merge(graphdef, state), tokens.shape[0]
         slots = jnp.arange(here, dtype=jnp.int32)
         number = jax.lax.axis_index("data") * here + slots
-        # Requests differ in where they stand in a window of the compressors.
-        plan = StepPlan(jnp.where(number < requests, slots, -1), context - 1 + (at + 37 * number) % block)
-        logits, cache = model(tokens, cache, plan)
-        return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32), at + 1
+
+        def step(carry, _):
+            cache, tokens, at = carry
+            # Requests differ in where they stand in a window of the compressors.
+            plan = StepPlan(jnp.where(number < requests, slots, -1), context - 1 + (at + 37 * number) % block)
+            logits, cache = model(tokens, cache, plan)
+            return (cache, jnp.argmax(logits, axis=-1).astype(jnp.int32), at + 1), None
+
+        return jax.lax.scan(step, (cache, tokens, at), length=steps)[0]
 
     caches = cache_specs(jax.eval_shape(lambda: filled_cache(model.config, -(-requests // mesh.size), context)))
     inside = jax.shard_map(
@@ -65,9 +70,9 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def decode(model, mesh: Mesh, compiled, requests: int, context: int, profile: bool) -> None:
+def decode(model, mesh: Mesh, compiled, requests: int, context: int, steps: int, profile: bool) -> None:
     """Prints the time of a step."""
-    name = f"flash on {mesh.size} devices, batch {requests}, context {context}"
+    name = f"flash on {mesh.size} devices, batch {requests}, context {context}, {steps} steps in a call"
     here = -(-requests // mesh.size)
     tokens = jnp.arange(mesh.size * here, dtype=jnp.int32) * 991 % model.config.vocab_size
     cache = sharded_cache(model.config, mesh, here, context)()
@@ -75,14 +80,15 @@ def decode(model, mesh: Mesh, compiled, requests: int, context: int, profile: bo
     carry = cache, tokens, jax.device_put(jnp.int32(0), NamedSharding(mesh, WHOLE))
     del cache
     state = nnx.split(model)[1]
-    carry, took = timed(compiled, state, carry)
+    carry, took = timed(compiled, state, carry, max(1, 16 // steps))
+    took /= steps
     fact(f"{name}: a step", took, "us")
     fact(f"{name}: tokens", requests / took * 1e6, "a second")
     fact(f"{name}: temporaries", compiled.memory_analysis().temp_size_in_bytes / 1e6, "MB")
     stats = jax.local_devices()[0].memory_stats() or {}
     fact(f"{name}: most bytes on a device so far", stats.get("peak_bytes_in_use", 0) / 1e9, "GB")
     if profile:
-        profile_steps(compiled, state, carry, mesh.size, took)
+        profile_steps(compiled, state, carry, mesh.size * steps, took)
 
 
 def serve(model, mesh: Mesh, options: argparse.Namespace) -> None:
@@ -107,6 +113,7 @@ def serve(model, mesh: Mesh, options: argparse.Namespace) -> None:
         return time.perf_counter() - start
 
     fact("flash, loop: compiling, with a request a device", run(mesh.size, 40), "s")
+    fact(f"flash, loop: a prompt of {prompt} tokens on each device and one new token", run(mesh.size, 1), "s")
     for requests in options.concurrency:
         took = run(requests, new)
         name = f"flash, loop: {requests} prompts of {prompt} and {new} new tokens"
@@ -147,8 +154,8 @@ def run(options: argparse.Namespace) -> None:
         cache = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), cache, places)
         tokens = jax.ShapeDtypeStruct((mesh.size * here,), jnp.int32, sharding=NamedSharding(mesh, OWN))
         at = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, WHOLE))
-        call = decode_program(model, mesh, specs, requests, context)
-        result = call.lower(abstract(state), cache, tokens, at).compile()
+        call = decode_program(model, mesh, specs, requests, context, options.flash_steps)
+        result = call.lower(abstract(state), cache, tokens, at).compile(CONCURRENT if options.concurrent else None)
         return result, time.perf_counter() - start
 
     wanted = [(batch, context) for context in options.contexts for batch in options.flash_batches]
@@ -158,10 +165,13 @@ def run(options: argparse.Namespace) -> None:
         try:
             result, took = future.result()
             fact(f"flash, batch {batch}, context {context}: tracing and compiling, all side by side", took, "s")
-            decode(model, mesh, result, batch, context, options.profile and context == options.contexts[0])
+            profile = options.profile and context == options.contexts[0]
+            decode(model, mesh, result, batch, context, options.flash_steps, profile)
         except Exception as error:
             failed(f"flash, batch {batch}, context {context}", error)
     del programs
+    if not options.concurrency:
+        return
     try:
         serve(model, mesh, options)
     except Exception as error:
@@ -172,7 +182,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of this part alone."""
     whole = {"type": int, "nargs": "+"}
     parser.add_argument("--flash-batches", **whole, default=[1, 16, 64, 128], help="flash: requests of a step")
-    parser.add_argument("--concurrency", **whole, default=[16, 64], help="flash: prompts of a run of the loop")
+    parser.add_argument("--flash-steps", type=int, default=16, help="flash: decode steps in a call")
+    parser.add_argument(
+        "--concurrency", type=int, nargs="*", default=[16, 64], help="flash: prompts of a run of the loop"
+    )
     parser.add_argument("--new-tokens", type=int, default=1024, help="flash: of each prompt")
     parser.add_argument("--chunk", type=int, default=2048, help="flash: tokens of a prefill step")
     parser.add_argument("--small", action="store_true", help="flash: narrow layers, to try it anywhere")

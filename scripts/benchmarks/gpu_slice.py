@@ -219,23 +219,24 @@ def report_kernels(folder: str, text: str, steps: int, took: float) -> None:
         if "/device:GPU" in plane.name:
             for line in plane.lines:
                 if line.name.startswith("Stream"):
-                    events.extend((e.start_ns, e.duration_ns, e.name, dict(e.stats)) for e in line.events)
+                    events.extend((e.start_ns, e.duration_ns, e.name, dict(e.stats), plane.name) for e in line.events)
     if not events:
         print("profile: no kernels were recorded", flush=True)
         return
     events.sort(key=lambda e: e[0])
     kernels, groups = collections.Counter(), collections.Counter()
     count: collections.Counter = collections.Counter()
-    end = events[0][0]
-    for start, duration, name, stats in events:
-        busy = max(0.0, start + duration - max(end, start))  # of kernels that overlap the later has what is left
-        end = max(end, start + duration)
+    ends: dict[str, float] = {}
+    for start, duration, name, stats, device in events:
+        end = max(ends.get(device, start), start)
+        busy = max(0.0, start + duration - end)  # of kernels of a device that overlap the later has what is left
+        ends[device] = max(end, start + duration)
         operation = str(stats.get("hlo_op", ""))
         path = paths.get(operation, "") or next(
             (p for n, p in paths.items() if n.replace(".", "_").replace("-", "_") == name), ""
         )
         plain = re.sub(r"<.*|[(].*", "", name.replace("(anonymous namespace)::", "").removeprefix("void "))
-        group = group_of(path) if path else "other"
+        group = "collectives" if name.startswith("nccl") else group_of(path) if path else "other"
         if group == "other":
             group = next((found for pattern, found in KERNELS.items() if re.search(pattern, plain)), group)
         short = f"{group:17} {plain[:44]:44} {'/'.join(path.split('/')[-3:])[:60]}"
@@ -293,7 +294,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=4096, help="slice: tokens of a request before the step")
     parser.add_argument("--steps", type=numbers, default=[1, 16], help="slice: steps in a call")
     parser.add_argument("--profile", action="store_true", help="slice: where a step's time goes, by kernel")
-    parser.add_argument("--concurrent", action="store_true", help="slice: XLA's CUDA graphs have branches")
+    parser.add_argument("--concurrent", action="store_true", help="slice, flash: XLA's CUDA graphs have branches")
 
 
 if __name__ == "__main__":
