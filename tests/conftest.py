@@ -20,6 +20,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=30, database=None)
 hypothesis.settings.load_profile("repeatable")
 
+# Tracing makes a great many objects and few cycles: looking for these as often as Python does takes time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
+
 # Most of what the tests cost on CPUs is compiling, half of it LLVM's optimising: XLA's own passes, and with them what a
 # compiled step copies and updates in place, are the same without. So modules go without, and the processes that they
 # start, but those marked `optimised`, which compare bits or small differences of what compiled code computes.

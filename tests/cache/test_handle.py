@@ -176,7 +176,12 @@ def test_a_layer_takes_what_belongs_to_it(make, rng, weights):
         manager.acquire(CSA, [slot] * 2, [0, 1]).write_layer(window, compressor, indexer)
 
 
-def reference_entries(kv, gate, weights, ratio, overlap, eps=1e-6):
+@jax.jit
+def normed_and_rotated_entries(pooled, norm, inv_freq, first):
+    return apply_rope(rms_norm(pooled, norm, eps=1e-6), *rope_angles(first, inv_freq))
+
+
+def reference_entries(kv, gate, weights, ratio, overlap):
     """Entries of one request by the rule itself, in float64 per channel: kv, gate (n, lanes * d)."""
     kv, gate, ape = (np.asarray(x, np.float64) for x in (kv, gate, weights.ape))
     z = gate + ape[np.arange(len(kv)) % ratio]
@@ -195,9 +200,9 @@ def reference_entries(kv, gate, weights, ratio, overlap, eps=1e-6):
             k, s = kv[own], z[own]
         p = np.exp(s - s.max(axis=0))
         entries.append((p * k).sum(axis=0) / p.sum(axis=0))
-    pooled = rms_norm(jnp.asarray(np.stack(entries), jnp.float32), weights.norm, eps=eps)
-    first = jnp.arange(len(entries), dtype=jnp.int32) * ratio
-    return np.asarray(apply_rope(pooled, *rope_angles(first, weights.inv_freq)))
+    first = np.arange(len(entries), dtype=np.int32) * ratio
+    pooled = np.stack(entries).astype(np.float32)
+    return np.asarray(normed_and_rotated_entries(pooled, weights.norm, weights.inv_freq, first))
 
 
 @pytest.mark.parametrize(("layer", "ratio", "lanes"), [(CSA, 4, 2), (HCA, 128, 1)], ids=["csa", "hca"])

@@ -8,8 +8,6 @@ from stepper import Stepper
 
 import dsv4_jax
 
-pytestmark = pytest.mark.optimised
-
 SHARP = Path(__file__).parents[1] / "data" / "sharp_dsv4"
 LENGTH = 270  # past two ring wraps and two HCA windows
 TOLERANCE = {"rtol": 0, "atol": 1e-4}  # of rounding alone; 6e-5 was seen where XLA may use no more than SSE4.2
@@ -17,7 +15,8 @@ TOLERANCE = {"rtol": 0, "atol": 1e-4}  # of rounding alone; 6e-5 was seen where 
 
 @pytest.fixture(scope="module")
 def model():
-    return dsv4_jax.from_pretrained(SHARP)
+    """Of a layer of each kind, and a second one that attends to compressed entries of its own."""
+    return dsv4_jax.from_pretrained(SHARP, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4))
 
 
 @pytest.fixture(scope="module")

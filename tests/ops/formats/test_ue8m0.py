@@ -10,11 +10,13 @@ from dsv4_jax.ops.formats.ue8m0 import dequantise_ue8m0, quantise_ue8m0, scale_b
 
 pytestmark = pytest.mark.optimised
 
+quantise, dequantise = jax.jit(quantise_ue8m0), jax.jit(dequantise_ue8m0)
+
 
 @pytest.mark.parametrize("magnitude", [1e-7, 1e-4, 1e-2, 1.0, 448.0, 1e5, 1e30])
 def test_bits(magnitude, rng):
     x = (rng.normal(size=(50, 448)) * magnitude).astype(np.float32)
-    codes, scales = jax.jit(quantise_ue8m0)(jnp.asarray(x))
+    codes, scales = quantise(jnp.asarray(x))
     assert scales.shape == (50, 8)
     assert not scales[:, 7].any()
     groups = x.reshape(50, 7, 64)
@@ -25,7 +27,7 @@ def test_bits(magnitude, rng):
     expected = scaled.astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
     np.testing.assert_array_equal(codes, expected.view(np.uint8))
     back = expected.astype(np.float64).reshape(groups.shape) * 2.0 ** exponent[..., None]
-    np.testing.assert_array_equal(dequantise_ue8m0(codes, scales), back.reshape(50, 448).astype(np.float32))
+    np.testing.assert_array_equal(dequantise(codes, scales), back.reshape(50, 448).astype(np.float32))
 
 
 @pytest.mark.parametrize("exponent", range(-21, 40))
@@ -42,7 +44,7 @@ def test_edges_of_a_scale(exponent):
 def test_non_finite_input_reads_back_as_nan(bad):
     x = np.full((1, 448), 448.0, np.float32)
     x[0, 70] = bad
-    back = np.asarray(dequantise_ue8m0(*quantise_ue8m0(jnp.asarray(x))))[0].reshape(7, 64)
+    back = np.asarray(dequantise(*quantise(jnp.asarray(x))))[0].reshape(7, 64)
     assert np.isnan(back[1]).all()
     np.testing.assert_array_equal(np.delete(back, 1, axis=0), 448.0)
 
@@ -53,7 +55,7 @@ def test_no_nan_is_lost_among_many_rows(bits, rng):
     x = rng.normal(size=(12, 448)).astype(np.float32)
     at = np.arange(7) * 64 + np.arange(7) * 9
     x.view(np.uint32)[1, at] = bits
-    _, scales = jax.jit(quantise_ue8m0)(jnp.asarray(x))
+    _, scales = quantise(jnp.asarray(x))
     assert scales[1].tolist() == [0xFF] * 7 + [0]
     assert np.count_nonzero(np.asarray(scales) == 0xFF) == 7
 

@@ -470,10 +470,11 @@ def test_without_a_usable_library_everything_runs_in_jax_numpy_and_it_is_said_on
     monkeypatch.setenv(dispatch.LIBRARY_DIR_VARIABLE, str(tmp_path))
     monkeypatch.setattr(dispatch, "available", functools.cache(dispatch.available.__wrapped__))
     kv, slots, positions = normal(rng, 5, 48), np.zeros(5, np.int32), np.arange(5, dtype=np.int32)
+    fresh = jax.jit(lambda *arguments: append_swa(*arguments))  # traced with this library, not with an earlier one
     with caplog.at_level(logging.WARNING):
         for dtype in ("uint8", "bfloat16"):
             ring = new_ring(2, 16, nope=40, rope=8, dtype=dtype)
-            got = append_swa(jax.tree.map(jnp.asarray, ring), jnp.asarray(kv), slots, positions)
+            got = fresh(jax.tree.map(jnp.asarray, ring), jnp.asarray(kv), slots, positions)
             assert_same_bits(got, expected_ring(ring, kv, slots, positions))
     said = [record.message for record in caplog.records if "runs in plain jax.numpy" in record.message]
     assert len(said) == 1
