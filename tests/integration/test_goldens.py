@@ -9,6 +9,8 @@ from stepper import Stepper
 import dsv4_jax
 from dsv4_jax.model.files.released_form import quantise_checkpoint
 
+pytestmark = pytest.mark.optimised
+
 DATA = Path(__file__).parents[1] / "data"
 TINY = Path(dsv4_jax.__file__).parent / "data" / "tiny_dsv4"
 
