@@ -1,7 +1,8 @@
 """A whole V4-Flash over all GPUs: decode steps, and a loop that serves long prompts. Random weights as released.
 
-Every device has its share of the requests, of the experts, and a copy of all other weights. The batch is that of all
-devices together; a device without a request runs padding. Contents of the caches as in `gpu_slice`.
+Every device has its share of the requests, of the experts, and a copy of all other weights; with --model-devices so
+many have the same requests and divide the weights of heads. The batch is that of all devices together; a device
+without a request runs padding. Contents of the caches as in `gpu_slice`.
 """
 
 import argparse
@@ -58,7 +59,9 @@ def decode_program(model, mesh: Mesh, specs, requests: int, context: int, steps:
 
         return jax.lax.scan(step, (cache, tokens, at), length=steps)[0]
 
-    caches = cache_specs(jax.eval_shape(lambda: filled_cache(model.config, -(-requests // mesh.size), context)))
+    caches = cache_specs(
+        jax.eval_shape(lambda: filled_cache(model.config, -(-requests // mesh.shape["data"]), context))
+    )
     inside = jax.shard_map(
         local, mesh=mesh, in_specs=(specs, caches, OWN, WHOLE), out_specs=(caches, OWN, WHOLE), check_vma=False
     )
@@ -73,8 +76,9 @@ def abstract(tree):
 def decode(model, mesh: Mesh, compiled, requests: int, context: int, steps: int, profile: bool) -> None:
     """Prints the time of a step."""
     name = f"flash on {mesh.size} devices, batch {requests}, context {context}, {steps} steps in a call"
-    here = -(-requests // mesh.size)
-    tokens = jnp.arange(mesh.size * here, dtype=jnp.int32) * 991 % model.config.vocab_size
+    shards = mesh.shape["data"]
+    here = -(-requests // shards)
+    tokens = jnp.arange(shards * here, dtype=jnp.int32) * 991 % model.config.vocab_size
     cache = sharded_cache(model.config, mesh, here, context)()
     tokens = jax.device_put(tokens, NamedSharding(mesh, OWN))
     carry = cache, tokens, jax.device_put(jnp.int32(0), NamedSharding(mesh, WHOLE))
@@ -93,8 +97,8 @@ def decode(model, mesh: Mesh, compiled, requests: int, context: int, steps: int,
 
 def serve(model, mesh: Mesh, options: argparse.Namespace) -> None:
     """Prints what a loop serves: random prompts, all submitted at once."""
-    config, prompt, new = model.config, options.prompt, options.new_tokens
-    slots = -(-max(options.concurrency) // mesh.size)
+    config, prompt, new, shards = model.config, options.prompt, options.new_tokens, mesh.shape["data"]
+    slots = -(-max(options.concurrency) // shards)
     manager = ShardedKVCacheManager.over(
         mesh,
         lambda: KVCacheManager.create(
@@ -112,8 +116,8 @@ def serve(model, mesh: Mesh, options: argparse.Namespace) -> None:
         assert tokens == requests * new, (tokens, requests, new)
         return time.perf_counter() - start
 
-    fact("flash, loop: compiling, with a request a device", run(mesh.size, 40), "s")
-    fact(f"flash, loop: a prompt of {prompt} tokens on each device and one new token", run(mesh.size, 1), "s")
+    fact("flash, loop: compiling, with a request a shard", run(shards, 40), "s")
+    fact(f"flash, loop: a prompt of {prompt} tokens on each shard and one new token", run(shards, 1), "s")
     for requests in options.concurrency:
         took = run(requests, new)
         name = f"flash, loop: {requests} prompts of {prompt} and {new} new tokens"
@@ -136,7 +140,7 @@ def run(options: argparse.Namespace) -> None:
             vocab_size=1024,
             max_position_embeddings=4096,
         )
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+    mesh = Mesh(np.array(jax.devices()).reshape(-1, options.model_devices), ("data", "model"))
     start = time.perf_counter()
     model = random_model(config, mesh=mesh)
     state = jax.block_until_ready(nnx.split(model)[1])
@@ -147,12 +151,13 @@ def run(options: argparse.Namespace) -> None:
     specs = jax.tree.map(lambda x: x.sharding.spec, state)
 
     def compiled(requests: int, context: int):
-        here = -(-requests // mesh.size)
+        shards = mesh.shape["data"]
+        here = -(-requests // shards)
         start = time.perf_counter()
         cache = jax.eval_shape(sharded_cache(config, mesh, here, context))
         places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(cache))
         cache = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), cache, places)
-        tokens = jax.ShapeDtypeStruct((mesh.size * here,), jnp.int32, sharding=NamedSharding(mesh, OWN))
+        tokens = jax.ShapeDtypeStruct((shards * here,), jnp.int32, sharding=NamedSharding(mesh, OWN))
         at = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, WHOLE))
         call = decode_program(model, mesh, specs, requests, context, options.flash_steps)
         result = call.lower(abstract(state), cache, tokens, at).compile(CONCURRENT if options.concurrent else None)
@@ -182,6 +187,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of this part alone."""
     whole = {"type": int, "nargs": "+"}
     parser.add_argument("--flash-batches", **whole, default=[1, 16, 64, 128], help="flash: requests of a step")
+    parser.add_argument("--model-devices", type=int, default=1, help="flash: devices that divide a request's heads")
     parser.add_argument("--flash-steps", type=int, default=16, help="flash: decode steps in a call")
     parser.add_argument(
         "--concurrency", type=int, nargs="*", default=[16, 64], help="flash: prompts of a run of the loop"
