@@ -9,10 +9,10 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from forms import form_of_operation
 from safetensors_bytes import file_bytes, safetensors_bytes
 
 from dsv4_jax import cli
-from dsv4_jax.ops import dispatch
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -87,10 +87,7 @@ def pytest_terminal_summary(terminalreporter):
 )
 def implementation(request):
     """Every form of an operation by name, with a device of its platform as the default."""
-    name, platform = request.param
-    if name in ("cpu", "cuda") and name not in dispatch.available():
-        pytest.skip(f"no native library for {name}")
-    with jax.default_device(jax.devices(platform)[0]):
+    with form_of_operation(*request.param) as name:
         yield name
 
 

@@ -16,7 +16,6 @@ from ..cache.plan import StepPlan
 from ..cache.sharding import DATA, cache_specs, shard_devices
 from ..model.transformer import DSV4Model
 from .steps import (
-    COMPILER_OPTIONS,
     WITH_LOGITS,
     DecodeInputs,
     DecodeProgram,
@@ -42,8 +41,12 @@ PROCESS_TIMEOUT_S = 300.0
 _END = "expected every process to go on stepping until all have finished; end them all and start again"
 
 
+COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+"""Of a loop's programs: kernels of a CUDA graph that do not need each other's results run side by side."""
+
+
 class OneDevice:
-    """The steps of `steps.py` as they are."""
+    """The steps of `steps.py`, as programs of their own."""
 
     def __init__(self, model: DSV4Model):
         self.structure, self.weights = split_model(model)
@@ -51,7 +54,7 @@ class OneDevice:
 
     def over(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """A step of `steps.py` as it runs here."""
-        return step
+        return _here.get(step, step)
 
     def put(self, tree: Any) -> Any:
         """Host arrays of a call that stay on the device for the next; others go as they are."""
@@ -155,6 +158,15 @@ def _largest(wishes: Array, *, mesh: Mesh) -> Array:
     )(wishes)
 
 
+# `jax.jit` refuses options in what another program calls, so the steps themselves have none.
+_here: dict[Callable[..., Any], Callable[..., Any]] = {
+    step: jax.jit(
+        unwrap(step), static_argnames=("structure", own), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
+    )
+    for step, own in ((prefill_step, "wanted"), (decode_steps, "program"))
+}
+
+
 class Spread(NamedTuple):
     """Where the weights of a model lie."""
 
@@ -182,7 +194,7 @@ def _prefill_over_mesh(
     caches = cache_specs(cache)
 
     def local(*operands: Any) -> tuple[list[Array], list[Array]]:
-        return unwrap(prefill_step)(structure, *operands, wanted=wanted)
+        return prefill_step(structure, *operands, wanted=wanted)
 
     inside = jax.shard_map(
         local,
@@ -214,7 +226,7 @@ def _decode_over_mesh(
     caches = cache_specs(cache)
 
     def local(*operands: Any) -> tuple[list[Array], list[Array], list[Array]]:
-        return unwrap(decode_steps)(structure, *operands, program=program)
+        return decode_steps(structure, *operands, program=program)
 
     inside = jax.shard_map(
         local,

@@ -86,9 +86,6 @@ class Wanted(NamedTuple):
 
 TOKENS, WITH_LOGITS = Wanted(), Wanted(logits=True)
 
-COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-"""Of every program of steps: kernels of a CUDA graph that do not need each other's results run side by side."""
-
 
 class PrefillInputs(NamedTuple):
     """What a prefill step computes, of T tokens, and where it draws one, N times."""
@@ -122,7 +119,7 @@ def _choose(wanted: Wanted, state: Any, logits: Array, positions: Array, draws: 
     return Chosen(tokens, logits if wanted.logits else None, probs)
 
 
-@partial(jax.jit, static_argnames=("structure", "wanted"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
+@partial(jax.jit, static_argnames=("structure", "wanted"), donate_argnames="cache")
 def prefill_step(
     structure: Structure,
     weights: list[Array],
@@ -151,7 +148,7 @@ def prefill_step(
     return jax.tree.leaves(chosen), jax.tree.leaves(cache)
 
 
-@partial(jax.jit, static_argnames=("structure", "program"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
+@partial(jax.jit, static_argnames=("structure", "program"), donate_argnames="cache")
 def decode_steps(
     structure: Structure,
     weights: list[Array],

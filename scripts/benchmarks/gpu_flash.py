@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from gpu_slice import CONCURRENT, copy_rate, filled_cache, profile_steps, timed
+from gpu_slice import copy_rate, filled_cache, profile_steps, timed
 from gpu_timing import fact, failed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -21,6 +21,7 @@ from dsv4_jax import DecodeLoop, DSV4Config, KVCacheManager, ShardedKVCacheManag
 from dsv4_jax.cache.kv_cache import KVCache
 from dsv4_jax.cache.plan import StepPlan
 from dsv4_jax.cache.sharding import cache_specs
+from dsv4_jax.decode.programs import COMPILER_OPTIONS
 from dsv4_jax.model.random_weights import random_model
 
 Array = jax.Array
@@ -160,7 +161,9 @@ def run(options: argparse.Namespace) -> None:
         tokens = jax.ShapeDtypeStruct((shards * here,), jnp.int32, sharding=NamedSharding(mesh, OWN))
         at = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, WHOLE))
         call = decode_program(model, mesh, specs, requests, context, options.flash_steps)
-        result = call.lower(abstract(state), cache, tokens, at).compile(CONCURRENT if options.concurrent else None)
+        result = call.lower(abstract(state), cache, tokens, at).compile(
+            COMPILER_OPTIONS if options.concurrent else None
+        )
         return result, time.perf_counter() - start
 
     wanted = [(batch, context) for context in options.contexts for batch in options.flash_batches]

@@ -23,13 +23,12 @@ from dsv4_jax import DSV4Config, build_schedule
 from dsv4_jax.cache.kv_cache import KVCache
 from dsv4_jax.cache.plan import StepPlan
 from dsv4_jax.cache.schema import build_schema
+from dsv4_jax.decode.programs import COMPILER_OPTIONS
 from dsv4_jax.model.layer_schedule import RouterMode
 from dsv4_jax.model.random_weights import random_model
 
 Array = jax.Array
 GOALS = {1: 0.8, 64: 4.0}  # milliseconds
-# What does not need the other's result may run beside it, as far as XLA knows: a tenth of a step of few tokens.
-CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 # By the innermost of these names in the path of an operation.
 GROUPS = {
     "norm": "norms", "streams": "residual streams", "router": "router", "projection": "projections",
@@ -160,7 +159,7 @@ def measure(
     lowered = call.lower(state, *carry)
     fact(f"{name}: trace and lower", time.perf_counter() - start, "s")
     start = time.perf_counter()
-    compiled = lowered.compile(compiler_options=CONCURRENT if concurrent else None)
+    compiled = lowered.compile(compiler_options=COMPILER_OPTIONS if concurrent else None)
     fact(f"{name}: compile", time.perf_counter() - start, "s")
     memory = compiled.memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves(state))

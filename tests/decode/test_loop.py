@@ -1,11 +1,12 @@
 """Continuous batching: whatever joins, leaves, waits or is preempted, a request gets the tokens it gets alone."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
-from loops import ENOUGH, TIGHT, ask, assert_idle, make_loop, run
+from loops import ENOUGH, TIGHT, ask, assert_idle, make_loop, programs_compiled, run
 
 import dsv4_jax.decode
 from dsv4_jax.decode import decode_steps, prefill_step
@@ -24,7 +25,8 @@ ASKS = [
 def test_requests_join_and_leave_without_recompiling(model, alone):
     expected = [alone(request) for request in ASKS]
     assert [len(t) for t in expected] == [request.new for request in ASKS]
-    compiled = prefill_step._cache_size(), decode_steps._cache_size()
+    compiled = programs_compiled(model)
+    assert min(compiled) > 0
     for late in ((0, 0, 1, 2, 2, 7), (0, 1, 2, 9, 10, 11)):
         loop = make_loop(model)
         tokens, number, call = {}, {}, 0
@@ -38,7 +40,7 @@ def test_requests_join_and_leave_without_recompiling(model, alone):
             call += 1
         assert [tokens[number[i]] for i in range(len(ASKS))] == expected
         assert_idle(loop)
-    assert (prefill_step._cache_size(), decode_steps._cache_size()) == compiled
+    assert programs_compiled(model) == compiled
 
 
 def test_the_program_compiled_ahead_is_that_of_the_call(model, monkeypatch):
@@ -49,7 +51,7 @@ def test_the_program_compiled_ahead_is_that_of_the_call(model, monkeypatch):
     dispatch = loop._dispatch
 
     def spy(step, *operands):
-        if step.func is decode_steps:
+        if step.func is loop._programs.over(decode_steps):
             used.append((step, operands))
         dispatch(step, *operands)
 
@@ -65,6 +67,30 @@ def test_the_program_compiled_ahead_is_that_of_the_call(model, monkeypatch):
         return step.keywords, jax.tree.map(lambda x: (x.shape, x.dtype), operands)
 
     assert form(asked[0]) == form(used[0])
+
+
+def test_a_step_may_be_a_part_of_another_program(model, monkeypatch):
+    """JAX refuses there what has compiler options, as the loop's own programs have."""
+    loop, used = make_loop(model), {}
+    programs, dispatch = loop._programs, loop._dispatch
+
+    def spy(step, *operands):
+        used[step.func] = step.keywords, operands
+        dispatch(step, *operands)
+
+    monkeypatch.setattr(loop, "_dispatch", spy)
+    ASKS[1].submit(loop)
+    while loop.unfinished:
+        loop.step()
+    for step in (prefill_step, decode_steps):
+        keywords, operands = used[programs.over(step)]
+        expected = jax.eval_shape(
+            partial(step, programs.structure, **keywords), programs.weights, loop.manager.cache, *operands
+        )
+        lowered = jax.jit(partial(step, programs.structure, **keywords)).lower(
+            programs.weights, loop.manager.cache, *operands
+        )
+        assert [x.shape for x in jax.tree.leaves(lowered.out_info)] == [x.shape for x in jax.tree.leaves(expected)]
 
 
 def test_prompts_are_read_beside_decode(model, alone):

@@ -5,7 +5,8 @@ import dataclasses
 from small_model import SMALL
 
 from dsv4_jax import KVCacheManager, build_schedule
-from dsv4_jax.decode import DecodeLoop
+from dsv4_jax.decode import DecodeLoop, decode_steps, prefill_step
+from dsv4_jax.decode.programs import OneDevice
 
 # Every request below ends at more than 48 and at most 72 tokens: readers look at 6 blocks, one program of each kind.
 ENOUGH, TIGHT = 24, 6
@@ -25,6 +26,11 @@ class Ask:
 
 def ask(length, limit, start=1, **options):
     return Ask(tuple((start + 7 * i + i * i) % 64 for i in range(length)), limit - length, tuple(options.items()))
+
+
+def programs_compiled(model):
+    """How many programs of prompts' steps there are in this process, and of decode steps."""
+    return tuple(OneDevice(model).over(step)._cache_size() for step in (prefill_step, decode_steps))
 
 
 def make_loop(model, blocks=ENOUGH, slots=3, cache_dtype="fp32", max_rollback=0, prefix=None, **options):

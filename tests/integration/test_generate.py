@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from loops import programs_compiled
 
 import dsv4_jax
-from dsv4_jax import decode
 from dsv4_jax.model.transformer import DSV4Model
 
 SHARP = Path(__file__).parents[1] / "data" / "sharp_dsv4"
@@ -66,10 +66,11 @@ def test_sampling_follows_from_the_seed(model):
 def test_compiled_once(model, monkeypatch):
     """Calls of similar sizes, whatever the prompts and their lengths, share the compiled programs."""
     dsv4_jax.generate(model, PROMPTS, 20)
-    before = decode.prefill_step._cache_size(), decode.decode_steps._cache_size()
+    before = programs_compiled(model)
+    assert min(before) > 0
     dsv4_jax.generate(model, [p[::-1] for p in PROMPTS], 30)
     dsv4_jax.generate(model, [[1], [2, 3], list(range(40))], 18)
-    assert (decode.prefill_step._cache_size(), decode.decode_steps._cache_size()) == before
+    assert programs_compiled(model) == before
 
 
 def test_bfloat16_model(model):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from forms import form_of_operation
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,10 +39,7 @@ IMPLEMENTATIONS = [
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request):
-    name, platform = request.param
-    if name in ("cpu", "cuda") and name not in dispatch.available():
-        pytest.skip(f"no native library for {name}")
-    with jax.default_device(jax.devices(platform)[0]):
+    with form_of_operation(*request.param) as name:
         yield name
 
 

@@ -25,6 +25,7 @@ from compress_cases import (
     new_step,
     new_weights,
 )
+from forms import form_of_operation
 
 from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.formats.fp4 import dequantise_fp4
@@ -55,10 +56,7 @@ LONG_STEPS = [(1, 127, 130, 0), (1, 1, 1, 1), (280, 2, 0, 126), (1, 0, 5, 1), (1
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request):
-    name, platform = request.param
-    if name in ("cpu", "cuda") and name not in dispatch.available():
-        pytest.skip(f"no native library for {name}")
-    with jax.default_device(jax.devices(platform)[0]):
+    with form_of_operation(*request.param) as name:
         yield name
 
 
