@@ -282,6 +282,18 @@ __device__ __forceinline__ uint64_t piece_descriptor(uint32_t address, uint32_t 
          static_cast<uint64_t>(128 >> 4) << 32;
 }
 
+// Descriptors of such tiles that all threads of a warp ask for, a constant number of bytes from the first: so written,
+// they are computed once a warp.
+template <int kAcross>
+struct PieceDescriptors {
+  uint32_t first;
+  __device__ __forceinline__ explicit PieceDescriptors(uint32_t address)
+      : first(__shfl_sync(0xFFFFFFFFu, static_cast<uint32_t>(piece_descriptor(address, kAcross)), 0)) {}
+  __device__ __forceinline__ uint64_t at(int bytes) const {
+    return (piece_descriptor(0, kAcross) >> 32 << 32) | (first + (bytes >> 4));
+  }
+};
+
 #define DSV4_PRODUCT(name, types)                                                                                     \
   template <int kTransposed>                                                                                          \
   __device__ __forceinline__ void name(float (&d)[32], const uint32_t* a, uint64_t b, bool accumulate = true) {       \

@@ -1,6 +1,6 @@
-// Activations as sums of two E4M3 values: v = high + low / 16, exactly for bfloat16 within 2^14 of a row's largest
-// value, to 2^-10 for halves. Weights are E4M3 already, or nearly (E2M1), and meet them on the tensor cores without a
-// rounding.
+// Activations as sums of two E4M3 values: v = high + low, exactly for bfloat16 within 2^9 of a row's largest value, to
+// 2^-17 of that value below, and to 2^-10 for halves. Weights are E4M3 already, or nearly (E2M1), and meet them on the
+// tensor cores without a rounding.
 #ifndef DSV4_CUDA_SPLIT_E4M3_CUH_
 #define DSV4_CUDA_SPLIT_E4M3_CUH_
 
@@ -12,8 +12,6 @@
 #include "cuda/ptx.cuh"
 
 namespace dsv4 {
-
-constexpr float kLow = 1.0f / 16;
 
 __device__ __forceinline__ float2 floats_of(uint32_t pair, __nv_bfloat16) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
@@ -38,8 +36,7 @@ __device__ __forceinline__ float2 floats_of_e4m3(uint32_t codes) {
 __device__ __forceinline__ uint2 split_four(float a, float b, float c, float d) {
   const uint32_t first = ptx::e4m3_pair(a, b), second = ptx::e4m3_pair(c, d);
   const float2 p = floats_of_e4m3(first), q = floats_of_e4m3(second);
-  const uint32_t low_first = ptx::e4m3_pair((a - p.x) * 16, (b - p.y) * 16),
-                 low_second = ptx::e4m3_pair((c - q.x) * 16, (d - q.y) * 16);
+  const uint32_t low_first = ptx::e4m3_pair(a - p.x, b - p.y), low_second = ptx::e4m3_pair(c - q.x, d - q.y);
   return make_uint2(first | second << 16, low_first | low_second << 16);
 }
 

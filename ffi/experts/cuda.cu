@@ -117,10 +117,10 @@ ffi::Error experts_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
   }
   cudaError_t status;
   if (is_few) {
-    constexpr int kWarpgroups = 2, kStages = 4;
+    constexpr int kWarpgroups = 2, kStages = 3;
     status = launch(kernels::few_kernel<true, kHidden, kInner, kStages, kWarpgroups>, kBlocks,
                     kWarpgroups * 128 + kernels::kProducers, kernels::Layout<kHidden, kStages, kWarpgroups>::kShared,
-                    stream, false, &c);
+                    stream, call.tokens > 1, &c);
     if (status == cudaSuccess) {
       status = launch(kernels::few_kernel<false, kInner, kHidden, kStages, kWarpgroups>, kBlocks,
                       kWarpgroups * 128 + kernels::kProducers, kernels::Layout<kInner, kStages, kWarpgroups>::kShared,

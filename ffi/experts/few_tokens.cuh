@@ -103,6 +103,8 @@ __device__ __forceinline__ void multiply_groups(uint32_t codes, const uint8_t* s
   }
   float d[2][kBatch][kWidth / 2];
   uint32_t a[2][kBatch][4];
+  float part[2][2][2] = {};
+  const ptx::PieceDescriptors<kWidth * 16> descriptors(tokens);
   const auto add = [&](int batch) {
 #pragma unroll
     for (int g = 0; g < kBatch; ++g) {
@@ -114,11 +116,10 @@ __device__ __forceinline__ void multiply_groups(uint32_t codes, const uint8_t* s
                                : g == 2 ? word << 7
                                         : word >> 1) &
                               0x7F800000u;
-        const float value = __uint_as_float(bits), low = value * kLow;
+        const float value = __uint_as_float(bits);
 #pragma unroll
         for (int w = 0; w < kWidth / 8; ++w) {
-          sum[h][w] += d[batch % 2][g][4 * w + 2 * h] * value;
-          sum[h][w] += d[batch % 2][g][4 * w + 2 * h + 1] * low;
+          part[g % 2][h][w] += (d[batch % 2][g][4 * w + 2 * h] + d[batch % 2][g][4 * w + 2 * h + 1]) * value;
         }
       }
     }
@@ -139,8 +140,7 @@ __device__ __forceinline__ void multiply_groups(uint32_t codes, const uint8_t* s
     ptx::products_fence();
 #pragma unroll
     for (int g = 0; g < kBatch; ++g) {
-      wgmma_e4m3<kWidth>(d[batch % 2][g], a[batch % 2][g],
-                         ptx::piece_descriptor(tokens + (batch * kBatch + g) * 2 * kWidth * 16, kWidth * 16), 0);
+      wgmma_e4m3<kWidth>(d[batch % 2][g], a[batch % 2][g], descriptors.at((batch * kBatch + g) * 2 * kWidth * 16), 0);
     }
     ptx::products_commit();
     if (batch) {
@@ -150,6 +150,11 @@ __device__ __forceinline__ void multiply_groups(uint32_t codes, const uint8_t* s
   }
   ptx::products_wait<0>();
   add(kGroups / kBatch - 1);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int w = 0; w < kWidth / 8; ++w) sum[h][w] += part[0][h][w] + part[1][h][w];
+  }
 }
 
 struct TokenPiece {

@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(1024)
     route_kernel(const int32_t* picks, int entries, int experts, int32_t* slots, int32_t* expert_of, int32_t* begin,
                  int32_t* list, int32_t* tiles, int tile_tokens) {
   extern __shared__ int32_t counts[];
+  ptx::grid_launch_dependents();
   int32_t* next = counts + experts;
   for (int e = threadIdx.x; e < experts; e += 1024) counts[e] = 0;
   __syncthreads();

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "common/export.h"
 #include "common/launched.h"
@@ -58,49 +59,52 @@ cudaError_t run_few(const kernels::Call& call, cudaStream_t stream, bool overlap
 
 // A piece of up to 64 tokens, in slices of the columns. Scratch: split activations, what to multiply by, sums of
 // slices.
-template <int kTokens, Before kBefore = Before::kNothing>
-cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cudaStream_t stream,
-                     bool overlap = false) {
+template <int kTokens, Before kBefore>
+cudaError_t run_some(const kernels::Call& call, int slice, uint8_t* scratch, cudaStream_t stream, bool overlap) {
+  constexpr bool kInside = kTokens <= kernels::kInsideTokens;
   const int blocks = call.rows / kernels::kSomeRows, in_group = blocks / call.groups, slices = call.columns / slice;
   int each = 1;
-  const int64_t at_once = (kTokens <= kernels::kInsideTokens ? 2 : 1) * kBlocks;  // two blocks a multiprocessor
+  const int64_t at_once = (kInside ? 2 : 1) * kBlocks;  // two blocks a multiprocessor
   while (static_cast<int64_t>(blocks) * slices > at_once * each && in_group % (2 * each) == 0) each *= 2;
   uint8_t* split = scratch;
   float* inverse = reinterpret_cast<float*>(split + static_cast<int64_t>(call.groups) * call.columns * 2 * kTokens);
-  float* parts = inverse + call.groups * kTokens;
-  constexpr bool kInside = kTokens <= kernels::kInsideTokens;
+  float* parts = kInside ? reinterpret_cast<float*>(scratch) : inverse + call.groups * kTokens;
   cudaError_t status = cudaSuccess;
   if (!kInside) {
-    status =
-        launch(kernels::split_kernel, dim3(kTokens, call.groups), 256, 0, stream, false, call, kTokens, split, inverse);
+    status = launch(kernels::split_kernel<kBefore>, dim3(kTokens, call.groups), 256, 0, stream, overlap, call, kTokens,
+                    split, inverse);
     if (status != cudaSuccess) return status;
-  } else {
-    parts = reinterpret_cast<float*>(scratch);
   }
-  status = launch(kernels::some_tokens_kernel<kTokens, kBefore>, dim3(blocks / each, slices), kernels::kSomeThreads,
-                  kernels::some_shared<kTokens>(slice), stream, !kInside || overlap, call, each, slice,
-                  static_cast<const uint8_t*>(split), static_cast<const float*>(inverse), parts);
+  status =
+      launch(kernels::some_tokens_kernel < kTokens, kInside ? kBefore : Before::kNothing >, dim3(blocks / each, slices),
+             kernels::kSomeThreads, kernels::some_shared<kTokens>(slice), stream, !kInside || overlap, call, each,
+             slice, static_cast<const uint8_t*>(split), static_cast<const float*>(inverse), parts);
   if (status != cudaSuccess || slices == 1) return status;
   const int64_t size = static_cast<int64_t>(call.tokens) * call.rows;
   return launch(kernels::sum_parts_kernel, dim3(static_cast<unsigned>((size / 4 + 255) / 256)), 256, 0, stream, true,
                 call, static_cast<const float*>(parts), slices);
 }
 
-template <Before kBefore>
-cudaError_t run_some(const kernels::Call& call, int places, int slice, uint8_t* scratch, cudaStream_t stream,
-                     bool overlap) {
-  return places == 4 ? run_some<4, kBefore>(call, slice, scratch, stream, overlap)
-                     : run_some<8, kBefore>(call, slice, scratch, stream, overlap);
+int places_of(int64_t tokens) { return tokens <= 4 ? 4 : tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64; }
+
+int64_t some_scratch(const kernels::Call& call, int64_t tokens, int64_t slice) {
+  const int64_t places = places_of(tokens), slices = call.columns / slice;
+  return (places > kernels::kInsideTokens ? call.groups * places * (2 * call.columns + 4) : 0) +
+         (slices > 1 ? slices * tokens * call.rows * 4 : 0);
 }
 
-// Up to eight tokens. With `overlap` it begins while the kernel before it ends.
-cudaError_t run_prepared(const kernels::Call& call, Before before, int slice, uint8_t* scratch, cudaStream_t stream,
-                         bool overlap) {
-  const int places = call.tokens <= 4 ? 4 : 8;
+// Up to 64 tokens, in the kernel for `places` of them; without a slice one or two. With `overlap` it begins while the
+// kernel before it ends.
+cudaError_t run_piece(const kernels::Call& call, Before before, int places, int slice, uint8_t* scratch,
+                      cudaStream_t stream, bool overlap) {
   const auto run = [&](auto constant) {
     constexpr Before kBefore = decltype(constant)::value;
-    return slice ? run_some<kBefore>(call, places, slice, scratch, stream, overlap)
-                 : run_few<kBefore>(call, stream, overlap);
+    return !slice         ? run_few<kBefore>(call, stream, overlap)
+           : places == 4  ? run_some<4, kBefore>(call, slice, scratch, stream, overlap)
+           : places == 8  ? run_some<8, kBefore>(call, slice, scratch, stream, overlap)
+           : places == 16 ? run_some<16, kBefore>(call, slice, scratch, stream, overlap)
+           : places == 32 ? run_some<32, kBefore>(call, slice, scratch, stream, overlap)
+                          : run_some<64, kBefore>(call, slice, scratch, stream, overlap);
   };
   switch (before) {
     case Before::kNorm:
@@ -176,62 +180,52 @@ ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
   call.groups = static_cast<int>(bound.groups), call.columns = static_cast<int>(bound.columns);
   auto scratch = results.get<ffi::AnyBuffer>(call.number + second.number);
   if (!scratch.has_value()) return ffi::Error::InvalidArgument("project: got no scratch; expected one.");
-  if (before != Before::kNothing && bound.tokens > kernels::kInsideTokens)
-    return ffi::Error::InvalidArgument("project: got " + std::to_string(bound.tokens) +
-                                       " tokens to be normed or gated; expected up to 8.");
-  void* data = (*scratch)->untyped_data();
-  const int64_t have = static_cast<int64_t>((*scratch)->size_bytes());
-  if (second.number) {
-    const auto in_parts = [&](const kernels::Call& of, int64_t slice) {
-      const int64_t slices = slice ? of.columns / slice : 1;
-      return slices > 1 ? slices * of.tokens * of.rows * 4 : 0;
-    };
-    if (bound.tokens > (slice && then ? kernels::kInsideTokens : kernels::kFewTokens) ||
-        have < std::max(in_parts(call, slice), in_parts(second, then))) {
-      return ffi::Error::InvalidArgument("project: got too many tokens or too little scratch for two products.");
-    }
-    cudaError_t status =
-        run_prepared(call, Before::kNothing, static_cast<int>(slice), static_cast<uint8_t*>(data), stream, false);
-    if (status == cudaSuccess) {
-      status = run_prepared(second, before, static_cast<int>(then), static_cast<uint8_t*>(data), stream, true);
-    }
-    return launched("project", status);
-  }
-  if (slice) {
-    const int64_t piece = std::min(bound.tokens, kPiece), slices = bound.columns / slice;
-    const int64_t places = piece <= 4 ? 4 : piece <= 8 ? 8 : piece <= 16 ? 16 : piece <= 32 ? 32 : 64;
-    if (bound.columns % slice || slice % 256 || slice * places * 2 + 1024 > kMostShared) {
-      return ffi::Error::InvalidArgument("project: got a slice of " + std::to_string(slice) +
+  uint8_t* data = static_cast<uint8_t*>((*scratch)->untyped_data());
+  const int64_t have = static_cast<int64_t>((*scratch)->size_bytes()), piece = std::min(bound.tokens, kPiece);
+  const int places = places_of(piece);
+  int64_t needed = 0;
+  for (const auto& [of, columns] : {std::pair(&call, slice), std::pair(&second, then)}) {
+    if (!of->number || columns <= 0) continue;
+    if (of->columns % columns || columns % 256 || columns * places * 2 + 1024 > kMostShared) {
+      return ffi::Error::InvalidArgument("project: got a slice of " + std::to_string(columns) +
                                          " columns that does not fit.");
     }
-    const int64_t split = places > kernels::kInsideTokens ? bound.groups * places * (2 * bound.columns + 4) : 0;
-    if (have < split + (slices > 1 ? slices * piece * bound.rows * 4 : 0)) {
-      return ffi::Error::InvalidArgument("project: got too little scratch.");
-    }
-    uint8_t* data8 = static_cast<uint8_t*>(data);
-    const int columns = static_cast<int>(slice);
+    needed = std::max(needed, some_scratch(*of, piece, columns));
+  }
+  if (have < needed) {
+    return ffi::Error::InvalidArgument("project: got scratch of " + std::to_string(have) + " bytes; expected " +
+                                       std::to_string(needed) + ".");
+  }
+  const int64_t most = second.number ? (slice && then ? kPiece : kernels::kFewTokens)
+                       : slice       ? bound.tokens
+                                     : kernels::kFewTokens;
+  if ((second.number || before != Before::kNothing) && bound.tokens > most) {
+    return ffi::Error::InvalidArgument("project: got " + std::to_string(bound.tokens) + " tokens; expected up to " +
+                                       std::to_string(most) + " where products follow each other or norm or gate.");
+  }
+  if (second.number) {
+    cudaError_t status = run_piece(call, Before::kNothing, places, static_cast<int>(slice), data, stream, false);
+    if (status == cudaSuccess) status = run_piece(second, before, places, static_cast<int>(then), data, stream, true);
+    return launched("project", status);
+  }
+  if (slice || bound.tokens <= kernels::kFewTokens) {
     cudaError_t status = cudaSuccess;
     for (int64_t first = 0; first < bound.tokens && status == cudaSuccess; first += kPiece) {
       kernels::Call part = call;
       part.x += first * bound.groups * bound.columns;
+      if (part.up) part.up += first * bound.groups * bound.columns;
       part.tokens = static_cast<int>(std::min(bound.tokens - first, kPiece));
       for (int i = 0; i < part.number; ++i) part.weights[i].y += first * part.weights[i].rows;
-      status = part.tokens <= 8 && places <= 8 ? run_prepared(part, before, columns, data8, stream, false)
-               : places == 16                  ? run_some<16>(part, columns, data8, stream)
-               : places == 32                  ? run_some<32>(part, columns, data8, stream)
-                                               : run_some<64>(part, columns, data8, stream);
+      status = run_piece(part, before, places, static_cast<int>(slice), data, stream, false);
     }
     return launched("project", status);
-  }
-  if (bound.tokens <= kernels::kFewTokens) {
-    return launched("project", run_prepared(call, before, 0, nullptr, stream, false));
   }
   const int64_t packed = bound.tokens * bound.groups * bound.columns * 2;
   if (have < packed + bound.tokens * bound.groups * 4) {
     return ffi::Error::InvalidArgument("project: got too little scratch.");
   }
-  return launched("project", run_many<128>(call, static_cast<__half*>(data),
-                                           reinterpret_cast<float*>(static_cast<uint8_t*>(data) + packed), stream));
+  return launched(
+      "project", run_many<128>(call, reinterpret_cast<__half*>(data), reinterpret_cast<float*>(data + packed), stream));
 }
 
 }  // namespace

@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 }
 
 __global__ void __launch_bounds__(256) sum_parts_kernel(const Call call, const float* parts, int number) {
+  ptx::grid_launch_dependents();
   ptx::grid_wait();
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) * 4;
   const int64_t size = static_cast<int64_t>(call.tokens) * call.rows;

@@ -13,33 +13,34 @@ constexpr int kSomeThreads = 256, kSomeRows = 128;
 constexpr int kInsideTokens = 8;  // up to which every block splits the activations itself
 constexpr int kStep = 256;        // columns of a thread's loads ahead
 
-// A block a row of x: its values as two E4M3 codes each, in the order and the layout in which products read them: for
-// every 32 columns two pieces of `width` = 2 * places columns by 16 bytes. `inverse`: what products are to be
+// A block a row of x: what it becomes, as two E4M3 codes a value, in the order and the layout in which products read
+// them: for every 32 columns two pieces of `width` = 2 * places columns by 16 bytes. `inverse`: what products are to be
 // multiplied by.
+template <Before kBefore>
 __global__ void __launch_bounds__(256) split_kernel(const Call call, int places, uint8_t* split, float* inverse) {
   __shared__ uint32_t largest_of[8];
+  __shared__ float squares_of[8];
   const int t = blockIdx.x, group = blockIdx.y, width = 2 * places;
+  const int64_t row = call.row_of(t, group);
   ptx::grid_launch_dependents();
-  const uint4* from =
-      reinterpret_cast<const uint4*>(call.x + (static_cast<int64_t>(t) * call.groups + group) * call.columns);
+  ptx::grid_wait();  // x
   uint8_t* to = split + static_cast<int64_t>(group) * call.columns * width;
-  uint32_t largest = 0;
+  Magnitude<kBefore> magnitude;
   if (t < call.tokens) {
-    for (int i = threadIdx.x; i < call.columns / 8; i += 256) {
-      const uint4 v = __ldg(from + i);
-      largest = larger_magnitudes(larger_magnitudes(largest, v.x), v.y);
-      largest = larger_magnitudes(larger_magnitudes(largest, v.z), v.w);
-    }
+    for (int i = threadIdx.x; i < call.columns / 8; i += 256) magnitude.take(call, row, i);
   }
-  largest = __reduce_max_sync(0xFFFFFFFFu, max(largest & 0xFFFFu, largest >> 16));
-  if (threadIdx.x % 32 == 0) largest_of[threadIdx.x / 32] = largest;
+  magnitude.reduce_warp();
+  if (threadIdx.x % 32 == 0)
+    largest_of[threadIdx.x / 32] = magnitude.largest, squares_of[threadIdx.x / 32] = magnitude.squares;
   __syncthreads();
+  magnitude = {};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) largest = max(largest, largest_of[i]);
-  const float power = t < call.tokens ? into_e4m3(__uint_as_float(largest << 16)) : 0.0f;
+  for (int i = 0; i < 8; ++i) magnitude.add(largest_of[i], squares_of[i]);
+  const float root = magnitude.root(call);
+  const float power = t < call.tokens ? into_e4m3(__uint_as_float(magnitude.bits(root) << 16)) : 0.0f;
   if (threadIdx.x == 0) inverse[group * places + t] = 1.0f / power;
   for (int i = threadIdx.x; i < call.columns / 8; i += 256) {
-    const uint4 v = t < call.tokens ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
+    const uint4 v = t < call.tokens ? prepared<kBefore>(call, row, i, root) : make_uint4(0, 0, 0, 0);
     const float2 p = floats_of(v.x, __nv_bfloat16()), q = floats_of(v.y, __nv_bfloat16());
     const float2 r = floats_of(v.z, __nv_bfloat16()), s = floats_of(v.w, __nv_bfloat16());
     const uint2 first = split_four(p.x * power, p.y * power, q.x * power, q.y * power);
@@ -162,7 +163,8 @@ __global__ void __launch_bounds__(kSomeThreads, kTokens <= kInsideTokens ? 2 : 1
     const uint32_t scales = next_scale;
     if (i + 1 < blocks * steps) load(i + 1);
     if (!kInside && i < steps) ptx::barrier_wait(arrived + i, 0);
-    const uint32_t tokens = ptx::shared_address(shared) + i % steps * (kStep / 32) * 2 * kWidth * 16;
+    const ptx::PieceDescriptors<kWidth * 16> descriptors(ptx::shared_address(shared) +
+                                                         i % steps * (kStep / 32) * 2 * kWidth * 16);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float d[kWidth / 2];
@@ -176,18 +178,16 @@ __global__ void __launch_bounds__(kSomeThreads, kTokens <= kInsideTokens ? 2 : 1
       ptx::products_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        wgmma_e4m3<kWidth>(d, a[k], ptx::piece_descriptor(tokens + (half * 4 + k) * 2 * kWidth * 16, kWidth * 16),
-                           k > 0);
+        wgmma_e4m3<kWidth>(d, a[k], descriptors.at((half * 4 + k) * 2 * kWidth * 16), k > 0);
       }
       ptx::products_commit();
       ptx::products_wait<0>();
-      const float scale = __uint_as_float((scales >> (8 * half) & 0xFF) << 23), low = scale * kLow;
+      const float scale = __uint_as_float((scales >> (8 * half) & 0xFF) << 23);
 #pragma unroll
       for (int j = 0; j < kTokens / 4; ++j) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          sum[h][j] += d[4 * j + 2 * h] * scale;
-          sum[h][j] += d[4 * j + 2 * h + 1] * low;
+          sum[h][j] += (d[4 * j + 2 * h] + d[4 * j + 2 * h + 1]) * scale;
         }
       }
     }

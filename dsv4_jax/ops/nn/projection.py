@@ -22,11 +22,11 @@ MOST_WEIGHTS = 3
 """Weights that the CUDA form multiplies with in one launch."""
 
 IN_PIECES = 512
-"""Tokens up to which the CUDA form multiplies 64 at a time, each piece reading the weight; more share one reading."""
+"""Tokens up to which the CUDA form multiplies 64 at a time, each piece reading the weight; more share one reading. Up to
+these it norms or gates what it multiplies, of more XLA does it before."""
 
-
-MOST_PREPARED = 8
-"""Tokens that the CUDA form norms or gates in the launch that multiplies them; of more XLA does it before."""
+PIECE = 64
+"""Tokens that the CUDA form multiplies at once, up to IN_PIECES, and takes through two products in one call."""
 
 
 class Normed(NamedTuple):
@@ -218,8 +218,8 @@ def project_through(
             return "there is none for the CPU"
         if not dispatch.on_hopper():
             return "it is for GPUs of compute capability 9.0"
-        if x.dtype != jnp.bfloat16 or tokens > MOST_PREPARED or len(firsts) > (MOST_WEIGHTS if groups == 1 else 1):
-            return f"it takes up to {MOST_PREPARED} tokens of bfloat16 and {MOST_WEIGHTS} weights without groups"
+        if x.dtype != jnp.bfloat16 or tokens > PIECE or len(firsts) > (MOST_WEIGHTS if groups == 1 else 1):
+            return f"it takes up to {PIECE} tokens of bfloat16 and {MOST_WEIGHTS} weights without groups"
         if any(n // groups % 256 for n in rows) or columns % 512 or second.codes.shape[0] % 256 or rows[0] % 512:
             return "it takes multiples of 512 columns and of 256 rows in a group"
         return None
@@ -276,7 +276,7 @@ def _grouped(
             return tuple(call(x, *weight) for call, weight in zip(calls, weights, strict=True))
 
         def on_cuda(x: Array, array: Array | None, *weights: BlockScaledWeight) -> tuple[Array, ...]:
-            inside = before if x.shape[0] <= MOST_PREPARED else None
+            inside = before if x.shape[0] <= IN_PIECES else None
             if inside is None:
                 x, array = ready(x, array), None
             columns_at_once, scratch = _plan(x.shape[0], groups, groups * sum(rows), columns)
@@ -307,13 +307,16 @@ def _grouped(
 
 def _plan(tokens: int, groups: int, rows: int, columns: int) -> tuple[int, int]:
     """How the CUDA form multiplies: columns that a block sums (0: all of them), and bytes of scratch."""
-    large = rows * columns >= 2**24
     if tokens <= 2 and rows * columns <= 2**24:
         return 0, 0
     if tokens <= IN_PIECES:
-        at_once = 1024 if large and columns % 1024 == 0 else 512
-        piece = min(tokens, 64)
+        piece = min(tokens, PIECE)
         places = next(n for n in (4, 8, 16, 32, 64) if n >= piece)
+        # As few sums to be added up as leave a block, or two small ones, for each multiprocessor.
+        wanted = 256 if places <= 8 else 128
+        fitting = [n for n in (2048, 1024, 512) if columns % n == 0 and n * places <= 2**16]
+        busy = [n for n in fitting if n == columns <= 1024 or rows // BLOCK * (columns // n) >= wanted]
+        at_once = busy[0] if busy else 512
         slices = columns // at_once
         split = groups * places * (2 * columns + 4) if places > 8 else 0
         return at_once, split + (4 * piece * rows * slices if slices > 1 else 0)
