@@ -77,6 +77,20 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
 __device__ __forceinline__ void copy_bulk(const void* to, const void* from, uint32_t bytes, const uint64_t* barrier) {
   copy_bulk(shared_address(to), from, bytes, shared_address(barrier));
 }
+// What is read once leaves the L2 before anything else does.
+__device__ __forceinline__ uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void copy_bulk_once(const void* to, const void* from, uint32_t bytes,
+                                               const uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
 // From shared memory to global; the thread waits until all that it asked for was read.
 __device__ __forceinline__ void copy_bulk_out(void* to, uint32_t from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),

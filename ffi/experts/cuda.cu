@@ -16,7 +16,7 @@ namespace {
 namespace kernels = experts;
 
 constexpr int kBlocks = 132;         // of the persistent kernels: one for each of a Hopper's multiprocessors
-constexpr int64_t kFewTokens = 352;  // up to which reading weights once for every eight tokens of an expert is faster
+constexpr int64_t kFewTokens = 400;  // up to which reading weights once for every eight tokens of an expert is faster
 constexpr int kHidden = 4096, kInner = 2048;  // the sizes that the kernels for few tokens are made for: V4-Flash
 
 // Takes parts of the scratch result.

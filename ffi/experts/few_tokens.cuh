@@ -26,7 +26,8 @@ struct Layout {
   static constexpr int kScales = kStages * kStageBytes, kTokens = kScales + kScaleBuffers * kScaleBytes;
   static constexpr int kSums = kTokens + kColumns * 2 * kPieceTokens,
                        kLargest = kSums + 2 * kWarpgroups * kRows * kPieceTokens * 4;
-  static constexpr int kBarriers = kLargest + kPieceTokens * 16 * 4, kShared = kBarriers + 2 * kStages * 8;
+  static constexpr int kEntries = kLargest + kPieceTokens * 16 * 4, kShares = kEntries + kPieceTokens * 4;
+  static constexpr int kBarriers = kShares + kPieceTokens * 4, kShared = kBarriers + 2 * kStages * 8;
 };
 
 template <int kThreads>
@@ -39,7 +40,6 @@ template <int kColumns, int kThreads, typename Value, typename Row>
 __device__ __forceinline__ void load_tokens(int count, const Row& row, uint8_t* tokens, float* largest_of,
                                             float (&inverse)[2]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = lane % 4, width = count <= 4 ? 8 : 16;
-  group_sync<kThreads>();
 #pragma unroll 4
   for (int t = 0; t < count; ++t) {
     const uint4* from = row(t);
@@ -183,20 +183,28 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kProducers, 1) few_kernel(
     ptx::fence_barrier_init();
   }
   __syncthreads();
+  if (kGate) ptx::grid_wait();  // routes, which what follows reads without waiting
   ptx::grid_launch_dependents();
-  if (kGate) ptx::grid_wait();  // routes
   int item, last;
   own_items(pieces_of(call) * kRowBlocks, &item, &last);
-  int stage = 0, buffer = 0;
+  int stage = 0, buffer = 0, current = -1;
   uint32_t phase = 0;
+  TokenPiece piece = {};
   const auto next = [&] {
     if (++stage == kStages) stage = 0, phase ^= 1;
   };
+  // Whether the item is the first of its piece here.
+  const auto takes_piece = [&] {
+    if (item / kRowBlocks == current) return false;
+    current = item / kRowBlocks, piece = token_piece(call, current);
+    return true;
+  };
 
   if (threadIdx.x >= kThreads) {
+    const uint64_t policy = ptx::read_once();
     const int warp = threadIdx.x / 32 - kThreads / 32, lane = threadIdx.x % 32, row_in_stage = warp * 16 + lane;
     for (; item < last; ++item) {
-      const TokenPiece piece = token_piece(call, item / kRowBlocks);
+      takes_piece();
       if (!piece.count) continue;
       const int64_t row = static_cast<int64_t>(piece.expert) * kOutRows + item % kRowBlocks * kItemRows;
       const Matrix &first = kGate ? call.w1 : call.w2, &second = kGate ? call.w3 : call.w2;
@@ -208,8 +216,8 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kProducers, 1) few_kernel(
           ptx::barrier_arrive_expect(full + stage, kRows * kStageColumns / 2 + (step ? 0 : L::kScaleBytes));
         }
         if (lane < 16) {
-          ptx::copy_bulk(shared + stage * kStageBytes + row_in_stage * kStagePitch, from + step * (kStageColumns / 2),
-                         kStageColumns / 2, full + stage);
+          ptx::copy_bulk_once(shared + stage * kStageBytes + row_in_stage * kStagePitch,
+                              from + step * (kStageColumns / 2), kStageColumns / 2, full + stage, policy);
         } else if (lane == 16 && warp < 2 && step == 0) {
           const uint8_t* scale =
               (warp ? second.scale : first.scale) + (warp && !kGate ? row + 32 : row) * (kColumns / 32);
@@ -228,32 +236,37 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kProducers, 1) few_kernel(
   const uint32_t tokens = ptx::shared_address(shared + L::kTokens);
   float* sums = reinterpret_cast<float*>(shared + L::kSums);
   float* largest_of = reinterpret_cast<float*>(shared + L::kLargest);
-  int current = -1, sums_buffer = 0;
+  int32_t* entries = reinterpret_cast<int32_t*>(shared + L::kEntries);
+  float* shares = reinterpret_cast<float*>(shared + L::kShares);
+  int sums_buffer = 0;
+  bool has_tokens = false;
   float inverse[2] = {};
   if (!kGate) ptx::grid_wait();
   for (; item < last; ++item) {
-    const TokenPiece piece = token_piece(call, item / kRowBlocks);
+    const bool is_first = takes_piece();
     if (!piece.count) continue;
-    if (item / kRowBlocks != current && (current < 0 || !kGate || call.routes.slots)) {
-      if (kGate) {
-        load_tokens<kColumns, kThreads, __nv_bfloat16>(
-            piece.count,
-            [&](int t) {
-              const int token = call.routes.slots ? call.routes.list[piece.begin + t] / call.k : 0;
-              return reinterpret_cast<const uint4*>(call.x + static_cast<int64_t>(token) * kColumns);
-            },
-            shared + L::kTokens, largest_of, inverse);
-      } else {
-        load_tokens<kColumns, kThreads, __half>(
-            piece.count,
-            [&](int t) {
-              const int64_t entry = call.routes.slots ? call.routes.list[piece.begin + t] : piece.begin;
-              return reinterpret_cast<const uint4*>(call.inner + entry * kColumns);
-            },
-            shared + L::kTokens, largest_of, inverse);
+    if (is_first) {
+      group_sync<kThreads>();
+      if (static_cast<int>(threadIdx.x) < piece.count) {
+        const int entry = call.routes.slots ? call.routes.list[piece.begin + threadIdx.x] : piece.begin;
+        entries[threadIdx.x] = entry;
+        if (!kGate) shares[threadIdx.x] = call.weights[entry] / call.inner_scale;
       }
+      group_sync<kThreads>();
+      // A single token is the same for all its experts.
+      if (kGate && (!has_tokens || call.routes.slots)) {
+        const auto row = [&](int t) {
+          return reinterpret_cast<const uint4*>(call.x + static_cast<int64_t>(entries[t] / call.k) * kColumns);
+        };
+        load_tokens<kColumns, kThreads, __nv_bfloat16>(piece.count, row, shared + L::kTokens, largest_of, inverse);
+      } else if (!kGate) {
+        const auto row = [&](int t) {
+          return reinterpret_cast<const uint4*>(call.inner + static_cast<int64_t>(entries[t]) * kColumns);
+        };
+        load_tokens<kColumns, kThreads, __half>(piece.count, row, shared + L::kTokens, largest_of, inverse);
+      }
+      has_tokens = true;
     }
-    current = item / kRowBlocks;
     float sum[2][2] = {};
     const uint8_t* scale =
         shared + L::kScales + buffer * L::kScaleBytes + (row + lane / 4) * (kColumns / 32) + warpgroup * kGroups;
@@ -290,12 +303,11 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kProducers, 1) few_kernel(
         total[0] += all[(w * kPieceTokens + t) * kRows + r];
         if (kGate) total[1] += all[(w * kPieceTokens + t) * kRows + r + 32];
       }
-      const int64_t entry = call.routes.slots ? call.routes.list[piece.begin + t] : piece.begin;
-      const int64_t at = entry * kOutRows + item % kRowBlocks * kItemRows + r;
+      const int64_t at = static_cast<int64_t>(entries[t]) * kOutRows + item % kRowBlocks * kItemRows + r;
       if (kGate) {
         call.inner[at] = __float2half_rn(swiglu(total[0], total[1], call.limit) * call.inner_scale);
       } else {
-        call.each[at] = total[0] * (call.weights[entry] / call.inner_scale);
+        call.each[at] = total[0] * shares[t];
       }
     }
     sums_buffer ^= 1;
