@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from forms import form_of_operation
+from jax._src import compiler
 from safetensors_bytes import file_bytes, safetensors_bytes
 
 from dsv4_jax import cli
@@ -24,12 +25,41 @@ hypothesis.settings.load_profile("repeatable")
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
 
-# Most of what the tests cost on CPUs is compiling, half of it LLVM's optimising: XLA's own passes, and with them what a
-# compiled step copies and updates in place, are the same without. So modules go without, and the processes that they
-# start, but those marked `optimised`, which compare bits or small differences of what compiled code computes.
+# Most of what the tests cost on CPUs is compiling: MLIR's passes over every fused loop, then LLVM's. XLA's own passes,
+# and with them what a compiled step copies and updates in place, are the same with its older emitter of loops and
+# without LLVM's passes. So modules go without, and the processes that they start, but those marked `optimised`, which
+# compare bits or small differences of what compiled code computes.
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 optimises everywhere.
 BY_MARK = "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ and jax.default_backend() == "cpu"
 WITHOUT = pytest.StashKey[bool]()
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+CHEAP = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+
+
+def xla_knows(options):
+    """Whether this version of XLA has these compiler options."""
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def compile_with():
+    """compile_with(options): compiler options of every program from now on that has none of its own for the same."""
+    chosen, real = {}, compiler.get_compile_options
+
+    def get_compile_options(*args, env_options_overrides=None, **options):
+        return real(*args, env_options_overrides={**chosen, **(env_options_overrides or {})}, **options)
+
+    def choose(options):
+        chosen.clear()
+        chosen.update(options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", get_compile_options)
+        yield choose
 
 
 def pytest_collection_modifyitems(items):
@@ -43,13 +73,19 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def optimisations(request):
+def optimisations(request, compile_with):
     """LLVM optimises where a module is marked `optimised`; programs of the other kind are forgotten."""
     without = request.node.get_closest_marker("optimised") is None
     if BY_MARK and request.config.stash.get(WITHOUT, False) != without:
         request.config.stash[WITHOUT] = without
         jax.config.update("jax_disable_most_optimizations", without)
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(without))  # for the processes that a test starts
+        options = CHEAP if without and xla_knows(CHEAP) else {}
+        compile_with(options)
+        # For the processes that a test starts.
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(without))
+        os.environ["XLA_FLAGS"] = " ".join(
+            [XLA_FLAGS, *(f"--{name}={str(value).lower()}" for name, value in options.items())]
+        ).strip()
         jax.clear_caches()
 
 

@@ -11,6 +11,8 @@ from dsv4_jax import PrefixPolicy
 from dsv4_jax.decode.draft import LONGEST_NGRAM, PromptLookup
 
 DRAFT = 3
+# Loops of one kind, so that few programs are compiled; tests/decode/test_interrupts.py drafts without logits.
+DRAFTING = {"max_rollback": DRAFT, "draft_tokens": DRAFT, "return_logits": True}
 
 
 def slow_lookup(ids, most):
@@ -35,7 +37,7 @@ def test_lookup(ids, most, cut):
 def test_drafts_change_no_token(model, alone):
     """Greedy and drawn, past edges of windows and blocks, where blocks run out and requests come back."""
     requests = [ask(20, 60), ask(3, 66, start=4), ask(9, 58, start=5, temperature=0.3, seed=3), ask(40, 72, start=6)]
-    loop = make_loop(model, TIGHT, max_rollback=DRAFT, draft_tokens=DRAFT)
+    loop = make_loop(model, TIGHT, **DRAFTING)
     tokens, _ = run(loop, *requests)
     assert tokens == {(i, 0): alone(request) for i, request in enumerate(requests)}
     assert loop.stats.preemptions > 0
@@ -46,7 +48,7 @@ def test_drafts_change_no_token(model, alone):
 def test_a_text_that_repeats_itself_takes_fewer_steps(model):
     """A sample takes as many steps as tokens came from the model, not from drafts."""
     request = ask(3, 66, start=4)
-    loop = make_loop(model, TIGHT, max_rollback=DRAFT, draft_tokens=DRAFT, return_logits=True)
+    loop = make_loop(model, TIGHT, **DRAFTING)
     request.submit(loop)
     events = list(loop)
     assert loop.stats.calls == len(events) == request.new - loop.stats.accepted_tokens
@@ -76,7 +78,7 @@ def draw(rng):
 def test_drafts_samples_prefixes_aborts_and_preemptions_together(model, alone):
     """Random traffic: whatever meets whatever in a pool for one, every sample ends, with the tokens it gets alone."""
     rng = np.random.default_rng(4)
-    loop = make_loop(model, TIGHT, max_rollback=DRAFT, draft_tokens=DRAFT, prefix=PrefixPolicy("full"))
+    loop = make_loop(model, TIGHT, **DRAFTING, prefix=PrefixPolicy("full"))
     waiting, running, tokens, ends, aborted = [draw(rng) for _ in range(14)], {}, {}, {}, set()
 
     def take(events):

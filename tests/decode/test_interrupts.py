@@ -14,6 +14,7 @@ from loops import ask, assert_idle, make_loop
 import dsv4_jax.decode
 from dsv4_jax import PrefixPolicy
 from dsv4_jax.decode import DecodeLoop
+from dsv4_jax.decode.programs import OneDevice
 
 FOLDER = Path(dsv4_jax.decode.__file__).parent
 # At every moment when Python hears signals, instead of the first and the last at a sixth of the places in the code.
@@ -133,7 +134,7 @@ def test_a_step_that_fails(model, alone, monkeypatch, caplog, name, lost):
     requests = [ask(10, 52), ask(3, 49, start=4)]
     for call in (1, 2):
         loop, calls = make_loop(model), 0
-        real = getattr(dsv4_jax.decode.steps, name)
+        real = OneDevice(model).over(getattr(dsv4_jax.decode.steps, name))
 
         def step(*operands, call=call, real=real, **options):
             nonlocal calls

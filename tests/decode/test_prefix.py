@@ -82,8 +82,8 @@ def test_only_blocks_that_are_not_shared_count_at_admission(model, alone):
     """Three users of one text of three blocks, each with one of their own: 6 blocks hold all of them at once."""
     loop = make_loop(model, blocks=6, prefix=PrefixPolicy("full"))
     system = FIRST.prompt[:36]
-    run(loop, Ask((*system, 1), 1))
-    requests = [Ask((*system, 2 + i), 11) for i in range(3)]
+    run(loop, Ask((*system, 1), 12))
+    requests = [Ask((*system, 2 + i), 12) for i in range(3)]
     for request in requests:
         request.submit(loop)
     loop.step()

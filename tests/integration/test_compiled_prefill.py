@@ -10,6 +10,8 @@ import pytest
 from dsv4_jax import CacheGeometry, CompressorWeights, KVCacheManager, LayerCacheHandle
 from dsv4_jax.ops import dispatch
 
+pytestmark = pytest.mark.optimised
+
 # Numbers of slots, of tokens a slot brings, and of blocks unlike each other: a shape tells whose array it is.
 SLOTS, WIDTH, CONTEXT = 5, 24, 1792
 LAYERS = ("swa", "csa", "hca", "csa", "swa", "hca")

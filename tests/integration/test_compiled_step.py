@@ -15,6 +15,8 @@ from dsv4_jax.ops import dispatch
 from dsv4_jax.ops.write.append_swa_fused import RawWindow
 from dsv4_jax.ops.write.compress import CompressorWeights, Projections
 
+pytestmark = pytest.mark.optimised
+
 # A batch unlike the heads and the layers of a kind, so that a shape tells whose array it is.
 BATCH, CONTEXT, HEADS, TOP_K = 3, 512, 2, 32
 CONFIG = DSV4Config.flash()

@@ -80,10 +80,11 @@ def write_layer(
             state = state._replace(entries=entries, tail=tail)
         return state._replace(ring=append_swa_fused(state.ring, given.window, tokens, **options))
 
+    nowhere_native = all(append_swa.native_limit(platform, state.ring) for platform in dispatch.available())
+    if given.compressor is None or implementation == "jnp" or (implementation is None and nowhere_native):
+        return one_by_one(implementation, state, given, tokens)
     # What the three operations check, they check here too.
     jax.eval_shape(functools.partial(one_by_one, implementation), state, given, tokens)
-    if given.compressor is None or implementation == "jnp":
-        return one_by_one(implementation, state, given, tokens)
     return dispatch.call(
         "write_layer",
         implementation,
