@@ -25,8 +25,8 @@ def check_mesh(mesh: Any) -> Mesh:
     """The mesh, its axes of type Auto, as everything here takes it.
 
     Raises:
-      ValueError: no mesh, one without the axis "data" or with axes other than "data" and "model", devices of different
-        kinds, or a shard whose devices belong to several processes.
+      ValueError: no mesh, one without devices, without the axis "data" or with axes other than "data" and "model", a
+        device that is in it twice, devices of different kinds, or a shard whose devices belong to several processes.
     """
     if not isinstance(mesh, Mesh):
         raise ValueError(f'mesh is a {type(mesh).__name__}: expected a jax.sharding.Mesh with an axis "{DATA}"')
@@ -35,6 +35,10 @@ def check_mesh(mesh: Any) -> Mesh:
         raise ValueError(
             f'the mesh has the axes {names}: expected ("{DATA}",), or ("{DATA}", "{MODEL}") to split weights too'
         )
+    if not mesh.devices.size:
+        raise ValueError(f"the mesh has the shape {mesh.devices.shape}: expected one device or more along every axis")
+    if len(set(mesh.devices.flat)) < mesh.devices.size:
+        raise ValueError(f"the mesh has a device twice among {mesh.devices.size}: expected each of them once")
     kinds = sorted({device.device_kind for device in mesh.devices.flat})
     if len(kinds) > 1:
         raise ValueError(f"the mesh has devices of different kinds, {' and '.join(kinds)}: expected one kind")

@@ -84,6 +84,14 @@ def generate(
     devices: Annotated[
         int, typer.Option(metavar="N", min=1, help="Spread prompts and experts over the first N devices.")
     ] = 1,
+    model_devices: Annotated[
+        int,
+        typer.Option(
+            metavar="M",
+            min=1,
+            help="Of these so many divide the heads of the same prompts, and each has their cache.",
+        ),
+    ] = 1,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt before its continuation.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object and nothing else to stdout.")] = False,
@@ -108,7 +116,7 @@ def generate(
     start = time.perf_counter()
     folder = pathlib.Path(checkpoint) if checkpoint is not None else packaged_checkpoint()
     keep_programs(keep)
-    model = load_model(folder, console, dtype.value, devices)
+    model = load_model(folder, console, dtype.value, devices, model_devices)
     codec = make_codec(folder, model.config.vocab_size)
     sampling = sampling_options(folder, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ids = check_prompts([*(codec.encode(text) for text in texts), *ids], model.config, max_new_tokens)
@@ -154,7 +162,7 @@ def generate(
 
     indexer_name = indexer.value if indexer else default_indexer(cache.value)
     if as_json:
-        settings = Settings(str(folder), str(dtype), devices, str(cache), indexer_name)
+        settings = Settings(str(folder), str(dtype), devices, model_devices, str(cache), indexer_name)
         answers = list(map(Answer, rows, outcome.tokens, new_texts, probs))
         print(json.dumps(_report(outcome, settings, answers, stops)))
         sys.stdout.flush()
@@ -217,6 +225,7 @@ class Settings(NamedTuple):
     checkpoint: str
     dtype: str
     devices: int
+    model_devices: int
     records: str
     indexer: str
 
@@ -236,6 +245,7 @@ def _report(outcome: Outcome, settings: Settings, answers: Sequence[Answer], sto
         "checkpoint": settings.checkpoint,
         "dtype": settings.dtype,
         "devices": settings.devices,
+        "model_devices": settings.model_devices,
         "cache": {"records": settings.records, "indexer": settings.indexer, "bytes": outcome.cache_bytes},
         "prompt_tokens": outcome.prompt_tokens,
         "new_tokens": outcome.new_tokens,

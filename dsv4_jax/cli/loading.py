@@ -13,13 +13,15 @@ from .errors import InputError, one_line
 from .terminal import in_background, make_bytes_progress
 
 
-def load_model(folder: pathlib.Path, console: Console, dtype: str = "float32", devices: int = 1) -> Any:
+def load_model(
+    folder: pathlib.Path, console: Console, dtype: str = "float32", devices: int = 1, model_devices: int = 1
+) -> Any:
     """The model of the checkpoint in `folder`, over that many devices; InputError for a file or too many."""
     if folder.is_file():
         raise InputError(f"{folder} is a file: expected the folder of a checkpoint, with its config.json")
 
     check_devices()
-    mesh = make_mesh(devices) if devices > 1 else None
+    mesh = make_mesh(devices, model_devices) if devices > 1 or model_devices > 1 else None
 
     def load() -> Iterator[Any]:
         yield dsv4_jax.from_pretrained(
@@ -71,8 +73,8 @@ def keep_programs(wanted: bool) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def make_mesh(devices: int) -> Any:
-    """A mesh of the first devices; InputError where there are fewer."""
+def make_mesh(devices: int, model_devices: int = 1) -> Any:
+    """A mesh of the first devices, of which model_devices divide heads; InputError where there are fewer."""
     import jax
     import numpy as np
 
@@ -82,4 +84,8 @@ def make_mesh(devices: int) -> Any:
         if there[0].platform == "cpu":
             hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes as many of a CPU"
         raise InputError(f"--devices is {devices}: JAX has {len(there)} ({there[0].device_kind}){hint}")
-    return jax.sharding.Mesh(np.array(there[:devices]), ("data",))
+    if devices % model_devices:
+        raise InputError(f"--model-devices is {model_devices}: expected a number that divides {devices} devices")
+    if model_devices == 1:
+        return jax.sharding.Mesh(np.array(there[:devices]), ("data",))
+    return jax.sharding.Mesh(np.array(there[:devices]).reshape(-1, model_devices), ("data", "model"))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -22,11 +23,14 @@ MOST = 2**31 - 1
 
 
 def plan(
-    config: Annotated[
-        str,
-        typer.Option(metavar="flash|pro|PATH", help="A released model by name, a config.json, or a folder with one."),
-    ],
     memory: Annotated[str, typer.Option(metavar="BYTES", help="Memory of a device: 80GiB, 80GB or plain bytes.")],
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="flash|pro|PATH",
+            help="A released model by name, a config.json, or a folder with one; default: what --weights names.",
+        ),
+    ] = None,
     reserve: Annotated[
         str, typer.Option(metavar="BYTES", help="Part of it kept for temporaries, and for weights not given: 40GiB.")
     ] = "0",
@@ -94,18 +98,14 @@ def plan(
         raise InputError(f"--reserve {reserve} leaves nothing of --memory {memory}")
     if plot is not None:
         _check_picture(plot)
+    config = weights if config is None else config
+    if config is None:
+        raise InputError("there is no model: give --config or --weights")
     with status(console, f"planning {config}"):
         model = _read_config(config)
         limit = model.max_position_embeddings
         if context is not None and context > limit:
             raise InputError(f"--context is {context}: the model has {limit} positions")
-        if model.n_routed_experts % devices:
-            raise InputError(f"--devices is {devices}: expected a number that divides {model.n_routed_experts} experts")
-        if devices % model_devices or model.o_groups % model_devices:
-            raise InputError(
-                f"--model-devices is {model_devices}: expected a number that divides {devices} devices and "
-                f"{model.o_groups} output groups"
-            )
         found = _weights(weights, model, devices, model_devices)
         shards = devices // model_devices
         held = 0 if weights is None else found["held_bytes"]
@@ -263,14 +263,38 @@ def _weights(given: str | None, config: Any, devices: int, model_devices: int) -
         if not os.path.isdir(given):
             raise InputError(f"--weights {given!r}: no such folder; expected {', '.join(NAMED)} or a checkpoint's")
         config, checkpoint = DSV4Config.from_hf(given), open_checkpoint(given)
+        _check_devices(config, devices, model_devices)
         matched = match_tensors(checkpoint, config)
         stored = sum(checkpoint.info(name).nbytes for name in matched.stored.values())
-        return {
-            "stored_bytes": stored,
-            "held_bytes": held_bytes(config, held_as_stored(checkpoint, matched, config), devices, model_devices),
-        }
-    sizes = released_bytes(config if given is None else _read_config(given), devices, model_devices)
+        held = held_as_stored(checkpoint, matched, config)
+        with _of_devices(model_devices):
+            return {"stored_bytes": stored, "held_bytes": held_bytes(config, held, devices, model_devices)}
+    config = config if given is None else _read_config(given)
+    _check_devices(config, devices, model_devices)
+    with _of_devices(model_devices):
+        sizes = released_bytes(config, devices, model_devices)
     return {"stored_bytes": sizes.stored, "held_bytes": sizes.held}
+
+
+def _check_devices(config: Any, devices: int, model_devices: int) -> None:
+    if config.n_routed_experts % devices:
+        raise InputError(f"--devices is {devices}: expected a number that divides {config.n_routed_experts} experts")
+    if devices % model_devices or config.o_groups % model_devices:
+        raise InputError(
+            f"--model-devices is {model_devices}: expected a number that divides {devices} devices and "
+            f"{config.o_groups} output groups"
+        )
+
+
+@contextlib.contextmanager
+def _of_devices(model_devices: int) -> Iterator[None]:
+    """What --model-devices do not divide, as a sentence about the option."""
+    try:
+        yield
+    except ValueError as error:
+        if model_devices == 1:
+            raise
+        raise InputError(f"--model-devices is {model_devices}: {error}") from None
 
 
 def _check_picture(path: str) -> None:

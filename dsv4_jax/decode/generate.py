@@ -89,7 +89,8 @@ def _make_manager(
     shards = 1 if model.mesh is None else model.mesh.shape[DATA]
     slots = -(-max_concurrent_requests // shards)
     size = cost.size(slots, max_context_len)
-    check_memory(size.total_bytes, f"{slots} requests of {max_context_len:,} tokens")
+    devices = 1 if model.mesh is None else len(model.mesh.local_devices)
+    check_memory(size.total_bytes, f"{slots} requests of {max_context_len:,} tokens", devices)
     budget = compute_block_budget(model.config, schedule, max_context_len, slots)
     options = {
         "max_concurrent_requests": slots,
@@ -138,6 +139,10 @@ def stream(
     prefill_chunk = count("prefill_chunk", prefill_chunk, least=1)
     decode_chunk = count("decode_chunk", decode_chunk, least=1)
     draft_tokens = count("draft_tokens", draft_tokens)
+    if mesh is not None:
+        mesh = check_shards(model.config, mesh)
+        if model.mesh not in (None, mesh):
+            raise ValueError("the model lies on another mesh: expected the one it was spread over, or none")
     if not ids or not max_new_tokens:
         return iter(())
     # More could never be verified.
@@ -149,8 +154,6 @@ def stream(
     width = min(prefill_chunk, 1 << (longest - 1).bit_length())
     if mesh is not None and model.mesh is None:
         model = shard_model(model, mesh)
-    elif mesh is not None and check_shards(model.config, mesh) != model.mesh:
-        raise ValueError("the model lies on another mesh: expected the one it was spread over, or none")
     if model.mesh is not None and model.mesh.is_multi_process:
         raise ValueError("the mesh has devices of several processes: expected one process, or a DecodeLoop in each")
     shards = 1 if model.mesh is None else model.mesh.shape[DATA]

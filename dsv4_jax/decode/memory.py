@@ -3,15 +3,21 @@
 import logging
 import os
 
+import jax
 import jax.numpy as jnp
 
 WARN_SHARE = 0.25
 """Share of the device's memory from which on a cache's size is worth a warning."""
 
 
+def default_device() -> jax.Device:
+    """Where arrays go that nobody places."""
+    return next(iter(jnp.zeros(()).devices()))
+
+
 def device_memory() -> int | None:
     """Bytes that JAX may use on the device where arrays go by default; of a CPU the machine's. None if unknown."""
-    device = next(iter(jnp.zeros(()).devices()))
+    device = default_device()
     stats = device.memory_stats()
     if stats and stats.get("bytes_limit"):
         return int(stats["bytes_limit"])
@@ -23,11 +29,16 @@ def device_memory() -> int | None:
         return None
 
 
-def check_memory(num_bytes: int, what: str) -> None:
-    """ValueError for a cache that is larger than the device's memory; a warning in the log for a large one."""
+def check_memory(num_bytes: int, what: str, devices: int = 1) -> None:
+    """ValueError for a cache that is larger than the device's memory; a warning in the log for a large one.
+
+    devices: how many of this process have such a cache; on a CPU they share its memory.
+    """
     memory = device_memory()
     if memory is None:
         return
+    if devices > 1 and default_device().platform == "cpu":
+        num_bytes, what = num_bytes * devices, f"{what} on each of {devices} CPU devices"
     gib = f"{num_bytes / 2**30:,.1f} GiB"
     if num_bytes > memory:
         raise ValueError(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ..cache.sharding import MODEL
 from .config import DSV4Config
-from .files.checkpoint import Progress, check_memory, read_stored_tensors, read_tensors, result_bytes
+from .files.checkpoint import Progress, read_stored_tensors, read_tensors, result_bytes
 from .sharding import check_fit, check_shards, local_experts, place_weight, with_mesh
 from .transformer import DSV4Model
 
@@ -73,10 +73,7 @@ def from_pretrained(
     else:
         needed = result_bytes(config, _WEIGHTS[weights], devices, model_devices)
         tensors = read_tensors(path, config, _WEIGHTS[weights], progress, experts=experts)
-    if mesh is not None:
-        check_fit(needed, os.fspath(path), mesh)
-    elif jax.default_backend() == "cpu":
-        check_memory(needed, os.fspath(path))
+    check_fit(needed, os.fspath(path), mesh)
     arrays: dict[str, jax.Array] = {}
     for name, array in tensors:
         same = name == "head.weight" and config.tie_word_embeddings

@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from ..cache.sharding import MODEL
 from .config import DSV4Config
-from .files.released_form import released_type
+from .files.released_form import released_bytes, released_type
 from .files.tensor_names import expected_tensors, keeps_float32, scale_name
 from .files.weight_formats import scale_shape
 from .pretrained import model_of
-from .sharding import check_shards, weight_sharding
+from .sharding import check_fit, check_shards, weight_sharding
 from .transformer import DSV4Model
 
 Array = jax.Array
@@ -49,9 +50,12 @@ def random_model(config: DSV4Config, *, seed: int = 0, dtype: DTypeLike = jnp.bf
       The model, its weights on the default device, or on the mesh.
 
     Raises:
-      ValueError: sizes that the released form cannot hold, or a mesh over which the model cannot be spread.
+      ValueError: sizes that the released form cannot hold, weights that do not fit, or a mesh over which the model
+        cannot be spread.
     """
     mesh = None if mesh is None else check_shards(config, mesh)
+    devices, model_devices = (1, 1) if mesh is None else (mesh.devices.size, mesh.shape.get(MODEL, 1))
+    check_fit(released_bytes(config, devices, model_devices).held, "random weights", mesh)
     return model_of(config, dtype, dict(_tensors(config, seed, mesh)), mesh)
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..cache.sharding import MODEL, check_mesh
 from .config import DSV4Config
 from .files.checkpoint import check_memory
-from .files.tensor_names import divided_by
+from .files.tensor_names import check_division, divided_by
 from .transformer import DSV4Model
 
 
@@ -48,14 +48,8 @@ def weight_spec(name: str, mesh: Mesh) -> PartitionSpec:
 
 def weight_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """`weight_spec` for an array; ValueError where the devices along an axis do not divide it."""
-    spec = weight_spec(name, mesh)
-    for size, axis in zip(shape, spec, strict=False):
-        if axis == MODEL and size % mesh.shape[MODEL]:
-            raise ValueError(
-                f'{name} has shape {shape}: the mesh has {mesh.shape[MODEL]} devices along "{MODEL}", expected a '
-                f"number that divides {size}"
-            )
-    return NamedSharding(mesh, spec)
+    check_division(name, shape, mesh.shape.get(MODEL, 1))
+    return NamedSharding(mesh, weight_spec(name, mesh))
 
 
 def shard_model(model: DSV4Model, mesh: Any) -> DSV4Model:
@@ -113,18 +107,22 @@ def local_experts(config: DSV4Config, mesh: Mesh) -> frozenset[int]:
     return frozenset(expert for index in places.values() for expert in every[(index or (slice(None),))[0]])
 
 
-def check_fit(needed: int, what: str, mesh: Mesh) -> None:
-    """ValueError, which says by how much, where devices of this process have less memory than `needed` bytes each."""
-    devices = mesh.local_devices
+def check_fit(needed: int, what: str, mesh: Mesh | None) -> None:
+    """ValueError, which says by how much, where devices have less memory than `needed` bytes each.
+
+    mesh: its devices of this process are asked; None: the default device.
+    """
+    devices = list(jax.device_put(np.zeros(())).devices()) if mesh is None else mesh.local_devices
     gib = f"{needed / 2**30:,.1f} GiB"
     if devices[0].platform == "cpu":  # they share the machine's
-        check_memory(needed * len(devices), f"{what} on {len(devices)} CPU devices, {gib} each")
+        where = "" if mesh is None else f" on {len(devices)} CPU devices, {gib} each"
+        check_memory(needed * len(devices), f"{what}{where}")
         return
     for device in devices:
         memory = (device.memory_stats() or {}).get("bytes_limit")
         if memory is not None and needed > memory:
+            where = "" if mesh is None else f" on each of {mesh.devices.size} devices"
             raise ValueError(
-                f"{what}: its tensors take {gib} on each of {mesh.devices.size} devices, "
-                f"{(needed - memory) / 2**30:,.1f} GiB more than {device} has: expected more devices, or weights=None, "
-                "which holds them as they are stored"
+                f"{what}: its tensors take {gib}{where}, {(needed - memory) / 2**30:,.1f} GiB more than {device} has: "
+                "expected more devices, or weights=None, which holds them as they are stored"
             )

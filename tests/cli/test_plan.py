@@ -132,6 +132,8 @@ def test_weights_count_where_they_are_given(run, data, one_layer):
     assert report["total_bytes"] == alone["total_bytes"]
     assert report["memory_bytes"] == 192 * 10**9 - report["weights"]["held_bytes"]
     assert "It fits, weights and cache" in run(*arguments, "--memory", "192GB", "--weights", "flash")[1]
+    unnamed = run("--weights", "flash", *arguments[2:], "--memory", "192GB", "--json")[1]
+    assert json.loads(unnamed) == report  # the model is the weights'
 
     found = json.loads(run("--config", one_layer, "--memory", "1GiB", "--weights", one_layer, "--json")[1])["weights"]
     weights = nnx.split(dsv4_jax.from_pretrained(one_layer))[1]
@@ -227,6 +229,7 @@ def test_formats_that_cannot_store_a_model_are_left_out(run, tmp_path):
         (["--config", "flash", "--memory", "1GB", "--concurrency", "0"], "--concurrency"),
         (["--config", "flash", "--memory", "1GB", "--max-rollback", "-1"], "--max-rollback"),
         (["--config", "flash", "--memory", "1GB", "--cache", "fp7"], "'fp7' is not one of"),
+        (["--memory", "1GB"], "there is no model: give --config or --weights"),
         (["--config", "flash", "--memory", "1GB", "--plot", "x.bmp"], "ends in .png, .svg, .pdf"),
         (["--config", "flash", "--memory", "1GB", "--plot", "/nowhere/x.png"], "/nowhere/x.png cannot be written"),
     ],
@@ -286,6 +289,12 @@ def test_devices_of_one_request_divide_its_heads(run):
     per_layer = heads * config.head_dim * (config.q_lora_rank + config.o_lora_rank) + outputs * hidden
     per_layer += 3 * hidden * config.moe_intermediate_size * config.n_shared_experts
     assert saved == pytest.approx(0.75 * per_layer * config.num_hidden_layers, rel=1e-3)  # scales are the rest
+    status, _, err = run("--weights", "pro", "--memory", "141GB", "--devices", 16, "--model-devices", 16)
+    assert status == 2  # scales are of 128 rows
+    assert "--model-devices is 16: layers.0.ffn.shared_experts.w1.scale has shape (24, 56)" in err
+    status, _, err = run("--config", "flash", "--weights", "pro", "--memory", "141GB", "--devices", 256)
+    assert status == 2
+    assert "--devices is 256: expected a number that divides 384 experts" in err
     status, _, err = run(*arguments, "--model-devices", 3)
     assert status == 2
     assert "--model-devices is 3: expected a number that divides 8 devices and 16 output groups" in err

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 import dsv4_jax
+from dsv4_jax import DSV4Config
 from dsv4_jax.cache.sharding import check_mesh
 from dsv4_jax.model.files.released_form import released_bytes
 from dsv4_jax.model.random_weights import random_model
@@ -80,6 +81,12 @@ def test_the_command_line_takes_devices(run, one_layer):
     assert status == 0
     assert (one["devices"], two["devices"]) == (1, 2)
     assert one["results"] == two["results"]
+    four = json.loads(run(*arguments, "--devices", 4, "--model-devices", 2)[1])
+    assert (four["devices"], four["model_devices"]) == (4, 2)
+    assert one["results"] == four["results"]
+    status, _, err = run(*arguments, "--devices", 2, "--model-devices", 4)
+    assert status == 2
+    assert "--model-devices is 4: expected a number that divides 2 devices" in err
     status, _, err = run(*arguments, "--devices", 64)
     assert status == 2
     assert "--devices is 64: JAX has 4 (cpu); XLA_FLAGS=--xla_force_host_platform_device_count=64 makes" in err
@@ -102,9 +109,21 @@ def test_errors(mesh, model):
             dsv4_jax.model.sharding.shard_model(model(0), given)
     with pytest.raises(ValueError, match=r"^the mesh has devices of different kinds, another and cpu: expected one"):
         check_mesh(Mesh(np.array([jax.devices()[0], Other()]), ("data",)))
+    with pytest.raises(ValueError, match=r"^the mesh has a device twice among 2: expected each of them once"):
+        check_mesh(Mesh(devices[[0, 0]], ("data",)))
+    with pytest.raises(ValueError, match=r"^the mesh has the shape \(0,\): expected one device or more along every ax"):
+        check_mesh(Mesh(devices[:0], ("data",)))
+    with pytest.raises(ValueError, match=r"^mesh is a int: expected"):
+        dsv4_jax.generate(model(0), [[1]], 0, mesh=2)  # though there is nothing to do
     with pytest.raises(ValueError, match=r"^the mesh has 3 devices and the model 8 routed experts: expected a number"):
         dsv4_jax.model.sharding.shard_model(model(0), mesh(3))
-    with pytest.raises(ValueError, match=r"checkpoint on 2 CPU devices, 1,024.0 GiB each: its tensors take 2048.0 GiB"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint on 2 CPU devices, 1,024.0 GiB each: its tensors take 2,048.0 GiB"
+    ):
         check_fit(1 << 40, "checkpoint", mesh(2))
+    with pytest.raises(ValueError, match=r"^random weights: its tensors take .* GiB more than this machine's memory"):
+        dsv4_jax.random_model(DSV4Config.pro())
+    with pytest.raises(ValueError, match=r"^random weights on 4 CPU devices, .* GiB each: its tensors take"):
+        dsv4_jax.random_model(DSV4Config.pro(), mesh=mesh((1, 4)))
     with pytest.raises(ValueError, match=r"^the model lies on another mesh: expected the one"):
         dsv4_jax.generate(model(2), [[1]], 1, mesh=mesh(4))

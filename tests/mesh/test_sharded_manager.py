@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from interrupt import Interrupt
 
-import dsv4_jax.cache
-from dsv4_jax import PrefixPolicy
+import dsv4_jax
+from dsv4_jax import PrefixPolicy, cache_cost
 from dsv4_jax.cache.sharding import join_caches, shard_devices, split_cache
 
 
@@ -209,3 +209,11 @@ def test_a_request_that_nobody_got_is_none(make_manager, name):
         with pytest.raises(KeyboardInterrupt), Interrupt(folder, at):
             call()
         assert book(manager) == before, place
+
+
+def test_shards_on_cpus_share_the_memory_of_the_machine(model, monkeypatch):
+    one = cache_cost(model(0).config, model(0).config.schedule).size(1, 96).total_bytes
+    monkeypatch.setattr("dsv4_jax.decode.memory.device_memory", lambda: 3 * one)
+    assert dsv4_jax.make_manager(model(2), 2, 96).slots_per_shard == 1
+    with pytest.raises(ValueError, match=r"^a cache for 1 requests of 96 tokens on each of 4 CPU devices takes"):
+        dsv4_jax.make_manager(model(4), 4, 96)

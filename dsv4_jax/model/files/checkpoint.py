@@ -23,7 +23,14 @@ from dsv4_jax.files.untrusted_json import shorten
 from dsv4_jax.model.config import DSV4Config
 from dsv4_jax.model.files.quantisation import check_quantisation
 from dsv4_jax.model.files.tensor_match import MatchedTensors, match_tensors
-from dsv4_jax.model.files.tensor_names import device_share, expected_tensors, is_skipped, keeps_float32, scale_name
+from dsv4_jax.model.files.tensor_names import (
+    check_division,
+    device_share,
+    expected_tensors,
+    is_skipped,
+    keeps_float32,
+    scale_name,
+)
 from dsv4_jax.model.files.weight_formats import dequantise, scale_bytes, scale_shape
 
 _log = logging.getLogger(__name__)
@@ -86,11 +93,23 @@ def held_as_stored(
 
 
 def held_bytes(config: DSV4Config, held: Mapping[str, Held], devices: int = 1, model_devices: int = 1) -> int:
-    """Bytes of tensors that are held like this, scales included; on each of so many devices (`device_share`)."""
-    return sum(
-        device_share(_nbytes(shape, held[name]), name, devices, model_devices)
-        for name, shape in expected_tensors(config).items()
-    )
+    """Bytes of tensors that are held like this, scales included; on each of so many devices (`device_share`).
+
+    Raises:
+      ValueError: devices along "model" that do not divide a tensor.
+    """
+    total = 0
+    for name, shape in expected_tensors(config).items():
+        check_parts(name, shape, held[name].form, model_devices)
+        total += device_share(_nbytes(shape, held[name]), name, devices, model_devices)
+    return total
+
+
+def check_parts(name: str, shape: tuple[int, ...], form: str | None, model_devices: int) -> None:
+    """ValueError where so many devices along an axis "model" do not divide a tensor, or its scales if it is held so."""
+    check_division(name, shape, model_devices)
+    if form == "fp8":
+        check_division(scale_name(name), scale_shape(form, (shape[0], shape[1])), model_devices)
 
 
 def _nbytes(shape: tuple[int, ...], held: Held) -> int:
@@ -224,8 +243,9 @@ def check_memory(needed: int, what: str) -> None:
         return
     if needed > installed:
         raise ValueError(
-            f"{what}: its tensors take {needed / 2**30:.1f} GiB, but this machine has {installed / 2**30:.1f} GiB of "
-            "memory: expected a smaller checkpoint, or dtype bfloat16 instead of float32"
+            f"{what}: its tensors take {needed / 2**30:,.1f} GiB, {(needed - installed) / 2**30:,.1f} GiB more than "
+            "this machine's memory: expected a smaller model, bfloat16 instead of float32, or weights held as they are "
+            "stored"
         )
 
 

@@ -27,7 +27,7 @@ from dsv4_jax.files.safetensors_writer import TensorEntry, write_safetensors
 from dsv4_jax.files.untrusted_json import read_json_object, shorten
 from dsv4_jax.files.written_whole import CannotWriteError
 from dsv4_jax.model.config import MAX_CONFIG_BYTES, DSV4Config
-from dsv4_jax.model.files.checkpoint import Progress
+from dsv4_jax.model.files.checkpoint import Progress, check_parts
 from dsv4_jax.model.files.quantisation import check_quantisation
 from dsv4_jax.model.files.tensor_match import match_tensors
 from dsv4_jax.model.files.tensor_names import (
@@ -88,10 +88,14 @@ def released_bytes(config: DSV4Config, devices: int = 1, model_devices: int = 1)
     """What the weights of this configuration take in the released form; no file is needed.
 
     devices, model_devices: what is held is that of each of so many devices (`device_share`).
+
+    Raises:
+      ValueError: devices along "model" that do not divide a tensor, or sizes that the released form cannot hold.
     """
     stored, held = 0, 0
     for name, shape in expected_tensors(config).items():
         form = released_type(name)
+        check_parts(name, shape, form, model_devices)
         if form in ("fp8", "fp4"):
             rows, columns = shape
             nbytes = rows * columns // (2 if form == "fp4" else 1) + math.prod(scale_shape(form, (rows, columns)))

@@ -108,6 +108,16 @@ def device_share(nbytes: int, name: str, devices: int, model_devices: int) -> in
     return -(-nbytes // parts)
 
 
+def check_division(name: str, shape: tuple[int, ...], model_devices: int) -> None:
+    """ValueError where so many devices along an axis "model" do not divide the axis of an array that lies along it."""
+    axis = {"rows": 0, "columns": 1}.get(divided_by(name) or "")
+    if axis is not None and shape[axis] % model_devices:
+        raise ValueError(
+            f'{name} has shape {shape}: the mesh has {model_devices} devices along "model", expected a number that '
+            f"divides {shape[axis]}"
+        )
+
+
 def least_tensors(config: DSV4Config) -> int:
     """Fewer tensors than this no checkpoint of the model has: its experts alone are as many."""
     return config.num_hidden_layers * config.n_routed_experts * 3

@@ -48,9 +48,10 @@ def multiply_each(x: Array, weights: Sequence[Array], *, implementation: str | N
     def limit(platform: str) -> str | None:
         if platform == "cpu":
             return "there is none for the CPU"
-        if x.shape[0] > MOST_TOKENS or len(weights) > MOST_WEIGHTS:
+        if not 0 < x.shape[0] <= MOST_TOKENS or not 0 < len(weights) <= MOST_WEIGHTS:
             return (
-                f"it takes up to {MOST_TOKENS} tokens and {MOST_WEIGHTS} weights, not {x.shape[0]} and {len(weights)}"
+                f"it takes 1 to {MOST_TOKENS} tokens and 1 to {MOST_WEIGHTS} weights, not {x.shape[0]} and "
+                f"{len(weights)}"
             )
         if x.shape[1] % 256 or any(weight.shape[0] % 32 for weight in weights):
             return "it takes multiples of 256 columns and of 32 rows"

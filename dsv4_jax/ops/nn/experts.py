@@ -96,6 +96,8 @@ def apply_experts(
             return "it is for GPUs of compute capability 9.0"
         if x.dtype != jnp.bfloat16:
             return f"it takes bfloat16, not {x.dtype}"
+        if not picks.size or not experts.w1.codes.shape[0]:
+            return "it takes a token, a pick and an expert or more"
         inner, hidden = experts.w1.codes.shape[1], x.shape[1]
         if hidden % 512 or inner % 512 or not 0 < limit <= 64:
             return f"it takes sizes that are multiples of 512 and a limit up to 64, not {hidden}, {inner} and {limit}"
@@ -115,6 +117,8 @@ def _in_jnp(x: Array, picks: Array, weights: Array, experts: ExpertWeights, limi
         return product(jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit), one.w2)
 
     number, wide = experts.w1.codes.shape[0], x.astype(jnp.float32)
+    if not picks.size or not number:
+        return jnp.zeros_like(x)
     valid = (picks >= 0) & (picks < number)
     if picks.size <= number:
         # A pick at a time: what is read is what was picked.

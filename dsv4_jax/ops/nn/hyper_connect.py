@@ -202,6 +202,8 @@ def _native_limit(streams: Array) -> Any:
             return "it is for GPUs of compute capability 9.0"
         if streams.dtype != jnp.bfloat16:
             return f"it takes bfloat16, not {streams.dtype}"
+        if not streams.shape[0]:
+            return "it takes a token or more"
         if n != CUDA_STREAMS or d not in COLUMNS:
             return f"it takes 4 streams of a multiple of 512 values from 3584 to 7168, not {n} of {d}"
         return None

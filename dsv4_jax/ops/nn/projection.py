@@ -1,5 +1,6 @@
 """A product with weights in the released FP8 form: E4M3 codes with a power-of-two scale per block of 128x128."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -133,14 +134,15 @@ def project_each(
             f"project: the norm's weight is {before.weight.dtype} {before.weight.shape}, "
             f"expected float32 {x.shape[-1:]}"
         )
+    if isinstance(before, Gated) and (before.up.shape != x.shape or before.up.dtype != x.dtype):
+        raise ValueError(f"project: up is {before.up.dtype} {before.up.shape}, expected {x.dtype} {x.shape}, as x")
+    rows = math.prod(x.shape[:-1]), 1, x.shape[-1]
     if isinstance(before, Gated):
-        if before.up.shape != x.shape or before.up.dtype != x.dtype:
-            raise ValueError(f"project: up is {before.up.dtype} {before.up.shape}, expected {x.dtype} {x.shape}, as x")
-        before = before._replace(up=before.up.reshape(-1, 1, x.shape[-1]))
+        before = before._replace(up=before.up.reshape(rows))
     results: list[Array] = []
     for first in range(0, len(weights), MOST_WEIGHTS):
         some = weights[first : first + MOST_WEIGHTS]
-        results += _grouped(x.reshape(-1, 1, x.shape[-1]), some, implementation, before)
+        results += _grouped(x.reshape(rows), some, implementation, before)
     return tuple(y.reshape(*x.shape[:-1], w.codes.shape[0]) for y, w in zip(results, weights, strict=True))
 
 
@@ -158,13 +160,13 @@ def project_groups(x: Array, weight: BlockScaledWeight, *, implementation: str |
     Raises:
       ValueError: as in `project`.
     """
-    if x.ndim < 2 or x.shape[-1:] != weight.codes.shape[1:] or weight.codes.shape[0] % x.shape[-2]:
+    if x.ndim < 2 or x.shape[-1:] != weight.codes.shape[1:] or not x.shape[-2] or weight.codes.shape[0] % x.shape[-2]:
         raise ValueError(
             f"project_groups: x has shape {x.shape} and the weight {weight.codes.shape}, "
             "expected (..., G, K) and (G * N, K)"
         )
-    (y,) = _grouped(x.reshape(-1, *x.shape[-2:]), (weight,), implementation)
-    return y.reshape(*x.shape[:-1], -1)
+    (y,) = _grouped(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]), (weight,), implementation)
+    return y.reshape(*x.shape[:-1], weight.codes.shape[0] // x.shape[-2])
 
 
 def project_through(
@@ -190,13 +192,34 @@ def project_through(
     Raises:
       ValueError: as in `project`.
     """
+    shapes = [weight.codes.shape for weight in firsts]
+    if (
+        x.ndim != 3
+        or not firsts
+        or (len(firsts) > 1 and x.shape[1] != 1)
+        or any(shape[1:] != x.shape[2:] or not x.shape[1] or shape[0] % x.shape[1] for shape in shapes)
+    ):
+        raise ValueError(
+            f"project_through: x has shape {x.shape} and the first weights {', '.join(map(str, shapes)) or 'none'}, "
+            "expected (T, G, K) and (G * N, K), G 1 where there are several"
+        )
     tokens, groups, columns = x.shape
-    rows = [weight.codes.shape[0] for weight in firsts]
+    rows = [shape[0] for shape in shapes]
+    if second.codes.shape[1:] != (rows[0],):
+        raise ValueError(
+            f"project_through: the second weight has shape {second.codes.shape}, expected (M, {rows[0]}), the rows of "
+            "the first as columns"
+        )
+    if norm is not None and (norm.weight.shape != (rows[0],) or norm.weight.dtype != jnp.float32):
+        raise ValueError(
+            f"project_through: the norm's weight is {norm.weight.dtype} {norm.weight.shape}, "
+            f"expected float32 ({rows[0]},)"
+        )
     between, eps = norm or (None, 0.0)
 
     def one_by_one(x: Array, between: Array | None, second: BlockScaledWeight, *firsts: BlockScaledWeight) -> Any:
         inner = implementation if implementation == "jnp" else None
-        results = [y.reshape(tokens, -1) for y in _grouped(x, firsts, inner)]
+        results = [y.reshape(tokens, n) for y, n in zip(_grouped(x, firsts, inner), rows, strict=True)]
         before = None if between is None else Normed(between, eps)
         return (*results, project(results[0], second, before=before, implementation=inner))
 
@@ -218,17 +241,12 @@ def project_through(
             return "there is none for the CPU"
         if not dispatch.on_hopper():
             return "it is for GPUs of compute capability 9.0"
-        if x.dtype != jnp.bfloat16 or tokens > PIECE or len(firsts) > (MOST_WEIGHTS if groups == 1 else 1):
-            return f"it takes up to {PIECE} tokens of bfloat16 and {MOST_WEIGHTS} weights without groups"
+        if x.dtype != jnp.bfloat16 or not 0 < tokens <= PIECE or len(firsts) > (MOST_WEIGHTS if groups == 1 else 1):
+            return f"it takes 1 to {PIECE} tokens of bfloat16 and {MOST_WEIGHTS} weights without groups"
         if any(n // groups % 256 for n in rows) or columns % 512 or second.codes.shape[0] % 256 or rows[0] % 512:
             return "it takes multiples of 512 columns and of 256 rows in a group"
         return None
 
-    if second.codes.shape[1] != rows[0] or (between is not None and between.shape != (rows[0],)):
-        raise ValueError(
-            f"project_through: the second weight is {second.codes.shape}, expected {rows[0]} columns and a norm "
-            "of as many"
-        )
     return dispatch.call("project_through", implementation, limit, in_native, one_by_one, x, between, second, *firsts)
 
 
@@ -261,7 +279,7 @@ def _grouped(
         x = ready(x, array)
 
         def product(weight: BlockScaledWeight) -> Array:
-            values = dequantise_weight(weight).reshape(groups, -1, columns)
+            values = dequantise_weight(weight).reshape(groups, weight.codes.shape[0] // groups, columns)
             y = jnp.einsum("tgk,gnk->tgn", x.astype(jnp.float32), values, precision=jax.lax.Precision.HIGHEST)
             return y.astype(x.dtype)
 
@@ -298,6 +316,8 @@ def _grouped(
             return "it is for GPUs of compute capability 9.0"
         if x.dtype != jnp.bfloat16:
             return f"it takes bfloat16, not {x.dtype}"
+        if not x.shape[0] or not columns or not all(rows):
+            return "it takes a token, a column and a row or more"
         if columns % 512 or any(n % 256 for n in rows):
             return f"it takes multiples of 512 columns and of 256 rows in a group, not {columns} and {rows}"
         return None

@@ -82,6 +82,8 @@ def choose_experts(
     def limit(platform: str) -> str | None:
         if platform == "cpu":
             return "there is none for the CPU"
+        if not logits.shape[0]:
+            return "it takes a token or more"
         if logits.shape[1] > MOST_EXPERTS or k > MOST_PICKS:
             return f"it takes up to {MOST_EXPERTS} experts and {MOST_PICKS} picks, not {logits.shape[1]} and {k}"
         return None

@@ -245,7 +245,9 @@ def test_quantisation_of_another_kind_is_refused(stored, rewrite, key, value):
 
 def test_more_than_the_machine_has_is_refused(released, monkeypatch):
     monkeypatch.setattr("dsv4_jax.model.files.checkpoint.os.sysconf", lambda name: 1000)
-    with pytest.raises(ValueError, match=r"its tensors take 0.0 GiB, but this machine has 0.0 GiB of memory: expected"):
+    with pytest.raises(
+        ValueError, match=r"its tensors take 0.0 GiB, 0.0 GiB more than this machine's memory: expected"
+    ):
         load_tensors(released)
 
 

@@ -99,6 +99,16 @@ def test_what_nobody_picked_and_company_change_no_bit(implementation, tokens, st
         assert bool(jnp.isnan(after[1:]).all())
 
 
+@pytest.mark.parametrize("implementation", ["jnp", None])
+@pytest.mark.parametrize(("tokens", "k", "number"), [(0, K, EXPERTS), (2, 0, EXPERTS), (2, K, 0)])
+def test_nothing_to_add(implementation, tokens, k, number, stored):
+    """No tokens, no picks, or no experts."""
+    experts = jax.tree.map(lambda w: w[:number], stored["jnp"][0])
+    x, picks, weights = jnp.ones((tokens, 160)), jnp.zeros((tokens, k), jnp.int32), jnp.ones((tokens, k))
+    got = apply_experts(x, picks, weights, experts, limit=10.0, implementation=implementation)
+    np.testing.assert_array_equal(got, np.zeros((tokens, 160), np.float32))
+
+
 def test_shapes_are_checked(stored):
     experts, _ = stored["jnp"]
     x, picks, weights = jnp.zeros((2, 160)), jnp.zeros((2, K), jnp.int32), jnp.zeros((2, K))

@@ -156,3 +156,36 @@ def test_shapes_are_checked(rng):
         project(jnp.zeros((2, 256)), weight, before=Normed(jnp.zeros(2), 1e-6))
     with pytest.raises(ValueError, match="as x"):
         project(jnp.zeros((2, 256)), weight, before=Gated(jnp.zeros((1, 256)), 1.0))
+    several, narrow = (weight, weight), jnp.zeros((2, 1, 255), jnp.bfloat16)
+    x = jnp.zeros((2, 1, 256), jnp.bfloat16)
+    for given, firsts in [
+        (x[:, 0], several),
+        (x, ()),
+        (narrow, several),
+        (jnp.zeros((2, 3, 256), jnp.bfloat16), (weight,)),
+        (jnp.zeros((2, 2, 256), jnp.bfloat16), several),
+    ]:
+        with pytest.raises(ValueError, match=r"project_through: x has shape \(2, .*expected \(T, G, K\)"):
+            project_through(given, firsts, weight)
+    with pytest.raises(ValueError, match=r"second weight has shape \(256, 255\), expected \(M, 256\)"):
+        project_through(x, several, weight._replace(codes=weight.codes[:, 1:]))
+    with pytest.raises(ValueError, match=r"norm's weight is bfloat16 \(256,\), expected float32"):
+        project_through(x, several, weight, norm=Normed(jnp.zeros(256, jnp.bfloat16), 1e-6))
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., G, K\)"):
+        project_groups(jnp.zeros((2, 0, 256), jnp.bfloat16), weight)
+
+
+@pytest.mark.parametrize("implementation", ["jnp", None])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(0, 256, 512), (3, 0, 512), (3, 256, 0)])
+def test_sizes_of_nothing(tokens, rows, columns, implementation, rng):
+    """No tokens, no rows, or a sum of no columns."""
+    weight, _ = random_weight(rng, rows, columns)
+    x = jnp.ones((tokens, columns))
+    (y,) = project_each(x, (weight,), implementation=implementation)
+    np.testing.assert_array_equal(y, np.zeros((tokens, rows), np.float32))
+    x = jnp.ones((tokens, 2, columns))
+    np.testing.assert_array_equal(
+        project_groups(x, weight, implementation=implementation), np.zeros((tokens, 2, rows // 2), np.float32)
+    )
+    through = project_through(x[:, :1], (weight,), BlockScaledWeight(weight.codes[:, :0].T, weight.scale[:, :0].T))
+    assert [y.shape for y in through] == [(tokens, rows), (tokens, 0)]
