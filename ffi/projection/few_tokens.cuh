@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
   };
 
   if (warp == kConsumers / 32) {
+    const uint64_t policy = ptx::read_once();
     for (; item < last; ++item) {
       const Weight weight = call.of_row(item * F::kRows);
       const uint8_t* codes = weight.codes + static_cast<int64_t>(item * F::kRows - weight.first) * call.columns;
@@ -66,8 +67,9 @@ __global__ void __launch_bounds__(kThreads, 1) few_tokens_kernel(const Call call
         __syncwarp();
 #pragma unroll
         for (int row = lane; row < F::kRows; row += 32) {
-          ptx::copy_bulk(shared + stage * F::kStageBytes + row * F::kPitch,
-                         codes + static_cast<int64_t>(row) * call.columns + step * kColumns, kColumns, full + stage);
+          ptx::copy_bulk_once(shared + stage * F::kStageBytes + row * F::kPitch,
+                              codes + static_cast<int64_t>(row) * call.columns + step * kColumns, kColumns,
+                              full + stage, policy);
         }
       }
     }
