@@ -6,13 +6,14 @@ Weights, cache and contexts as in `gpu_slice`. Programs are compiled side by sid
 """
 
 import argparse
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from gpu_slice import copy_rate, filled_cache, least_bytes, numbers, profile_steps, program, timed
+from gpu_slice import copy_rate, filled_cache, least_bytes, numbers, profile_steps, program, report_kernels, timed
 from gpu_timing import fact, failed
 
 from dsv4_jax import DSV4Config
@@ -72,21 +73,32 @@ def decode(model, compiled, batch: int, context: int, profile: bool) -> None:
         profile_steps(compiled, state, carry, 1, took)
 
 
-def prefill(model, compiled, prompt: int, chunk: int) -> None:
+def prefill(model, compiled, prompt: int, chunk: int, profile: bool) -> None:
     """Prints the time of a prompt fed in chunks."""
     cache, state = filled_cache(model.config, 1, prompt), nnx.split(model)[1]
+
+    def feed(cache, seed: int):
+        for first in range(0, prompt, chunk):
+            tokens = (jnp.arange(chunk, dtype=jnp.int32) * 991 + 17 * seed) % model.config.vocab_size
+            cache, last = compiled(state, cache, tokens, jnp.int32(first))
+        last.block_until_ready()
+        return cache
+
     times = []
     for repeat in range(3):
         start = time.perf_counter()
-        for first in range(0, prompt, chunk):
-            tokens = (jnp.arange(chunk, dtype=jnp.int32) * 991 + 17 * repeat) % model.config.vocab_size
-            cache, last = compiled(state, cache, tokens, jnp.int32(first))
-        jax.block_until_ready(last)
+        cache = feed(cache, repeat)
         if repeat:
             times.append((time.perf_counter() - start) * 1e3)
     name = f"share, prefill of {prompt} tokens in chunks of {chunk}"
     fact(name, min(times), "ms")
     fact(f"{name}: temporaries", compiled.memory_analysis().temp_size_in_bytes / 1e6, "MB")
+    if profile:
+        chunks = prompt // chunk
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                feed(cache, 3)
+            report_kernels(folder, compiled.as_text(), chunks, min(times) / chunks * 1e3)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -129,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
             fact(f"{name}: trace and lower", traced, "s")
             fact(f"{name}: compile", took, "s")
             if kind == "prefill":
-                prefill(model, result, context, batch)
+                prefill(model, result, context, batch, options.profile)
             else:
                 decode(model, result, batch, context, options.profile and context == options.contexts[0])
         except Exception as error:
