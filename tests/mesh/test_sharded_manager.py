@@ -217,3 +217,6 @@ def test_shards_on_cpus_share_the_memory_of_the_machine(model, monkeypatch):
     assert dsv4_jax.make_manager(model(2), 2, 96).slots_per_shard == 1
     with pytest.raises(ValueError, match=r"^a cache for 1 requests of 96 tokens on each of 4 CPU devices takes"):
         dsv4_jax.make_manager(model(4), 4, 96)
+    for n in (0, 2):
+        with pytest.raises(ValueError, match=r"^max_concurrent_requests is '4': expected an integer from 1 to"):
+            dsv4_jax.make_manager(model(n), "4", 96)
