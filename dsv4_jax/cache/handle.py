@@ -22,7 +22,16 @@ from ..ops.write.compress import CompressorWeights, Projections, compress, compr
 from ..ops.write.ordering import after as ordered_after
 from ..ops.write.write_layer import LayerInputs, LayerState, write_layer
 from .kv_cache import KVCache
-from .layer_inputs import FLOATS, check_array, check_floating, check_raw, check_rows, check_weights, layer_number
+from .layer_inputs import (
+    FLOATS,
+    check_array,
+    check_floating,
+    check_number,
+    check_raw,
+    check_rows,
+    check_weights,
+    layer_number,
+)
 from .paged_cache import PagedKVPool
 from .plan import StepPlan
 from .schema import CacheSchema
@@ -281,14 +290,14 @@ class LayerCacheHandle:
           selected: (T, K) int32, entries that each token attends to by index in the request, -1 for none; None for
             every visible one. A layer without entries takes None.
           fresh: (T, head_dim) float32 | bfloat16, the step's kv as `write_swa` takes it, not written yet.
-          scale: factor of the scores, by default head_dim ** -0.5.
+          scale: factor of the scores, a Python number, by default head_dim ** -0.5.
           raw: cos and sin (T, rope_dim // 2) float32 of the tokens and eps: q comes straight from its projection, is
             normed per head and rotated here, and the output is rotated back.
         Returns:
           (T, heads, head_dim) in the dtype of q.
         Raises:
-          ValueError: for another shape or dtype, `selected` in an SWA layer, or a step with several tokens of a
-            slot without `fresh`.
+          ValueError: for another shape or dtype, `selected` in an SWA layer, a scale that is no number, or a step with
+            several tokens of a slot without `fresh`.
         """
         tokens, schema = self.plan.slots.shape[0], self.schema
         check_array(self._name, "q", q, (tokens, "heads", schema.head_dim), FLOATS)
@@ -298,6 +307,10 @@ class LayerCacheHandle:
             check_array(self._name, "selected", selected, (tokens, "K"), (jnp.int32,))
         if raw is not None:
             check_raw(self._name, raw, tokens, schema.rope_dim)
+            raw = raw._replace(eps=float(raw.eps))
+        if scale is not None:
+            check_number(self._name, "scale", scale)
+            scale = float(scale)
         ring = self._state.ring
         stored = Record(ring.nope, ring.rope, ring.inv_scale)
         own = None

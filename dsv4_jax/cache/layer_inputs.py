@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..ops.read.attend import RawQuery
 from ..ops.write.compress import CompressorWeights
@@ -67,5 +68,10 @@ def check_raw(layer: object, raw: Any, tokens: int, rope_dim: int) -> None:
         raise ValueError(f"layer {layer}: raw is a {type(raw).__name__}, expected a RawQuery (cos, sin, eps)")
     for name, x in (("raw.cos", raw.cos), ("raw.sin", raw.sin)):
         check_array(layer, name, x, (tokens, rope_dim // 2), (jnp.float32,))
-    if not isinstance(raw.eps, float):
-        raise ValueError(f"layer {layer}: raw.eps is a {type(raw.eps).__name__}, expected a Python float")
+    check_number(layer, "raw.eps", raw.eps)
+
+
+def check_number(layer: object, name: str, x: Any) -> None:
+    """ValueError unless x is a number of Python's or of numpy's, which a compiled step contains."""
+    if not isinstance(x, (int, float, np.number)):
+        raise ValueError(f"layer {layer}: {name} is a {type(x).__name__}, expected a Python float")

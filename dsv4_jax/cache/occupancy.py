@@ -3,10 +3,11 @@
 Position decides the place of everything, so lengths and block lists say all of it; the device is not read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .manager import KVCacheManager
 from .schema import CacheSchema
+from .sharded_manager import ShardedKVCacheManager
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,13 @@ class Occupancy:
     pools: tuple[PoolState, ...]
 
 
-def occupancy(manager: KVCacheManager) -> Occupancy:
-    """The state of the manager's cache after the steps planned so far."""
+def occupancy(manager: KVCacheManager | ShardedKVCacheManager) -> Occupancy:
+    """The state of the manager's cache after the steps planned so far.
+
+    Of a manager over a mesh: that of this process's shards, their slots and blocks one shard after the other.
+    """
+    if isinstance(manager, ShardedKVCacheManager):
+        return _side_by_side(manager)
     kinds = {schema.kind: schema for schema in manager.cache.schemas}
     any_layer = manager.cache.schemas[0]
     slots = []
@@ -93,6 +99,22 @@ def occupancy(manager: KVCacheManager) -> Occupancy:
             )
         )
     return Occupancy(tuple(slots), tuple(_pool(manager, kinds[kind], slots) for kind in manager.cache.paged))
+
+
+def _side_by_side(manager: ShardedKVCacheManager) -> Occupancy:
+    slots: list[SlotState] = []
+    pools: dict[str, PoolState] = {}
+    for i, shard in enumerate(manager.shards):
+        part, first = occupancy(shard), i * manager.slots_per_shard
+        before = {kind: len(pool.owners) for kind, pool in pools.items()}
+        for s in part.slots:
+            blocks = {kind: tuple(before.get(kind, 0) + b for b in ids) for kind, ids in s.blocks.items()}
+            slots.append(replace(s, slot=first + s.slot, blocks=blocks))
+        for pool in part.pools:
+            owners = tuple(tuple(first + slot for slot in each) for each in pool.owners)
+            old = pools.get(pool.kind, replace(pool, owners=(), filled=()))
+            pools[pool.kind] = replace(pool, owners=old.owners + owners, filled=old.filled + pool.filled)
+    return Occupancy(tuple(slots), tuple(pools.values()))
 
 
 def _rows(name: str, rows: int, first: int, end: int) -> Rows:

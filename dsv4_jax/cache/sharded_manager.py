@@ -16,7 +16,7 @@ from .host.slot import Slot
 from .kv_cache import KVCache
 from .manager import KVCacheManager, ManagerOptions
 from .plan import StepPlan
-from .sharding import check_mesh, join_caches, shard_devices, shard_sharding, split_cache
+from .sharding import DATA, check_mesh, is_joined, join_caches, shard_devices, shard_sharding, split_cache
 from .transfer.snapshot import Snapshot
 
 P = ParamSpec("P")
@@ -125,6 +125,11 @@ class ShardedKVCacheManager:
         if not isinstance(given, KVCache) or cache_size(given) != cache_size(old):
             what = "a cache of another size or form" if isinstance(given, KVCache) else f"a {type(given).__name__}"
             raise ValueError(f"manager.cache got {what}: expected the cache that its step returned")
+        if not is_joined(cache, old):
+            raise ValueError(
+                "manager.cache got a cache that lies elsewhere than on its mesh, slots and blocks split over "
+                f'"{DATA}": expected a step that leaves it there, such as out_shardings or a jax.shard_map do'
+            )
         parts = split_cache(cache, self.mesh)
         self._joined = cache, parts
         for shard, part in zip(self.shards, parts, strict=True):
@@ -343,6 +348,8 @@ class ShardedKVCacheManager:
             if isinstance(slot, Slot):
                 self.length(slot)  # an error where its request has ended
         slots, places = np.asarray(request_slots), np.asarray(positions)
+        if not slots.size:  # of a list without elements numpy makes floats
+            slots, places = slots.astype(np.int32), places.astype(np.int32)
         if slots.ndim != 1 or slots.shape != places.shape or slots.size % self.num_shards:
             raise ValueError(
                 f"request_slots has shape {slots.shape} and positions {places.shape}: expected both (T,), with as many "

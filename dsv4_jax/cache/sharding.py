@@ -99,6 +99,15 @@ def join_caches(parts: Sequence[KVCache], mesh: Mesh) -> KVCache:
     return jax.tree.unflatten(jax.tree.structure(parts[0]), joined)
 
 
+def is_joined(cache: KVCache, like: KVCache) -> bool:
+    """Whether the arrays of a cache lie on the mesh as those of another of its size do."""
+    pairs = zip(jax.tree.leaves(cache), jax.tree.leaves(like), strict=True)
+    return all(
+        isinstance(x, jax.Array) and (x.sharding == y.sharding or x.sharding.is_equivalent_to(y.sharding, x.ndim))
+        for x, y in pairs
+    )
+
+
 def split_cache(cache: KVCache, mesh: Mesh) -> list[KVCache]:
     """The inverse of `join_caches`: the parts of this process's shards, in the same memory."""
     places = [(devices, shard_sharding(devices)) for devices in shard_devices(mesh)]

@@ -87,7 +87,7 @@ def _make_manager(
     sizing = {"cache_dtype", "indexer_dtype", "max_rollback", "hca_tail"} & options.keys()
     cost = cache_cost(model.config, schedule, **{name: options[name] for name in sizing})
     shards = 1 if model.mesh is None else model.mesh.shape[DATA]
-    slots = -(-max_concurrent_requests // shards)
+    slots = -(-count("max_concurrent_requests", max_concurrent_requests, least=1, most=2**31 - 1) // shards)
     size = cost.size(slots, max_context_len)
     devices = 1 if model.mesh is None else len(model.mesh.local_devices)
     check_memory(size.total_bytes, f"{slots} requests of {max_context_len:,} tokens", devices)

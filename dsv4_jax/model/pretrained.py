@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ..cache.sharding import MODEL
 from .config import DSV4Config
-from .files.checkpoint import Progress, read_stored_tensors, read_tensors, result_bytes
+from .files.checkpoint import Progress, float_type, read_stored_tensors, read_tensors, result_bytes
 from .sharding import check_fit, check_shards, local_experts, place_weight, with_mesh
 from .transformer import DSV4Model
 
@@ -61,6 +61,7 @@ def from_pretrained(
         raise ValueError(f"weights is {weights!r}: expected None, {' or '.join(map(repr, _WEIGHTS))}")
     if dtype is None:
         dtype = _WEIGHTS["float32" if weights is None else weights]
+    dtype = float_type(dtype)  # also where the weights have another
     devices, model_devices, experts = 1, 1, None
     if mesh is not None:
         mesh = check_shards(config, mesh)

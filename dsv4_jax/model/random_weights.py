@@ -13,8 +13,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from ..cache.counts import is_integer
 from ..cache.sharding import MODEL
 from .config import DSV4Config
+from .files.checkpoint import float_type
 from .files.released_form import released_bytes, released_type
 from .files.tensor_names import expected_tensors, keeps_float32, scale_name
 from .files.weight_formats import scale_shape
@@ -50,9 +52,14 @@ def random_model(config: DSV4Config, *, seed: int = 0, dtype: DTypeLike = jnp.bf
       The model, its weights on the default device, or on the mesh.
 
     Raises:
-      ValueError: sizes that the released form cannot hold, weights that do not fit, or a mesh over which the model
-        cannot be spread.
+      ValueError: sizes that the released form cannot hold, weights that do not fit, a mesh over which the model cannot
+        be spread, another dtype, or what is no configuration or no seed.
     """
+    if not isinstance(config, DSV4Config):
+        raise ValueError(f"config is {config!r:.80}: expected a DSV4Config, such as DSV4Config.flash()")
+    if not is_integer(seed):
+        raise ValueError(f"seed is {seed!r}: expected an integer")
+    dtype = float_type(dtype)
     mesh = None if mesh is None else check_shards(config, mesh)
     devices, model_devices = (1, 1) if mesh is None else (mesh.devices.size, mesh.shape.get(MODEL, 1))
     check_fit(released_bytes(config, devices, model_devices).held, "random weights", mesh)

@@ -138,6 +138,8 @@ def test_errors_name_layer_and_shape(make, rng, weights):
             lambda: csa.attend(q, sink, raw=RawQuery(angle, angle, sink[0])),
             "layer 1: raw.eps is a .*, expected a Python",
         ),
+        (lambda: csa.attend(q, sink, scale="1"), "layer 1: scale is a str, expected a Python float"),
+        (lambda: jax.jit(lambda x: csa.attend(q, sink, scale=x))(0.1), "layer 1: scale is a .*Tracer, expected a Pyth"),
         (
             lambda: many.attend(jnp.ones((2, HEADS, 512)), sink),
             r"layer 0: attend got several tokens of a slot without fresh, expected their kv: attend first",

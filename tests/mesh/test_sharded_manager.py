@@ -10,7 +10,7 @@ import pytest
 from interrupt import Interrupt
 
 import dsv4_jax
-from dsv4_jax import PrefixPolicy, cache_cost
+from dsv4_jax import PrefixPolicy, cache_cost, occupancy
 from dsv4_jax.cache.sharding import join_caches, shard_devices, split_cache
 
 
@@ -67,6 +67,9 @@ def test_parts_and_whole_are_the_same_memory(make_manager):
     assert manager.memory_bytes() == whole.memory_bytes()
     with pytest.raises(ValueError, match=r"^manager.cache got a cache of another size or form: expected the cache"):
         manager.cache = manager.shards[0].cache
+    with pytest.raises(ValueError, match=r"^manager.cache got a cache that lies elsewhere than on its mesh, slots and"):
+        manager.cache = jax.device_put(whole, jax.devices()[0])
+    assert manager.cache is whole
 
 
 def test_requests_spread_and_slots_know_their_request(make_manager):
@@ -112,7 +115,25 @@ def test_a_step_is_planned_on_all_shards_or_on_none(make_manager):
         with pytest.raises(ValueError, match=message):
             manager.plan_step(np.array(slots), np.array(positions))
         assert book(manager) == before
+    assert manager.plan_step([], [], num_segments=2, width=3).slots.shape == (0,)  # as of one device
     manager.check()
+
+
+def test_occupancy_of_all_shards(make_manager):
+    manager = make_manager(2)
+    a, b = (manager.admit_request(shard=shard) for shard in (0, 1))
+    bring(manager, {a: 13, b: 24})
+    state = occupancy(manager)
+    assert [(s.slot, s.length) for s in state.slots] == [(0, 13), (2, 24)]
+    csa, hca = state.pools
+    assert len(csa.owners) == len(hca.owners) == 16
+    for s in state.slots:
+        for pool in state.pools:
+            shard = s.slot // 2
+            assert [block // 8 for block in s.blocks[pool.kind]] == [shard] * len(s.blocks[pool.kind])
+            assert [pool.owners[block] for block in s.blocks[pool.kind]] == [(s.slot,)] * len(s.blocks[pool.kind])
+            assert sum(map(bool, pool.owners[8 * shard : 8 * shard + 8])) == len(s.blocks[pool.kind])
+    assert sum(csa.filled) == 13 // 4 + 24 // 4
 
 
 def test_outstanding_plans_hold_what_is_released(make_manager):
@@ -217,3 +238,6 @@ def test_shards_on_cpus_share_the_memory_of_the_machine(model, monkeypatch):
     assert dsv4_jax.make_manager(model(2), 2, 96).slots_per_shard == 1
     with pytest.raises(ValueError, match=r"^a cache for 1 requests of 96 tokens on each of 4 CPU devices takes"):
         dsv4_jax.make_manager(model(4), 4, 96)
+    for n in (0, 2):
+        with pytest.raises(ValueError, match=r"^max_concurrent_requests is '4': expected an integer from 1 to"):
+            dsv4_jax.make_manager(model(n), "4", 96)

@@ -104,6 +104,20 @@ def test_random_weights_are_held_as_a_released_checkpoint_is(released):
     assert not np.array_equal(logits[0], logits[1])
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("flash", {}, "config is 'flash': expected a DSV4Config"),
+        (None, {"dtype": "float16"}, "dtype is float16: expected float32 or bfloat16"),
+        (None, {"dtype": None}, "dtype is None: expected float32 or bfloat16"),
+        (None, {"seed": 1.5}, "seed is 1.5: expected an integer"),
+    ],
+)
+def test_random_weights_of_what_makes_no_sense(config, options, message):
+    with pytest.raises(ValueError, match="^" + message):
+        random_model(config or DSV4Config.flash(), **options)
+
+
 def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 

@@ -58,6 +58,17 @@ class Held(NamedTuple):
     dtype: np.dtype[Any]
 
 
+def float_type(dtype: Any) -> np.dtype[Any]:
+    """float32 or bfloat16; ValueError for another type."""
+    try:
+        found = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found not in _DTYPES:
+        raise ValueError(f"dtype is {shorten(dtype) if found is None else found}: expected float32 or bfloat16")
+    return found
+
+
 def held_as_stored(
     checkpoint: Checkpoint, matched: MatchedTensors, config: DSV4Config, dtype: Any = np.float32
 ) -> dict[str, Held]:
@@ -170,12 +181,7 @@ def _open(
     as_stored: bool,
 ) -> tuple[tuple[DSV4Config, dict[str, Held]], Iterator[tuple[str, np.ndarray]]]:
     """How tensors are held, as `held_bytes` takes it, and the tensors."""
-    try:
-        dtype = np.dtype(dtype)
-    except TypeError:
-        raise ValueError(f"dtype is {shorten(dtype)}: expected float32 or bfloat16") from None
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype}: expected float32 or bfloat16")
+    dtype = float_type(dtype)
     if config is None:
         config = DSV4Config.from_hf(path)
     checkpoint = open_checkpoint(path, functools.partial(is_skipped, config=config))

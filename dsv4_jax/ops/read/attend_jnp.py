@@ -71,6 +71,8 @@ class Softmax(NamedTuple):
 
 def attend_in_jnp(given: Operands, rule: Rule, readers: str | None) -> Array:
     """See `attend`; `readers`: how records are read."""
+    if not given.q.size:
+        return jnp.zeros_like(given.q)
     ring, selected, slots, positions = given.ring, given.selected, given.slots, given.positions
     layer, window, max_entries, scale = rule.layer, rule.window, rule.max_entries, rule.scale
     x = given.q.astype(jnp.float32)
@@ -307,7 +309,7 @@ def _weights(keys: Keys, scores: Array, top: Array) -> Array:
 def _begin(x: Array, groups: list[Keys], sink: Array, scale: float) -> Softmax:
     """The softmax over the sink and these keys."""
     parts = [_alone(keys, _scores(x, keys, scale)) for keys in groups]
-    sink = sink[None, None, :, None]
+    sink = jnp.minimum(sink, jnp.finfo(jnp.float32).max)[None, None, :, None]  # one of infinity weighs all
     top = sink
     for _, scores in parts:
         top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))

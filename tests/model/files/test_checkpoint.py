@@ -222,6 +222,8 @@ def test_tid2eid_is_checked(stored, rewrite, bad):
 def test_dtypes_that_make_no_sense(sharp, dtype):
     with pytest.raises(ValueError, match=r"dtype is .*: expected float32 or bfloat16"):
         load_tensors(sharp, dtype=dtype)
+    with pytest.raises(ValueError, match=r"dtype is .*: expected float32 or bfloat16"):
+        from_pretrained(sharp, dtype, weights="bf16")  # of which the model's may differ
 
 
 def test_missing_files(sharp, tmp_path):

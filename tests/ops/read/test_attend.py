@@ -514,6 +514,15 @@ def test_a_sink_alone(implementation, rng):
     seeing = new_case(rng, 3, [0, 1], [0, 140])
     seeing.sink[:] = [-np.inf, 50, 0]
     check(seeing, implementation)
+    seeing.sink[1] = np.inf
+    got = seeing(implementation)
+    assert np.abs(got[:, 1]).max() < 1e-30
+    assert (got[:, [0, 2]] != 0).any(axis=-1).all()
+
+
+def test_no_heads_and_no_tokens(implementation, rng):
+    assert new_case(rng, 0, [0, 1], [3, 140])(implementation).shape == (2, 0, 512)
+    assert new_case(rng, 3, [], [])(implementation).shape == (0, 3, 512)
 
 
 # Memory and errors.
