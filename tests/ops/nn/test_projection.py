@@ -66,7 +66,7 @@ def test_several_weights_of_one_input(tokens, implementation, rng):
 
 @pytest.mark.parametrize("dtype", LIMIT)
 @pytest.mark.parametrize("implementation", ["jnp", *NATIVE])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 9])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 9, 70])
 @pytest.mark.parametrize("kind", ["norm", "swiglu"])
 def test_what_becomes_of_x_before(kind, tokens, implementation, dtype, rng):
     if implementation == "cuda" and dtype == jnp.float32:
@@ -93,7 +93,9 @@ def test_what_becomes_of_x_before(kind, tokens, implementation, dtype, rng):
 
 
 @pytest.mark.parametrize("implementation", ["jnp", None])
-@pytest.mark.parametrize(("tokens", "groups", "columns"), [(1, 1, 512), (2, 2, 512), (7, 1, 1024), (1, 1, 8192)])
+@pytest.mark.parametrize(
+    ("tokens", "groups", "columns"), [(1, 1, 512), (2, 2, 512), (7, 1, 1024), (1, 1, 8192), (33, 2, 1024), (40, 1, 512)]
+)
 def test_a_product_of_a_product(tokens, groups, columns, implementation, rng):
     if implementation is None and columns > 1024 and jax.default_backend() != "gpu":
         pytest.skip("a size for kernels that share the columns")
