@@ -23,8 +23,8 @@ MOST_WEIGHTS = 3
 """Weights that the CUDA form multiplies with in one launch."""
 
 IN_PIECES = 512
-"""Tokens up to which the CUDA form multiplies 64 at a time, each piece reading the weight; more share one reading. Up to
-these it norms or gates what it multiplies, of more XLA does it before."""
+"""Tokens up to which the CUDA form multiplies 64 at a time, each piece reading the weight; more share one reading.
+These it norms or gates itself, more XLA does before."""
 
 PIECE = 64
 """Tokens that the CUDA form multiplies at once, up to IN_PIECES, and takes through two products in one call."""
