@@ -77,6 +77,43 @@ class Expected(NamedTuple):
     keys: np.ndarray | None  # (R, entries, index_head_dim)
 
 
+@jax.tree_util.register_pytree_node_class
+class Packed:
+    """A tree of arrays as one array of each dtype: an array takes as long to get as many numbers of it."""
+
+    def __init__(self, arrays: Any, form: Any):
+        self.arrays, self.form = arrays, form
+
+    @classmethod
+    def of(cls, tree: Any) -> "Packed":
+        """In a compiled program, over a mesh on every shard."""
+        leaves, structure = jax.tree.flatten(tree)
+        parts: dict[str, list[jax.Array]] = {}
+        places, sizes = [], dict.fromkeys((str(x.dtype) for x in leaves), 0)
+        for x in leaves:
+            dtype = str(x.dtype)
+            parts.setdefault(dtype, []).append(x.reshape(-1))
+            places.append((dtype, sizes[dtype], sizes[dtype] + x.size, x.shape[1:]))
+            sizes[dtype] += x.size
+        return cls(
+            {dtype: jnp.concatenate(x) for dtype, x in parts.items()}, (structure, tuple(places), tuple(sizes.items()))
+        )
+
+    def on_host(self) -> Any:
+        """The tree; over a mesh each array has those of all shards, one after the other."""
+        structure, places, sizes = self.form
+        all_of = {dtype: np.asarray(self.arrays[dtype]).reshape(-1, size) for dtype, size in sizes}
+        leaves = [all_of[dtype][:, start:stop].reshape(-1, *shape) for dtype, start, stop, shape in places]
+        return jax.tree.unflatten(structure, leaves)
+
+    def tree_flatten(self) -> tuple[tuple[Any], Any]:
+        return (self.arrays,), self.form
+
+    @classmethod
+    def tree_unflatten(cls, form: Any, children: tuple[Any]) -> "Packed":
+        return cls(*children, form)
+
+
 def _seen(handle: LayerCacheHandle, fresh: jax.Array | None) -> LayerSeen:
     window = handle.read_swa_view(fresh)
     if handle.schema.kind == "swa":
@@ -124,7 +161,7 @@ class Fill:
         )  # fmt: skip
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def step(self, cache: KVCache, plan: StepPlan, tokens: jax.Array) -> tuple[KVCache, list[LayerSeen]]:
+    def step(self, cache: KVCache, plan: StepPlan, tokens: jax.Array) -> tuple[KVCache, Packed]:
         """Stores a step's tokens in every layer -> the cache after it, and what the step's tokens saw."""
         if not self.forgets_blocks:
             cache = cache.with_blocks(plan.new_blocks)
@@ -139,26 +176,26 @@ class Fill:
                 seen.append(_seen(handle, kv))
                 handle = handle.write_swa(kv, after=seen[-1].rows)
             cache = handle.cache
-        return cache, seen
+        return cache, Packed.of(seen)
 
     @partial(jax.jit, static_argnums=0)
-    def look(self, cache: KVCache, plan: StepPlan) -> list[LayerSeen]:
+    def look(self, cache: KVCache, plan: StepPlan) -> Packed:
         """What the tokens of a plan see, nothing being written; the plan brings nothing new."""
-        return [_seen(LayerCacheHandle(cache, plan, layer), None) for layer in range(len(self.schedule))]
+        return Packed.of([_seen(LayerCacheHandle(cache, plan, layer), None) for layer in range(len(self.schedule))])
 
     def recompute(self, tokens: np.ndarray) -> list[Expected]:
         """From nothing but tokens (R, length) int32: one step over a cache that holds nothing."""
-        return jax.tree.map(np.asarray, self._recompute(tokens))
+        return self._recompute(tokens).on_host()
 
     @partial(jax.jit, static_argnums=0)
-    def _recompute(self, tokens: jax.Array) -> list[Expected]:
+    def _recompute(self, tokens: jax.Array) -> Packed:
         cache, plan = empty_cache(self.config, len(tokens), self.length, **self.options)
         tokens, expected = tokens.reshape(-1), []
         for layer in range(len(self.schedule)):
             handle = self._write_entries(LayerCacheHandle(cache, plan, layer), tokens)
             seen = _seen(handle, self._window_kv(layer, tokens, jnp.asarray(plan.positions)))
             expected.append(Expected(seen.rows[:, -self.length :], seen.entries, seen.keys))
-        return expected
+        return Packed.of(expected)
 
     def _window_kv(self, layer: int, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         table = self.tables[layer]
@@ -172,7 +209,7 @@ class Fill:
             handle = handle.write_compressed(table.kv[tokens], table.gate[tokens], table.weights)
         return handle
 
-    def compare(self, seen: list[LayerSeen], expected: list[Expected], plan: StepPlan, unlike: np.ndarray) -> None:
+    def compare(self, seen: Packed, expected: list[Expected], plan: StepPlan, unlike: np.ndarray) -> None:
         """AssertionError unless every token saw its window, entries and keys: all of them, once, with the right values.
 
         expected: by slot. unlike: (T,) bool, tokens that need not; they see what they are computed again for.
@@ -185,7 +222,7 @@ class Fill:
         newest = np.where(slots >= 0, positions, -1)[:, None]  # padding sees nothing
         position, entry = np.arange(self.length), np.arange(self.length)
         inside = (position <= newest) & (position > newest - self.config.sliding_window)
-        for spec, got, want in zip(self.schedule, jax.tree.map(np.asarray, seen), expected, strict=True):
+        for spec, got, want in zip(self.schedule, seen.on_host(), expected, strict=True):
             where = f"layer {spec.layer_idx} ({spec.attn.name})"
             token, row = np.nonzero(got.row_valid & ~unlike[:, None])
             at = got.row_positions[segment[token], row]

@@ -46,6 +46,7 @@ class Session:
                 manager._books.prefix._reach = world.reach
         self.texts = np.zeros((slots, self.limit), np.int32)
         self.expected: Any = None  # of the world: what the texts give
+        self.looked_at: Any = None  # of the world: what was compared with that last
         self.lengths: dict[int, int] = {}
         self.floors: dict[int, int] = {}  # the length that a request can go back to
         self.restored: dict[int, int] = {}  # the length that a restored request could go back to at first

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from life.fill import Fill
 from life.session import KINDS, Session, fill_with_nan
-from life.worlds import Views, on_host, unlike_before
+from life.worlds import Views, is_news, on_host, unlike_before
 
 from dsv4_jax.cache.plan import StepPlan
 from dsv4_jax.cache.sharded_manager import ShardedKVCacheManager
@@ -93,7 +93,7 @@ class ShardedViews(Views):
         for slot, n in session.lengths.items():
             if n > session.complete.get(slot, 0) and n != session.restored.get(slot):
                 slots[slot], positions[slot] = slot % session.own, n - 1
-        if session.expected is not None:
+        if session.expected is not None and is_news(session, slots, positions):
             plan = StepPlan(slots, positions)
             seen = self._look(session.manager.cache, plan)
             self.fill.compare(seen, session.expected, self._whole(session, plan), np.zeros(len(slots), bool))
