@@ -261,3 +261,18 @@ def test_a_process_that_ended_is_not_waited_for(model, mesh):
 def test_a_process_timeout_is_some_time(make_loop):
     with pytest.raises(ValueError, match="process_timeout_s is 0: expected seconds, more than 0"):
         make_loop(2, process_timeout_s=0)
+
+
+def test_processes_that_differ_are_told_in_what(make_loop, monkeypatch):
+    """Each asks for the largest of both; -1 stands for none."""
+    loop = make_loop(2)
+    sizes, other = {"slots": 2, "log_probs": -1, "the cache": 7}, {"slots": 3, "log_probs": 0, "the cache": 7}
+    numbers = [*other.values(), *(-n for n in other.values())]
+    monkeypatch.setattr(loop._programs, "agree", lambda own: [max(x) for x in zip(own, numbers, strict=True)])
+    loop._compare(other)
+    with pytest.raises(
+        ValueError, match=r"^the processes' loops differ in slots \(2 here\) and log_probs \(none here\): "
+    ):
+        loop._compare(sizes)
+    with pytest.raises(ValueError, match=r"^the processes' loops differ in the cache: expected the same in all$"):
+        loop._compare({**other, "the cache": 3})
