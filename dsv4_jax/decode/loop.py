@@ -16,6 +16,7 @@ from ..cache.host.prefix import check_salt
 from ..cache.manager import KVCacheManager
 from ..cache.plan import StepPlan
 from ..cache.sharded_manager import ShardedKVCacheManager, ShardError
+from ..cache.sharding import no_context_mesh
 from ..model.step_inputs import check_cache
 from ..model.transformer import DSV4Model
 from .context import blocks_to_read
@@ -532,8 +533,9 @@ class DecodeLoop:
         mine = {identity(s.slot) for s in self._schedule.running}
         self._call = Call(savepoint, {identity(s) for s in self.manager.active_slots} - mine)
         try:
-            result = change()
-            self._give_back()
+            with no_context_mesh():
+                result = change()
+                self._give_back()
             self._call = None
         except BaseException:
             self._recover()

@@ -131,6 +131,22 @@ def test_snapshots_go_between_shards_and_loops(make_loop, alone):
         assert [*before, *rest[number]] == alone(ASKS[number])[0]
 
 
+def test_a_mesh_in_context_changes_nothing(make_loop, alone):
+    expected = alone(ASKS[0])[0]
+    with jax.set_mesh(jax.make_mesh((4,), ("data",))):
+        loop = make_loop(4)
+        number = ASKS[0].submit(loop)
+        while not any(event.tokens for event in loop.step()):
+            pass
+        taken = loop.snapshot(number)
+        loop.abort(number)
+        again = loop.adopt(taken)
+        rest = [t for event in loop for t in event.tokens if event.request == again]
+        loop.manager.check()
+    assert taken.samples[0].cache is not None
+    assert [*taken.samples[0].ids[len(ASKS[0].prompt) :], *rest] == expected
+
+
 def test_prefix_hits_decide_the_shard(make_loop, alone):
     loop = make_loop(TWO, {"prefix": PrefixPolicy("full")})
     first, busy, like = ask(40, 52), ask(30, 60, 3), ask(47, 60)
