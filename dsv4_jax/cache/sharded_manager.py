@@ -16,7 +16,16 @@ from .host.slot import Slot
 from .kv_cache import KVCache
 from .manager import KVCacheManager, ManagerOptions
 from .plan import StepPlan
-from .sharding import DATA, check_mesh, is_joined, join_caches, shard_devices, shard_sharding, split_cache
+from .sharding import (
+    DATA,
+    check_mesh,
+    is_joined,
+    join_caches,
+    no_context_mesh,
+    shard_devices,
+    shard_sharding,
+    split_cache,
+)
 from .transfer.snapshot import Snapshot
 
 P = ParamSpec("P")
@@ -98,9 +107,9 @@ class ShardedKVCacheManager:
         self._joined: tuple[KVCache, list[KVCache]] | None = None  # the whole, and the parts it was made of
 
     def _placed(self, devices: list[jax.Device], make: Callable[[], KVCacheManager]) -> KVCacheManager:
-        with jax.default_device(devices[0]):
+        with no_context_mesh(), jax.default_device(devices[0]):
             shard = make()
-        self._commit(shard, devices)
+            self._commit(shard, devices)
         return shard
 
     @staticmethod
@@ -142,9 +151,9 @@ class ShardedKVCacheManager:
     def reset(self) -> None:
         """Begins anew with empty caches on all shards, after they were lost in a step that failed."""
         for shard, devices in zip(self.shards, self._devices, strict=True):
-            with jax.default_device(devices[0]):
+            with no_context_mesh(), jax.default_device(devices[0]):
                 shard.reset()
-            self._commit(shard, devices)
+                self._commit(shard, devices)
 
     def check(self) -> None:
         """AssertionError unless every shard's books and arrays fit together. Reads the devices: for tests."""
@@ -223,7 +232,8 @@ class ShardedKVCacheManager:
     def _on(self, shard: int, call: Callable[[], T]) -> T:
         """Calls a method of a shard; errors name the shard, whose slots they count from 0."""
         try:
-            return call()
+            with no_context_mesh():
+                return call()
         except (ValueError, RuntimeError) as error:
             if self.num_shards == 1 or type(error) not in (ValueError, RuntimeError):
                 raise

@@ -5,6 +5,7 @@ with its own numbering. Laid side by side along the mesh axis "data" the parts a
 returns; inside its `jax.shard_map` a device sees its own part again. Joining and splitting move no byte.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,11 @@ def check_mesh(mesh: Any) -> Mesh:
                 f"shard {shard} lies on devices of several processes: expected those of a shard in one process"
             )
     return Mesh(mesh.devices, names)
+
+
+def no_context_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Leaves what `jax.set_mesh` set, whose devices JAX would expect a shard's own programs to run on."""
+    return contextlib.nullcontext() if jax.sharding.get_mesh().empty else jax.set_mesh(None)
 
 
 def shard_devices(mesh: Mesh) -> list[list[jax.Device]]:

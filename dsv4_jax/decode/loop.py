@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from ..cache.host.prefix import check_salt
 from ..cache.manager import KVCacheManager
 from ..cache.plan import StepPlan
 from ..cache.sharded_manager import ShardedKVCacheManager, ShardError
+from ..cache.sharding import no_context_mesh
 from ..model.step_inputs import check_cache
 from ..model.transformer import DSV4Model
 from .context import blocks_to_read
@@ -134,9 +136,25 @@ class DecodeLoop:
         self._together = mesh is not None and mesh.is_multi_process
         self._others_busy = False  # whether a process had something to do when the last call was agreed upon
         if self._together:
-            sizes = [*self._prefill_shape, *self._verify_shape, slots, decode_chunk, bool(return_logits)]
-            if self._programs.agree([*sizes, *(-n for n in sizes)]) != [*sizes, *(-n for n in sizes)]:
-                raise ValueError(f"the processes' loops differ: this one's sizes are {sizes}, expected the same in all")
+            self._compare({
+                "step_tokens": self._prefill_shape[0], "prefill_chunk": self._prefill_shape[1], "slots": slots,
+                "draft_tokens": draft_tokens, "decode_chunk": decode_chunk, "return_logits": int(return_logits),
+                "log_probs": -1 if log_probs is None else log_probs, "logits_hook": int(logits_hook is not None),
+                "max_context_len": manager.max_context_len, "the cache": _digest(_forms(manager.cache)),
+                "the model": _digest(repr(model.config), _forms(self._programs.weights)),
+            })  # fmt: skip
+
+    def _compare(self, sizes: dict[str, int]) -> None:
+        """ValueError, which names them, where the processes' sizes differ: they would wait for each other forever."""
+        own = [*sizes.values(), *(-n for n in sizes.values())]
+        if (most := self._programs.agree(own)) == own:
+            return
+        differ = [
+            name if name.startswith("the ") else f"{name} ({'none' if own[i] < 0 else own[i]} here)"
+            for i, name in enumerate(sizes)
+            if (own[i], own[i + len(sizes)]) != (most[i], most[i + len(sizes)])
+        ]
+        raise ValueError(f"the processes' loops differ in {' and '.join(differ)}: expected the same in all")
 
     # Requests.
 
@@ -515,8 +533,9 @@ class DecodeLoop:
         mine = {identity(s.slot) for s in self._schedule.running}
         self._call = Call(savepoint, {identity(s) for s in self.manager.active_slots} - mine)
         try:
-            result = change()
-            self._give_back()
+            with no_context_mesh():
+                result = change()
+                self._give_back()
             self._call = None
         except BaseException:
             self._recover()
@@ -619,6 +638,15 @@ class DecodeLoop:
         logits = chosen.logits[cut] if chosen.logits is not None and new else None
         probs: LogProbs | None = jax.tree.map(lambda x: x[cut], chosen.log_probs) if new else None
         self._events.append(Event(s.number, s.index, new, logits, probs, prompt_tokens, finished))
+
+
+def _forms(tree: Any) -> list[tuple[Any, str]]:
+    return [(x.shape, str(x.dtype)) for x in jax.tree.leaves(tree)]
+
+
+def _digest(*what: Any) -> int:
+    """31 bits that tell different ones apart."""
+    return zlib.crc32(repr(what).encode()) >> 1
 
 
 def _part(chosen: Chosen, here: Any) -> Chosen:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from ..cache.counts import is_integer
-from ..cache.sharding import MODEL
+from ..cache.sharding import MODEL, no_context_mesh
 from .config import DSV4Config
 from .files.checkpoint import float_type
 from .files.released_form import released_bytes, released_type
@@ -63,7 +63,8 @@ def random_model(config: DSV4Config, *, seed: int = 0, dtype: DTypeLike = jnp.bf
     mesh = None if mesh is None else check_shards(config, mesh)
     devices, model_devices = (1, 1) if mesh is None else (mesh.devices.size, mesh.shape.get(MODEL, 1))
     check_fit(released_bytes(config, devices, model_devices).held, "random weights", mesh)
-    return model_of(config, dtype, dict(_tensors(config, seed, mesh)), mesh)
+    with no_context_mesh():
+        return model_of(config, dtype, dict(_tensors(config, seed, mesh)), mesh)
 
 
 def _tensors(config: DSV4Config, seed: int, mesh: Mesh | None) -> Iterator[tuple[str, Array]]:

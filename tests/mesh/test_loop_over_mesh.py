@@ -131,6 +131,22 @@ def test_snapshots_go_between_shards_and_loops(make_loop, alone):
         assert [*before, *rest[number]] == alone(ASKS[number])[0]
 
 
+def test_a_mesh_in_context_changes_nothing(make_loop, alone):
+    expected = alone(ASKS[0])[0]
+    with jax.set_mesh(jax.make_mesh((4,), ("data",))):
+        loop = make_loop(4)
+        number = ASKS[0].submit(loop)
+        while not any(event.tokens for event in loop.step()):
+            pass
+        taken = loop.snapshot(number)
+        loop.abort(number)
+        again = loop.adopt(taken)
+        rest = [t for event in loop for t in event.tokens if event.request == again]
+        loop.manager.check()
+    assert taken.samples[0].cache is not None
+    assert [*taken.samples[0].ids[len(ASKS[0].prompt) :], *rest] == expected
+
+
 def test_prefix_hits_decide_the_shard(make_loop, alone):
     loop = make_loop(TWO, {"prefix": PrefixPolicy("full")})
     first, busy, like = ask(40, 52), ask(30, 60, 3), ask(47, 60)
@@ -261,3 +277,18 @@ def test_a_process_that_ended_is_not_waited_for(model, mesh):
 def test_a_process_timeout_is_some_time(make_loop):
     with pytest.raises(ValueError, match="process_timeout_s is 0: expected seconds, more than 0"):
         make_loop(2, process_timeout_s=0)
+
+
+def test_processes_that_differ_are_told_in_what(make_loop, monkeypatch):
+    """Each asks for the largest of both; -1 stands for none."""
+    loop = make_loop(2)
+    sizes, other = {"slots": 2, "log_probs": -1, "the cache": 7}, {"slots": 3, "log_probs": 0, "the cache": 7}
+    numbers = [*other.values(), *(-n for n in other.values())]
+    monkeypatch.setattr(loop._programs, "agree", lambda own: [max(x) for x in zip(own, numbers, strict=True)])
+    loop._compare(other)
+    with pytest.raises(
+        ValueError, match=r"^the processes' loops differ in slots \(2 here\) and log_probs \(none here\): "
+    ):
+        loop._compare(sizes)
+    with pytest.raises(ValueError, match=r"^the processes' loops differ in the cache: expected the same in all$"):
+        loop._compare({**other, "the cache": 3})
