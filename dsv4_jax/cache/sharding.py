@@ -53,7 +53,11 @@ def check_mesh(mesh: Any) -> Mesh:
 
 def no_context_mesh() -> contextlib.AbstractContextManager[Any]:
     """Leaves what `jax.set_mesh` set, whose devices JAX would expect a shard's own programs to run on."""
-    return contextlib.nullcontext() if jax.sharding.get_mesh().empty else jax.set_mesh(None)
+    try:
+        is_set = not jax.sharding.get_mesh().empty
+    except ValueError:  # inside a function that JAX traces, where nothing runs
+        is_set = False
+    return jax.set_mesh(None) if is_set else contextlib.nullcontext()
 
 
 def shard_devices(mesh: Mesh) -> list[list[jax.Device]]:

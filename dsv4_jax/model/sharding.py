@@ -112,7 +112,10 @@ def check_fit(needed: int, what: str, mesh: Mesh | None) -> None:
 
     mesh: its devices of this process are asked; None: the default device.
     """
-    devices = list(jax.device_put(np.zeros(())).devices()) if mesh is None else mesh.local_devices
+    placed = jax.device_put(np.zeros(()))
+    if isinstance(placed, jax.core.Tracer):  # shapes are wanted, as by jax.eval_shape, which take no memory
+        return
+    devices = list(placed.devices()) if mesh is None else mesh.local_devices
     gib = f"{needed / 2**30:,.1f} GiB"
     if devices[0].platform == "cpu":  # they share the machine's
         where = "" if mesh is None else f" on {len(devices)} CPU devices, {gib} each"

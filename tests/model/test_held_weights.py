@@ -118,6 +118,20 @@ def test_random_weights_of_what_makes_no_sense(config, options, message):
         random_model(config or DSV4Config.flash(), **options)
 
 
+def test_shapes_alone_take_no_memory(released, monkeypatch):
+    held = abstract(nnx.split(from_pretrained(released))[1])
+
+    def full(num_bytes, what):
+        raise ValueError(f"no room for {what}")
+
+    monkeypatch.setattr("dsv4_jax.model.sharding.check_memory", full)
+    config = DSV4Config.from_hf(released)
+    with pytest.raises(ValueError, match="^no room for random weights"):
+        random_model(config)
+    shapes = jax.eval_shape(lambda: nnx.split(random_model(config, dtype=jnp.float32))[1])
+    assert jax.tree.leaves(abstract(shapes)) == jax.tree.leaves(held)
+
+
 def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
