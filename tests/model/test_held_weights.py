@@ -126,7 +126,7 @@ def test_shapes_alone_take_no_memory(released, monkeypatch):
 
     monkeypatch.setattr("dsv4_jax.model.sharding.check_memory", full)
     config = DSV4Config.from_hf(released)
-    with pytest.raises(ValueError, match="^no room for random weights"):
+    with pytest.raises(ValueError, match=r"^no room for random weights"):
         random_model(config)
     shapes = jax.eval_shape(lambda: nnx.split(random_model(config, dtype=jnp.float32))[1])
     assert jax.tree.leaves(abstract(shapes)) == jax.tree.leaves(held)
