@@ -19,6 +19,7 @@ from .plan import StepPlan
 from .sharding import (
     DATA,
     check_mesh,
+    has_context_mesh,
     is_joined,
     join_caches,
     no_context_mesh,
@@ -232,8 +233,10 @@ class ShardedKVCacheManager:
     def _on(self, shard: int, call: Callable[[], T]) -> T:
         """Calls a method of a shard; errors name the shard, whose slots they count from 0."""
         try:
-            with no_context_mesh():
-                return call()
+            if has_context_mesh():
+                with no_context_mesh():
+                    return call()
+            return call()  # with nothing after it: Ctrl-C must not lose what it returns
         except (ValueError, RuntimeError) as error:
             if self.num_shards == 1 or type(error) not in (ValueError, RuntimeError):
                 raise

@@ -51,13 +51,17 @@ def check_mesh(mesh: Any) -> Mesh:
     return Mesh(mesh.devices, names)
 
 
+def has_context_mesh() -> bool:
+    """Whether `jax.set_mesh` set one."""
+    try:
+        return not jax.sharding.get_mesh().empty
+    except ValueError:  # inside a function that JAX traces, where nothing runs
+        return False
+
+
 def no_context_mesh() -> contextlib.AbstractContextManager[Any]:
     """Leaves what `jax.set_mesh` set, whose devices JAX would expect a shard's own programs to run on."""
-    try:
-        is_set = not jax.sharding.get_mesh().empty
-    except ValueError:  # inside a function that JAX traces, where nothing runs
-        is_set = False
-    return jax.set_mesh(None) if is_set else contextlib.nullcontext()
+    return jax.set_mesh(None) if has_context_mesh() else contextlib.nullcontext()
 
 
 def shard_devices(mesh: Mesh) -> list[list[jax.Device]]:
