@@ -23,11 +23,11 @@ MOST_WEIGHTS = 3
 """Weights that the CUDA form multiplies with in one launch."""
 
 IN_PIECES = 512
-"""Tokens up to which the CUDA form multiplies 64 at a time, each piece reading the weight; more share one reading.
-These it norms or gates itself, more XLA does before."""
+"""Tokens up to which the CUDA form multiplies 64 at a time, each piece reading the weight; more share one reading."""
 
 PIECE = 64
-"""Tokens that the CUDA form multiplies at once, up to IN_PIECES, and takes through two products in one call."""
+"""Tokens that the CUDA form multiplies at once, up to IN_PIECES. So many it norms or gates itself and takes through two
+products in one call; of more XLA does it before."""
 
 
 class Normed(NamedTuple):
@@ -294,7 +294,7 @@ def _grouped(
             return tuple(call(x, *weight) for call, weight in zip(calls, weights, strict=True))
 
         def on_cuda(x: Array, array: Array | None, *weights: BlockScaledWeight) -> tuple[Array, ...]:
-            inside = before if x.shape[0] <= IN_PIECES else None
+            inside = before if x.shape[0] <= PIECE else None
             if inside is None:
                 x, array = ready(x, array), None
             columns_at_once, scratch = _plan(x.shape[0], groups, groups * sum(rows), columns)
