@@ -584,8 +584,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < heads) {
       BFloat16* to = static_cast<BFloat16*>(call.out) + (t * call.heads + first_head + threadIdx.x) * kWidth;
-      ptx::copy_bulk_out(to, ptx::shared_address(shared.out + threadIdx.x * kOutPitch), 2 * kWidth);
-      ptx::copies_bulk_read();  // shared memory ends with the thread block
+      ptx::store_bulk(to, ptx::shared_address(shared.out + threadIdx.x * kOutPitch), 2 * kWidth);
+      ptx::stores_wait_read();  // shared memory ends with the thread block
     }
   }
 }

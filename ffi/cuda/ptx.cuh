@@ -77,6 +77,15 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
 __device__ __forceinline__ void copy_bulk(const void* to, const void* from, uint32_t bytes, const uint64_t* barrier) {
   copy_bulk(shared_address(to), from, bytes, shared_address(barrier));
 }
+// To the same place in the blocks of a cluster whose bits are set; each one's barrier counts what it gets.
+__device__ __forceinline__ void copy_bulk_to_cluster(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
+                                                     int blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
 // What is read once leaves the L2 before anything else does.
 __device__ __forceinline__ uint64_t read_once() {
   uint64_t policy;
@@ -91,13 +100,6 @@ __device__ __forceinline__ void copy_bulk_once(const void* to, const void* from,
       "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
-// From shared memory to global; the thread waits until all that it asked for was read.
-__device__ __forceinline__ void copy_bulk_out(void* to, uint32_t from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
-               "r"(from), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void copies_bulk_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // 16 bytes, past the L1; with `copies` false zeros are written instead.
 __device__ __forceinline__ void copy_16(uint32_t to, uint64_t from, bool copies) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copies ? 16 : 0) : "memory");
@@ -127,9 +129,9 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 // From shared memory, in groups of one thread.
-__device__ __forceinline__ void store_bulk(void* to, const void* from, uint32_t bytes) {
+__device__ __forceinline__ void store_bulk(void* to, uint32_t from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
-               "r"(shared_address(from)), "r"(bytes)
+               "r"(from), "r"(bytes)
                : "memory");
 }
 __device__ __forceinline__ void stores_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
@@ -155,6 +157,15 @@ __device__ __forceinline__ void load_ahead(const void* from, uint32_t (&words)[(
   }
 }
 
+// 16 bytes that no kernel of this grid writes; read where this stands, and not later, where they are used.
+__device__ __forceinline__ uint4 load_ahead_16(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+
 // Loads four matrices of 8 by 16 bytes; a lane names the place of row (lane % 8) of matrix (lane / 8).
 __device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&x)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -166,6 +177,12 @@ __device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&x)[4]) {
 // 8).
 __device__ __forceinline__ void store_matrices(uint32_t to, const uint32_t (&x)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+// The same of their transposes: a lane names the place of a column.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t to, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]),
                "r"(x[2]), "r"(x[3])
                : "memory");
 }
@@ -355,6 +372,10 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t rank) 
   uint32_t mapped;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
+}
+// At a barrier of a block of the cluster.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // Stores into the shared memory of a block of the cluster; a barrier there may count the bytes.
 __device__ __forceinline__ void store_remote_counted(uint32_t to, float value, uint32_t barrier) {

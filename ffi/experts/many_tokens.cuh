@@ -393,7 +393,7 @@ __device__ __forceinline__ void run_item(const ManyCall& many, const Item& item,
     if (at == 0) {
       ptx::store_bulk(many.inner_images + unit_offset(item.piece, call.inner_size, (item.row_block * 2 + warpgroup) * 8,
                                                       item.piece.first),
-                      out, kTokens * 128);
+                      ptx::shared_address(out), kTokens * 128);
     }
   }
 }

@@ -18,7 +18,7 @@ namespace kernels = projection;
 
 constexpr int kBlocks = 132;  // a Hopper's multiprocessors
 constexpr int kMostShared = 232448;
-constexpr int64_t kPiece = 64;  // tokens that are multiplied at once
+constexpr int64_t kPiece = 64;  // tokens that a kernel of some takes at most
 
 using kernels::Before;
 
@@ -93,19 +93,9 @@ int64_t some_scratch(const kernels::Call& call, int64_t tokens, int64_t slice) {
          (slices > 1 ? slices * tokens * call.rows * 4 : 0);
 }
 
-// Up to 64 tokens, in the kernel for `places` of them; without a slice one or two. With `overlap` it begins while the
-// kernel before it ends.
-cudaError_t run_piece(const kernels::Call& call, Before before, int places, int slice, uint8_t* scratch,
-                      cudaStream_t stream, bool overlap) {
-  const auto run = [&](auto constant) {
-    constexpr Before kBefore = decltype(constant)::value;
-    return !slice         ? run_few<kBefore>(call, stream, overlap)
-           : places == 4  ? run_some<4, kBefore>(call, slice, scratch, stream, overlap)
-           : places == 8  ? run_some<8, kBefore>(call, slice, scratch, stream, overlap)
-           : places == 16 ? run_some<16, kBefore>(call, slice, scratch, stream, overlap)
-           : places == 32 ? run_some<32, kBefore>(call, slice, scratch, stream, overlap)
-                          : run_some<64, kBefore>(call, slice, scratch, stream, overlap);
-  };
+// With a constant that is what is done before.
+template <typename Run>
+cudaError_t with(Before before, Run run) {
   switch (before) {
     case Before::kNorm:
       return run(std::integral_constant<Before, Before::kNorm>());
@@ -116,20 +106,41 @@ cudaError_t run_piece(const kernels::Call& call, Before before, int places, int 
   }
 }
 
-template <int kTokens>
-cudaError_t run_many(kernels::Call call, __half* packed, float* inverse, cudaStream_t stream) {
-  const auto kernel = kernels::many_tokens_kernel<kTokens>;
-  const int shared = kProductShared<kTokens> + kTokens * 4;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+// Up to 64 tokens; without a slice one or two. With `overlap` it begins while the kernel before it ends.
+cudaError_t run_piece(const kernels::Call& call, Before before, int slice, uint8_t* scratch, cudaStream_t stream,
+                      bool overlap) {
+  const int places = places_of(call.tokens);
+  return with(before, [&](auto constant) {
+    constexpr Before kBefore = decltype(constant)::value;
+    return !slice         ? run_few<kBefore>(call, stream, overlap)
+           : places == 4  ? run_some<4, kBefore>(call, slice, scratch, stream, overlap)
+           : places == 8  ? run_some<8, kBefore>(call, slice, scratch, stream, overlap)
+           : places == 16 ? run_some<16, kBefore>(call, slice, scratch, stream, overlap)
+           : places == 32 ? run_some<32, kBefore>(call, slice, scratch, stream, overlap)
+                          : run_some<64, kBefore>(call, slice, scratch, stream, overlap);
+  });
+}
+
+int64_t images_of(int64_t tokens) { return (tokens + kernels::kManyTokens - 1) / kernels::kManyTokens; }
+
+int64_t many_scratch(const kernels::Call& call) {
+  return call.groups * images_of(call.tokens) * kernels::kManyTokens * (2 * call.columns + 4);
+}
+
+// Many tokens. Scratch: images of the activations, what to multiply by.
+cudaError_t run_many(const kernels::Call& call, Before before, uint8_t* scratch, cudaStream_t stream) {
+  const int64_t places = images_of(call.tokens) * kernels::kManyTokens;
+  float* inverse = reinterpret_cast<float*>(scratch + call.groups * places * call.columns * 2);
+  const cudaError_t status = with(before, [&](auto constant) {
+    return launch(kernels::image_kernel<decltype(constant)::value>, dim3(places / 8, call.groups), 256, 0, stream,
+                  false, call, scratch, inverse);
+  });
   if (status != cudaSuccess) return status;
-  pack_kernel<<<call.tokens * call.groups, 256, 0, stream>>>(call.x, call.columns, packed, inverse);
-  for (int i = 0; i < call.number; ++i) {
-    kernels::Call one = call;
-    one.weights[0] = call.weights[i], one.number = 1, one.rows = call.weights[i].rows;
-    kernel<<<dim3(one.rows / kernels::kManyRows, 1, (call.tokens + kTokens - 1) / kTokens), kProductThreads, shared,
-             stream>>>(one, packed, inverse, nullptr);
-  }
-  return cudaGetLastError();
+  const int number = static_cast<int>(images_of(call.tokens));
+  const int clusters = std::min(kBlocks / kernels::kManyCluster, call.rows / kernels::kManyRows * number);
+  return launch(kernels::many_tokens_kernel, dim3(clusters * kernels::kManyCluster), kernels::kManyThreads,
+                kernels::kManyShared, stream, true, call, static_cast<const uint8_t*>(scratch),
+                static_cast<const float*>(inverse), number);
 }
 
 // Operands: x, where `normed` the norm's weight (K), where `gated` the up projection as x, then codes and scale of each
@@ -181,51 +192,43 @@ ffi::Error project_on_device(cudaStream_t stream, ffi::RemainingArgs args, ffi::
   auto scratch = results.get<ffi::AnyBuffer>(call.number + second.number);
   if (!scratch.has_value()) return ffi::Error::InvalidArgument("project: got no scratch; expected one.");
   uint8_t* data = static_cast<uint8_t*>((*scratch)->untyped_data());
-  const int64_t have = static_cast<int64_t>((*scratch)->size_bytes()), piece = std::min(bound.tokens, kPiece);
-  const int places = places_of(piece);
-  int64_t needed = 0;
+  const int64_t have = static_cast<int64_t>((*scratch)->size_bytes());
+  const int64_t piece = std::min(bound.tokens, kPiece);
+  const bool in_pieces = slice || bound.tokens <= kernels::kFewTokens;
+  int64_t needed = in_pieces ? 0 : many_scratch(call);
   for (const auto& [of, columns] : {std::pair(&call, slice), std::pair(&second, then)}) {
-    if (!of->number || columns <= 0) continue;
-    if (of->columns % columns || columns % 256 || columns * places * 2 + 1024 > kMostShared) {
+    if (!of->number || !in_pieces) continue;
+    if (columns > 0 ? of->columns % columns || columns % 256 || columns * places_of(piece) * 2 + 1024 > kMostShared
+                    : bound.tokens > kernels::kFewTokens) {
       return ffi::Error::InvalidArgument("project: got a slice of " + std::to_string(columns) +
                                          " columns that does not fit.");
     }
-    needed = std::max(needed, some_scratch(*of, piece, columns));
+    if (columns > 0) needed = std::max(needed, some_scratch(*of, piece, columns));
   }
   if (have < needed) {
     return ffi::Error::InvalidArgument("project: got scratch of " + std::to_string(have) + " bytes; expected " +
                                        std::to_string(needed) + ".");
   }
-  const int64_t most = second.number ? (slice && then ? kPiece : kernels::kFewTokens)
-                       : slice       ? bound.tokens
-                                     : kernels::kFewTokens;
-  if ((second.number || before != Before::kNothing) && bound.tokens > most) {
-    return ffi::Error::InvalidArgument("project: got " + std::to_string(bound.tokens) + " tokens; expected up to " +
-                                       std::to_string(most) + " where products follow each other or norm or gate.");
-  }
   if (second.number) {
-    cudaError_t status = run_piece(call, Before::kNothing, places, static_cast<int>(slice), data, stream, false);
-    if (status == cudaSuccess) status = run_piece(second, before, places, static_cast<int>(then), data, stream, true);
-    return launched("project", status);
-  }
-  if (slice || bound.tokens <= kernels::kFewTokens) {
-    cudaError_t status = cudaSuccess;
-    for (int64_t first = 0; first < bound.tokens && status == cudaSuccess; first += kPiece) {
-      kernels::Call part = call;
-      part.x += first * bound.groups * bound.columns;
-      if (part.up) part.up += first * bound.groups * bound.columns;
-      part.tokens = static_cast<int>(std::min(bound.tokens - first, kPiece));
-      for (int i = 0; i < part.number; ++i) part.weights[i].y += first * part.weights[i].rows;
-      status = run_piece(part, before, places, static_cast<int>(slice), data, stream, false);
+    if (bound.tokens > kPiece) {
+      return ffi::Error::InvalidArgument("project: got " + std::to_string(bound.tokens) + " tokens; expected up to " +
+                                         std::to_string(kPiece) + " where products follow each other.");
     }
+    cudaError_t status = run_piece(call, Before::kNothing, static_cast<int>(slice), data, stream, false);
+    if (status == cudaSuccess) status = run_piece(second, before, static_cast<int>(then), data, stream, true);
     return launched("project", status);
   }
-  const int64_t packed = bound.tokens * bound.groups * bound.columns * 2;
-  if (have < packed + bound.tokens * bound.groups * 4) {
-    return ffi::Error::InvalidArgument("project: got too little scratch.");
+  if (!in_pieces) return launched("project", run_many(call, before, data, stream));
+  cudaError_t status = cudaSuccess;
+  for (int64_t first = 0; first < bound.tokens && status == cudaSuccess; first += kPiece) {
+    kernels::Call part = call;
+    part.x += first * bound.groups * bound.columns;
+    if (part.up) part.up += first * bound.groups * bound.columns;
+    part.tokens = static_cast<int>(std::min(bound.tokens - first, kPiece));
+    for (int i = 0; i < part.number; ++i) part.weights[i].y += first * part.weights[i].rows;
+    status = run_piece(part, before, static_cast<int>(slice), data, stream, false);
   }
-  return launched(
-      "project", run_many<128>(call, reinterpret_cast<__half*>(data), reinterpret_cast<float*>(data + packed), stream));
+  return launched("project", status);
 }
 
 }  // namespace

@@ -216,6 +216,26 @@ __global__ void __launch_bounds__(kSomeThreads, kTokens <= kInsideTokens ? 2 : 1
   }
 }
 
+__global__ void __launch_bounds__(256) sum_parts_kernel(const Call call, const float* parts, int number) {
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) * 4;
+  const int64_t size = static_cast<int64_t>(call.tokens) * call.rows;
+  if (at >= size) return;
+  const int token = static_cast<int>(at / call.rows), row = static_cast<int>(at % call.rows);
+  const Weight weight = call.of_row(row);
+  float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+  for (int i = 0; i < number; ++i) {
+    const float4 v = *reinterpret_cast<const float4*>(parts + i * size + at);
+    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+  }
+  __nv_bfloat162* to =
+      reinterpret_cast<__nv_bfloat162*>(weight.y + static_cast<int64_t>(token) * weight.rows + row - weight.first);
+  to[0] = __floats2bfloat162_rn(sum.x, sum.y);
+  to[1] = __floats2bfloat162_rn(sum.z, sum.w);
+}
+
 }  // namespace dsv4::projection
 
 #endif  // DSV4_PROJECTION_SOME_TOKENS_CUH_

@@ -22,12 +22,11 @@ BLOCK = 128
 MOST_WEIGHTS = 3
 """Weights that the CUDA form multiplies with in one launch."""
 
-IN_PIECES = 512
-"""Tokens up to which the CUDA form multiplies 64 at a time, each piece reading the weight; more share one reading."""
-
 PIECE = 64
-"""Tokens that the CUDA form multiplies at once, up to IN_PIECES. So many it norms or gates itself and takes through two
-products in one call; of more XLA does it before."""
+"""Tokens that the CUDA form takes through two products in one call, and at once where they are few."""
+
+IMAGE = 128
+"""Tokens that share a reading of the weight where they are many."""
 
 
 class Normed(NamedTuple):
@@ -294,15 +293,12 @@ def _grouped(
             return tuple(call(x, *weight) for call, weight in zip(calls, weights, strict=True))
 
         def on_cuda(x: Array, array: Array | None, *weights: BlockScaledWeight) -> tuple[Array, ...]:
-            inside = before if x.shape[0] <= PIECE else None
-            if inside is None:
-                x, array = ready(x, array), None
             columns_at_once, scratch = _plan(x.shape[0], groups, groups * sum(rows), columns)
             call = dispatch.ffi_call("dsv4_project", (*results, jax.ShapeDtypeStruct((scratch,), jnp.uint8)))
             return tuple(
                 call(
                     *jax.tree.leaves((x, array, weights)), slice=np.int64(columns_at_once),
-                    normed=np.int64(isinstance(inside, Normed)), gated=np.int64(isinstance(inside, Gated)),
+                    normed=np.int64(isinstance(before, Normed)), gated=np.int64(isinstance(before, Gated)),
                     number=np.float32(number), then=np.int64(-1),
                 )[:-1]
             )  # fmt: skip
@@ -327,17 +323,18 @@ def _grouped(
 
 def _plan(tokens: int, groups: int, rows: int, columns: int) -> tuple[int, int]:
     """How the CUDA form multiplies: columns that a block sums (0: all of them), and bytes of scratch."""
+    # Up to two pieces read a weight twice rather than leave most multiprocessors with nothing to do for long.
+    if tokens > PIECE and not (tokens <= 2 * PIECE and rows < 8192 and columns >= 4096):
+        return 0, groups * -(-tokens // IMAGE) * IMAGE * (2 * columns + 4)
     if tokens <= 2 and rows * columns <= 2**24:
         return 0, 0
-    if tokens <= IN_PIECES:
-        piece = min(tokens, PIECE)
-        places = next(n for n in (4, 8, 16, 32, 64) if n >= piece)
-        # As few sums to be added up as leave a block, or two small ones, for each multiprocessor.
-        wanted = 256 if places <= 8 else 128
-        fitting = [n for n in (2048, 1024, 512) if columns % n == 0 and n * places <= 2**16]
-        busy = [n for n in fitting if n == columns <= 1024 or rows // BLOCK * (columns // n) >= wanted]
-        at_once = busy[0] if busy else 512
-        slices = columns // at_once
-        split = groups * places * (2 * columns + 4) if places > 8 else 0
-        return at_once, split + (4 * piece * rows * slices if slices > 1 else 0)
-    return 0, tokens * groups * (2 * columns + 4)
+    piece = min(tokens, PIECE)
+    places = next(n for n in (4, 8, 16, 32, 64) if n >= piece)
+    # As few sums to be added up as leave a block, or two small ones, for each multiprocessor.
+    wanted = 256 if places <= 8 else 128
+    fitting = [n for n in (2048, 1024, 512) if columns % n == 0 and n * places <= 2**16]
+    busy = [n for n in fitting if n == columns <= 1024 or rows // BLOCK * (columns // n) >= wanted]
+    at_once = busy[0] if busy else 512
+    slices = columns // at_once
+    split = groups * places * (2 * columns + 4) if places > 8 else 0
+    return at_once, split + (4 * piece * rows * slices if slices > 1 else 0)
