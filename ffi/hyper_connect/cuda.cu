@@ -5,6 +5,7 @@
 #include "common/launched.h"
 #include "common/operands.h"
 #include "hyper_connect/kernel.cuh"
+#include "hyper_connect/many_tokens.cuh"
 
 namespace dsv4 {
 
@@ -28,6 +29,8 @@ namespace {
 
 namespace kernels = hyper_connect;
 
+constexpr int kMany = 512;  // tokens from which thread blocks of 16 are faster
+
 template <int kTokens, bool kStaged>
 cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
   const auto kernel = kernels::hyper_connect_kernel<kTokens, kStaged>;
@@ -40,8 +43,20 @@ cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// A few tokens have a cluster each; of many some share what is read of `fn`.
+template <int kTiles>
+cudaError_t run_many(const kernels::Call& call, cudaStream_t stream) {
+  const auto kernel = kernels::many_tokens_kernel<kTiles>;
+  const int shared = kernels::many_shared(call.dim);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (status != cudaSuccess) return status;
+  const int blocks = (call.tokens + kernels::kManyTokens - 1) / kernels::kManyTokens;
+  kernel<<<blocks, kernels::kManyThreads, shared, stream>>>(call);
+  return cudaGetLastError();
+}
+
+// A few tokens have a cluster each; of more some share what is read of `fn`.
 cudaError_t run(const kernels::Call& call, cudaStream_t stream) {
+  if (call.tokens >= kMany) return call.rows > 8 ? run_many<3>(call, stream) : run_many<1>(call, stream);
   return call.tokens <= 8 ? run<1, true>(call, stream) : run<4, false>(call, stream);
 }
 

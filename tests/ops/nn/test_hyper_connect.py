@@ -82,7 +82,7 @@ def test_what_the_head_reads(rng):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "dim"), [(1, 4096), (3, 3584), (13, 4096), (64, 4096), (70, 7168)])
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 4096), (3, 3584), (13, 4096), (64, 4096), (70, 7168), (517, 4096), (530, 7168)])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("head", [True, False])
 def test_rule_on_a_gpu(tokens, dim, first, head, rng):
@@ -102,9 +102,10 @@ def test_rule_on_a_gpu(tokens, dim, first, head, rng):
 
 
 @pytest.mark.gpu
-def test_a_token_does_not_depend_on_its_company_on_a_gpu(rng):
-    old, update, mixing, norm = inputs(rng, 64, 4096, dtype="bfloat16")
-    order = jnp.asarray(rng.permutation(64))
+@pytest.mark.parametrize("tokens", [64, 600])
+def test_a_token_does_not_depend_on_its_company_on_a_gpu(tokens, rng):
+    old, update, mixing, norm = inputs(rng, tokens, 4096, dtype="bfloat16")
+    order = jnp.asarray(rng.permutation(tokens))
     run = jax.jit(lambda *a: hyper_connect(*a, iterations=20, **EPS, implementation="cuda"))
     got = run(old, update, mixing, norm)
     for part, moved in zip(got, run(old[order], Update(*(x[order] for x in update)), mixing, norm), strict=True):
