@@ -125,9 +125,10 @@ class Attention(nnx.Module):
         out = handle.attend(
             q, self.attn_sink[...], selected=selected, fresh=fresh, raw=RawQuery(cos, sin, eps)
         )  # fmt: skip
+        out = self._project(out)
         if fresh is not None:
             handle = handle.write_swa(fresh, after=out)
-        return self._project(out), handle
+        return out, handle
 
     def _projections(
         self, x: Array, handle: LayerCacheHandle
