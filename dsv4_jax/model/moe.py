@@ -74,17 +74,9 @@ class Experts(nnx.Module):
 
     @jax.named_scope("experts")
     def __call__(self, x: Array, picks: Array, weights: Array) -> Array:
-        """x (T, hidden), picks and weights (T, k) -> (T, hidden). A pick of an expert that is not here adds nothing.
-
-        Where experts are spread over a mesh, T are a device's own tokens, picks count all experts, and the result is
-        `exchange`'s.
-        """
-        if self.axes:
-            return exchange(self._here, x, picks, weights, axes=self.axes, num_here=self.w1.shape[0])
-        return self._here(x, picks, weights)
-
-    def _here(self, x: Array, picks: Array, weights: Array) -> Array:
-        """What the experts that are here add."""
+        """x (T, hidden), picks and weights (T, k) -> (T, hidden). A pick of an expert that is not here adds nothing."""
+        if self.axes:  # picks count the experts of all devices
+            picks = picks - self.w1.shape[0] * jax.lax.axis_index(self.axes).astype(jnp.int32)
         if hasattr(self, "w1_scale"):
             experts = ExpertWeights(
                 Fp4Weight(self.w1[...], self.w1_scale[...]),
@@ -184,7 +176,13 @@ class MoE(nnx.Module):
 
         Of padding, a token of a slot below 0, no routed expert is read.
         """
-        routed, shared = self.experts(x, *self.gate(x, token_ids, slots)), self.shared_experts(x)
-        if self.experts.axes[1:]:  # each device along them has a part of both
-            return jax.lax.psum(routed + shared.astype(routed.dtype), self.experts.axes[1:]).astype(x.dtype), None
+
+        def add(x: Array, token_ids: Array, slots: Array | None) -> Array:
+            return self.experts(x, *self.gate(x, token_ids, slots))
+
+        axes = self.experts.axes
+        routed = exchange(add, x, token_ids, slots, axis=axes[0]) if axes else add(x, token_ids, slots)
+        shared = self.shared_experts(x)
+        if axes[1:]:  # each device along them has a part of both
+            return jax.lax.psum(routed + shared.astype(routed.dtype), axes[1:]).astype(x.dtype), None
         return routed.astype(x.dtype), shared

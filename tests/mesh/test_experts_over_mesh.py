@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from dsv4_jax.model import expert_parallel
 from dsv4_jax.model.expert_parallel import exchange
 from dsv4_jax.model.moe import Experts
 from dsv4_jax.ops.formats.fp4 import quantise_fp4
@@ -31,14 +32,13 @@ def over(mesh, experts, weights, x, picks, shares):
 
     @partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
     def spread(weights, *tokens):
-        here = jax.tree.leaves(weights)[0].shape[0]
-        return exchange(partial(experts, weights), *tokens, axes=("data",), num_here=here).astype(tokens[0].dtype)
+        return exchange(partial(experts, weights), *tokens, axis="data").astype(tokens[0].dtype)
 
     return np.asarray(jax.jit(spread)(weights, x, picks, shares))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_experts_as_released(mesh, tokens, rng, dtype):
+def test_experts_as_released(mesh, tokens, rng, dtype, monkeypatch):
     def weight(*shape):
         return Fp4Weight(
             *jax.jit(quantise_fp4, static_argnums=1)(rng.normal(size=shape).astype(np.float32) / 8, "mxfp4")
@@ -51,10 +51,14 @@ def test_experts_as_released(mesh, tokens, rng, dtype):
     def experts(weights, *tokens):
         return apply_experts(*tokens, weights, limit=10.0)
 
+    def experts_here(weights, x, picks, shares):
+        first = jax.lax.axis_index("data").astype(jnp.int32) * weights.w1.codes.shape[0]
+        return experts(weights, x, picks - first, shares)
+
     x, picks, shares = tokens
     x = jnp.asarray(x, dtype)
     expected = np.asarray(jax.jit(experts)(weights, x, picks, shares), np.float32)
-    results = [over(mesh(n), experts, weights, x, picks, shares) for n in (2, 4)]
+    results = [over(mesh(n), experts_here, weights, x, picks, shares) for n in (2, 4)]
     for got in results:
         assert got.dtype == dtype
         # Two picks: a rounding for each of two devices, and one of their sum.
@@ -63,8 +67,12 @@ def test_experts_as_released(mesh, tokens, rng, dtype):
         assert not got[7].any()
     # On another device, and in other company, a token's bits are the same.
     moved = np.roll(np.arange(4 * TOKENS), 7)
-    other = over(mesh(4), experts, weights, x[moved], picks[moved], shares[moved])
+    other = over(mesh(4), experts_here, weights, x[moved], picks[moved], shares[moved])
     assert other.tobytes() == results[1][moved].tobytes()
+    # However what is added comes back.
+    monkeypatch.setattr(expert_parallel, "FEW_BYTES", 0)
+    other = over(mesh(4), experts_here, weights, x, picks, shares)
+    assert other.tobytes() == results[1].tobytes()
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -80,8 +88,8 @@ def test_experts_in_floats(mesh, tokens, dense):
 
     def experts(state, *tokens):
         part = nnx.merge(graphdef, state)
-        part.axes = ("data",)  # as on a mesh: a single token's expert may be elsewhere
-        return part._here(*tokens)
+        part.axes = ("data",)
+        return part(*tokens)
 
     got = over(mesh(4), experts, state, x, picks, shares)
     np.testing.assert_allclose(got, np.asarray(expected), rtol=0, atol=5e-6)
