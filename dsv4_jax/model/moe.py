@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from ..ops.nn.experts import ExpertWeights, Fp4Weight, apply_experts
 from ..ops.nn.projection import Gated
-from ..ops.nn.router import ByScore, ByToken, choose_experts
+from ..ops.nn.router import ByScore, ByToken, route
 from ..ops.nn.swiglu import swiglu
 from .config import DSV4Config
 from .expert_parallel import exchange
@@ -36,14 +36,10 @@ class Router(nnx.Module):
     def __call__(self, x: Array, token_ids: Array, slots: Array | None = None) -> tuple[Array, Array]:
         """x (T, hidden), token_ids and slots (T,) -> experts (T, k) int32, weights (T, k) float32; none for padding."""
         weight = self.weight[...]
-        if x.dtype == weight.dtype == jnp.bfloat16:
-            # Exact products, summed in float32: as good as float32 operands, and nothing is converted.
-            logits = jnp.einsum("th,eh->te", x, weight, preferred_element_type=jnp.float32)
-        else:
+        if not x.dtype == weight.dtype == jnp.bfloat16:
             x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
-            logits = jnp.einsum("th,eh->te", x, weight, precision=jax.lax.Precision.HIGHEST)
         rule = ByToken(self.tid2eid[...], token_ids) if self.hashed else ByScore(self.bias[...])
-        return choose_experts(logits, rule, k=self.k, scaling=self.scaling, slots=slots)
+        return route(x, weight, rule, k=self.k, scaling=self.scaling, slots=slots)
 
 
 class Experts(nnx.Module):

@@ -383,6 +383,9 @@ __device__ __forceinline__ void store_remote_counted(uint32_t to, float value, u
                "r"(__float_as_uint(value)), "r"(barrier)
                : "memory");
 }
+__device__ __forceinline__ void store_remote(uint32_t to, float x) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
 __device__ __forceinline__ void store_remote(uint32_t to, float x, float y) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
 }

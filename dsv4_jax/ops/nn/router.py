@@ -13,6 +13,9 @@ Array = jax.Array
 MOST_EXPERTS, MOST_PICKS = 1024, 32
 """What the CUDA form takes."""
 
+MOST_TOKENS = 32
+"""Tokens of which the CUDA form computes logits, too."""
+
 
 class ByScore(NamedTuple):
     """The best scores, with a bias that counts for the choice alone."""
@@ -75,8 +78,9 @@ def choose_experts(
         results = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32))
         operands = (logits, *rule) if slots is None else (logits, *rule, slots)
         picks, weights = dispatch.ffi_call("dsv4_route", results)(
-            *operands, k=np.int64(k), scaling=np.float32(scaling), has_slots=np.int64(slots is not None)
-        )
+            *operands, k=np.int64(k), scaling=np.float32(scaling), has_slots=np.int64(slots is not None),
+            from_x=np.int64(0),
+        )  # fmt: skip
         return picks, weights
 
     def limit(platform: str) -> str | None:
@@ -89,3 +93,61 @@ def choose_experts(
         return None
 
     return dispatch.call("choose_experts", implementation, limit, in_native, in_jnp, logits, rule, slots)
+
+
+def route(
+    x: Array,
+    weight: Array,
+    rule: ByScore | ByToken,
+    *,
+    k: int,
+    scaling: float,
+    slots: Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """`choose_experts` of logits x W^T, which are exact products summed in float32; of few tokens in one launch.
+
+    Args:
+      x: (T, K) bfloat16 or float32.
+      weight: (E, K), of x's dtype.
+      rule, k, scaling, slots, implementation: as in `choose_experts`.
+
+    Returns:
+      As `choose_experts`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an implementation that cannot be used.
+    """
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
+        raise ValueError(
+            f"route: x is {x.dtype} {x.shape} and the weight {weight.dtype} {weight.shape}, expected one dtype, (T, K) "
+            "and (E, K)"
+        )
+    tokens, experts = x.shape[0], weight.shape[0]
+
+    def one_by_one(x: Array, weight: Array, rule: ByScore | ByToken, slots: Array | None) -> tuple[Array, Array]:
+        precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+        logits = jnp.einsum("th,eh->te", x, weight, precision=precision, preferred_element_type=jnp.float32)
+        inner = implementation if implementation == "jnp" else None
+        return choose_experts(logits, rule, k=k, scaling=scaling, slots=slots, implementation=inner)
+
+    def in_native(x: Array, weight: Array, rule: ByScore | ByToken, slots: Array | None) -> tuple[Array, Array]:
+        results = jax.ShapeDtypeStruct((tokens, k), jnp.int32), jax.ShapeDtypeStruct((tokens, k), jnp.float32)
+        picks, weights = dispatch.ffi_call("dsv4_route", results)(
+            *jax.tree.leaves((x, weight, rule, slots)), k=np.int64(k), scaling=np.float32(scaling),
+            has_slots=np.int64(slots is not None), from_x=np.int64(1),
+        )  # fmt: skip
+        return picks, weights
+
+    def limit(platform: str) -> str | None:
+        if platform == "cpu":
+            return "there is none for the CPU"
+        if not dispatch.on_hopper():
+            return "it is for GPUs of compute capability 9.0"
+        if x.dtype != jnp.bfloat16 or not 0 < tokens <= MOST_TOKENS or x.shape[1] % 256 or k > min(MOST_PICKS, experts):
+            return f"it takes 1 to {MOST_TOKENS} tokens of bfloat16, multiples of 256 columns, {MOST_PICKS} picks"
+        if not 128 <= experts <= 512 or experts % (32 if experts > 256 else 16):
+            return f"it takes 128 to 512 experts, multiples of 16 and above 256 of 32, not {experts}"
+        return None
+
+    return dispatch.call("route", implementation, limit, in_native, one_by_one, x, weight, rule, slots)

@@ -82,7 +82,9 @@ def test_what_the_head_reads(rng):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "dim"), [(1, 4096), (3, 3584), (13, 4096), (64, 4096), (70, 7168), (517, 4096), (530, 7168)])
+@pytest.mark.parametrize(
+    ("tokens", "dim"), [(1, 4096), (3, 3584), (13, 4096), (64, 4096), (70, 7168), (517, 4096), (530, 7168)]
+)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("head", [True, False])
 def test_rule_on_a_gpu(tokens, dim, first, head, rng):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.ops.nn.router import MOST_EXPERTS, ByScore, ByToken, choose_experts
+from dsv4_jax.ops.nn.router import MOST_EXPERTS, ByScore, ByToken, choose_experts, route
 
 FORMS = ["jnp", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -64,3 +64,45 @@ def test_padding_takes_no_expert(implementation, rng):
         found = run(logits, rule, 5, implementation, slots=slots)
         for got, whole, padding in zip(found, run(logits, rule, 5, implementation), (-1, 0), strict=True):
             np.testing.assert_array_equal(got, np.where(slots[:, None] < 0, padding, whole))
+
+
+@pytest.mark.parametrize("implementation", FORMS)
+@pytest.mark.parametrize(
+    ("tokens", "columns", "experts", "k"), [(1, 4096, 256, 6), (9, 512, 128, 6), (5, 1024, 384, 8), (32, 256, 512, 32)]
+)
+@pytest.mark.parametrize("hashed", [False, True])
+def test_from_activations(tokens, columns, experts, k, hashed, implementation, rng):
+    x = jnp.asarray(rng.normal(size=(tokens, columns)), jnp.bfloat16)
+    weight = jnp.asarray(rng.normal(size=(experts, columns)) * 3 * columns**-0.5, jnp.bfloat16)
+    exact = scores(np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T)
+    if hashed:
+        table = np.argsort(rng.random((100, experts)), axis=1)[:, :k].astype(np.int32)
+        ids = rng.integers(0, 100, tokens).astype(np.int32)
+        rule, wanted = ByToken(jnp.asarray(table), jnp.asarray(ids)), table[ids]
+    else:
+        bias = jnp.asarray(rng.normal(size=experts) * 0.1, jnp.float32)
+        rule, wanted = ByScore(bias), np.argsort(-(exact + np.asarray(bias, np.float64)), axis=1)[:, :k]
+    slots = np.arange(tokens, dtype=np.int32)
+    slots[2::5] = -1
+
+    def call(x, rule, slots):
+        return route(x, weight, rule, k=k, scaling=2.5, slots=slots, implementation=implementation)
+
+    picks, weights = jax.jit(call)(x, rule, jnp.asarray(slots))
+    share = np.take_along_axis(exact, wanted, axis=1)
+    share = 2.5 * share / share.sum(axis=1, keepdims=True)
+    np.testing.assert_array_equal(picks, np.where(slots[:, None] < 0, -1, wanted))
+    np.testing.assert_allclose(weights, np.where(slots[:, None] < 0, 0, share), rtol=1e-4)
+    if implementation == "cuda":  # of more tokens XLA computes logits
+        more, _ = jax.jit(lambda x: route(x, weight, ByScore(jnp.zeros(experts)), k=k, scaling=2.5))(
+            jnp.concatenate([x] * 65)
+        )
+        np.testing.assert_array_equal(more[:tokens], more[-tokens:])
+
+
+def test_what_route_does_not_take(rng):
+    x, weight = jnp.zeros((2, 32)), jnp.zeros((8, 16))
+    with pytest.raises(ValueError, match="expected one dtype"):
+        route(x, weight, ByScore(jnp.zeros(8)), k=2, scaling=1.0)
+    with pytest.raises(ValueError, match="implementation 'cuda' cannot be used"):
+        route(x[:, :16], weight, ByScore(jnp.zeros(8)), k=2, scaling=1.0, implementation="cuda")
