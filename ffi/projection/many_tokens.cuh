@@ -2,8 +2,8 @@
 // they are; activations are sums of two E4M3 values (cuda/split_e4m3.cuh).
 //
 // 128 tokens are an image in memory, as shared memory takes it. Two thread blocks of a cluster have 128 rows each and
-// share it, a block of columns at a time: each asks for half, which both get, since what the L2 can bring is the bound.
-// Each has two warpgroups of 64 rows, which load codes two blocks ahead of those that are multiplied.
+// share it, a block of columns at a time: each asks for half, which both get. Each has two warpgroups of 64 rows, which
+// load codes two blocks ahead of those that are multiplied.
 #ifndef DSV4_PROJECTION_MANY_TOKENS_CUH_
 #define DSV4_PROJECTION_MANY_TOKENS_CUH_
 
