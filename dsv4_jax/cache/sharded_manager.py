@@ -94,6 +94,10 @@ class ShardedKVCacheManager:
 
         So the other ways to make a KVCacheManager serve too: `over(mesh, lambda: KVCacheManager.from_memory(...))`.
         """
+        if not callable(make):
+            raise ValueError(
+                f"over: make is a {type(make).__name__}: expected a function that returns a KVCacheManager"
+            )
         manager = cls.__new__(cls)
         manager._begin(mesh, make)
         return manager
@@ -103,15 +107,30 @@ class ShardedKVCacheManager:
         self._devices = shard_devices(self.mesh)
         if not self._devices:
             raise ValueError("the mesh has no device of this process: expected some of each process's")
-        self.shards = tuple(self._placed(devices, make) for devices in self._devices)
+        shards: list[KVCacheManager] = []
+        for devices in self._devices:
+            with no_context_mesh(), jax.default_device(devices[0]):
+                shard: Any = make()
+                self._check_made(shard, shards)
+                self._commit(shard, devices)
+            shards.append(shard)
+        self.shards = tuple(shards)
         self.config = self.shards[0].config
         self._joined: tuple[KVCache, list[KVCache]] | None = None  # the whole, and the parts it was made of
 
-    def _placed(self, devices: list[jax.Device], make: Callable[[], KVCacheManager]) -> KVCacheManager:
-        with no_context_mesh(), jax.default_device(devices[0]):
-            shard = make()
-            self._commit(shard, devices)
-        return shard
+    @staticmethod
+    def _check_made(shard: Any, others: list[KVCacheManager]) -> None:
+        if not isinstance(shard, KVCacheManager):
+            raise ValueError(
+                f"over: make returned a {type(shard).__name__}: expected a KVCacheManager for each shard, such as "
+                "KVCacheManager.create returns"
+            )
+        if any(shard is other for other in others):
+            raise ValueError(
+                "over: make returned a manager that it had returned before: expected another for each shard"
+            )
+        if others and cache_size(shard.cache) != cache_size(others[0].cache):
+            raise ValueError("over: make returned managers of different sizes: expected the same cache for each shard")
 
     @staticmethod
     def _commit(shard: KVCacheManager, devices: list[jax.Device]) -> None:

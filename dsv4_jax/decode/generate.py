@@ -15,7 +15,7 @@ from ..cache.sharded_manager import ShardedKVCacheManager
 from ..cache.sharding import DATA
 from ..model.layer_schedule import build_schedule
 from ..model.sharding import check_shards, shard_model
-from ..model.transformer import DSV4Model
+from ..model.transformer import DSV4Model, check_model
 from .context import round_up_blocks
 from .loop import DECODE_STEPS, PREFILL_CHUNK, DecodeLoop
 from .memory import check_memory
@@ -38,12 +38,6 @@ class Chunk:
     prompt_tokens: int = 0  # prompt tokens that this call prefilled
     stats: Stats = field(default_factory=Stats)  # so far
     log_probs: list[LogProbs | None] | None = None
-
-
-def check_model(model: Any) -> None:
-    """ValueError for what is no model, such as the path of one."""
-    if not hasattr(model, "config"):
-        raise ValueError(f"model is {model!r:.80}: expected a DSV4Model, as from_pretrained returns it")
 
 
 def make_manager(

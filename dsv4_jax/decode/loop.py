@@ -18,7 +18,7 @@ from ..cache.plan import StepPlan
 from ..cache.sharded_manager import ShardedKVCacheManager, ShardError
 from ..cache.sharding import no_context_mesh
 from ..model.step_inputs import check_cache
-from ..model.transformer import DSV4Model
+from ..model.transformer import DSV4Model, check_model
 from .context import blocks_to_read
 from .draft import PromptLookup
 from .layout import Part, draw_arrays, row_states, slot_arrays, token_arrays
@@ -98,8 +98,14 @@ class DecodeLoop:
             programs that they compile; then RuntimeError.
 
         Raises:
-          ValueError: sizes that make no sense, or a manager made for another configuration.
+          ValueError: no model or no manager, sizes that make no sense, or a manager made for another configuration.
         """
+        check_model(model)
+        if not isinstance(manager, KVCacheManager | ShardedKVCacheManager):
+            raise ValueError(
+                f"manager is a {type(manager).__name__}: expected a KVCacheManager or a ShardedKVCacheManager, such as "
+                "make_manager returns"
+            )
         prefill_chunk = count("prefill_chunk", prefill_chunk, least=1)
         decode_chunk = count("decode_chunk", decode_chunk, least=1)
         if count("draft_tokens", draft_tokens) > manager.max_rollback:

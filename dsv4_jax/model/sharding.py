@@ -11,7 +11,7 @@ from ..cache.sharding import MODEL, check_mesh
 from .config import DSV4Config
 from .files.checkpoint import check_memory
 from .files.tensor_names import check_division, divided_by
-from .transformer import DSV4Model
+from .transformer import DSV4Model, check_model
 
 
 def check_shards(config: DSV4Config, mesh: Any) -> Mesh:
@@ -68,8 +68,9 @@ def shard_model(model: DSV4Model, mesh: Any) -> DSV4Model:
       Another model; the one given is as it was.
 
     Raises:
-      ValueError: a mesh that `check_mesh` refuses, or whose devices do not divide the experts.
+      ValueError: no model, a mesh that `check_mesh` refuses, or whose devices do not divide the experts.
     """
+    check_model(model)
     mesh = check_shards(model.config, mesh)
     graphdef, state = nnx.split(model)
 

@@ -1,5 +1,7 @@
 """The whole model: embedding, blocks over residual streams, head."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -119,3 +121,9 @@ class DSV4Model(nnx.Module):
         """
         hidden, cache = self.hidden(token_ids, cache, plan)
         return self.logits(hidden), cache
+
+
+def check_model(model: Any) -> None:
+    """ValueError for what is no model, such as the path of one."""
+    if not hasattr(model, "config"):
+        raise ValueError(f"model is {model!r:.80}: expected a DSV4Model, as from_pretrained returns it")

@@ -189,6 +189,19 @@ def test_bad_sizes_are_refused(model, options, message):
         make_loop(model, **options)
 
 
+def test_what_is_no_model_or_no_manager(model):
+    manager = make_loop(model).manager
+    for given, message in (
+        ((None, manager), "model is None: expected a DSV4Model"),
+        ((model, None), "manager is a NoneType: expected a KVCacheManager or a ShardedKVCacheManager, such as"),
+        ((model, model), "manager is a DSV4Model: expected"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            dsv4_jax.decode.DecodeLoop(*given)
+    with pytest.raises(ValueError, match=r"^model is None: expected a DSV4Model"):
+        dsv4_jax.shard_model(None, None)
+
+
 @pytest.mark.parametrize("phase", ["queued", "prefilling", "decoding", "preempted"])
 def test_abort_in_every_phase(model, alone, phase):
     """The others get what they get alone, and nothing of the aborted request stays."""

@@ -72,6 +72,26 @@ def test_parts_and_whole_are_the_same_memory(make_manager):
     assert manager.cache is whole
 
 
+def test_what_makes_no_shards(config, mesh):
+    def make(slots=2):
+        return dsv4_jax.KVCacheManager.create(
+            config.geometry, max_concurrent_requests=slots, max_context_len=64, cache_dtype="fp32"
+        )
+
+    over, one, slots = dsv4_jax.ShardedKVCacheManager.over, make(), iter((1, 2))
+    where = {x.devices().pop() for x in jax.tree.leaves(one.cache)}
+    for made, message in (
+        (one, "make is a KVCacheManager: expected a function"),
+        (lambda: None, "make returned a NoneType: expected a KVCacheManager for each"),
+        (lambda: one.cache, "make returned a KVCache: expected"),
+        (lambda: one, "make returned a manager that it had returned before: expected another"),
+        (lambda: make(next(slots)), "make returned managers of different sizes: expected the same"),
+    ):
+        with pytest.raises(ValueError, match=f"^over: {message}"):
+            over(mesh(2), made)
+    assert {x.devices().pop() for x in jax.tree.leaves(one.cache)} == where
+
+
 def test_requests_spread_and_slots_know_their_request(make_manager):
     manager = make_manager(2)
     slots = [manager.admit_request() for _ in range(4)]
