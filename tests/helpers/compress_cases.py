@@ -116,12 +116,12 @@ class Step(NamedTuple):
 def new_step(rng, g, lengths, counts, dtype, *, padding=1, width=None, shuffled=True):
     """The next counts[slot] tokens of every slot, in any order, with padding between them; moves lengths on.
 
-    width: most tokens a slot brings in any step, so that steps have few shapes; a decode step keeps its own.
+    width: most tokens a slot brings in any step, so that steps have two shapes, one of them of decode steps.
     """
     if width and max(counts) > 1:
         padding += max(0, 2 * width - sum(counts))
-    else:
-        width = None
+    elif width:
+        padding, width = padding + len(counts) - sum(counts), None
     slots = np.concatenate([np.full(n, s) for s, n in enumerate(counts)] + [np.full(padding, -1)])
     positions = np.concatenate([lengths[s] + np.arange(n) for s, n in enumerate(counts)] + [np.full(padding, 77)])
     order = rng.permutation(len(slots)) if shuffled else np.arange(len(slots))
