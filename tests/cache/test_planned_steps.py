@@ -16,6 +16,14 @@ from dsv4_jax.cache.kv_cache import RAN_STEPS
 step = jax.jit(lambda cache, plan: cache.with_blocks(plan.new_blocks), donate_argnums=0)
 
 
+@pytest.fixture(autouse=True)
+def old_objects():
+    """What there was before a test is no garbage of its: looking through all of it takes half a second each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def rebuilt(plan):
     leaves, structure = jax.tree.flatten(plan)
     return structure.unflatten([jnp.asarray(x) for x in leaves])
