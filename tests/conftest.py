@@ -1,5 +1,6 @@
 """Settings for every test: strict dtypes and ranks, fixed seeds, GPU tests only where there is a GPU."""
 
+import functools
 import gc
 import json
 import os
@@ -27,13 +28,14 @@ gc.set_threshold(50_000, 20, 20)
 
 # Most of what the tests cost on CPUs is compiling: MLIR's passes over every fused loop, then LLVM's. XLA's own passes,
 # and with them what a compiled step copies and updates in place, are the same with its older emitter of loops and
-# without LLVM's passes. So modules go without, and the processes that they start, but those marked `optimised`, which
+# without LLVM's passes. So tests go without, and the processes that they start, but those marked `optimised`, which
 # compare bits or small differences of what compiled code computes.
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 optimises everywhere.
 BY_MARK = "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ and jax.default_backend() == "cpu"
 WITHOUT = pytest.StashKey[bool]()
 XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
 CHEAP = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+CHOSEN: dict[str, bool | int] = {}  # compiler options of every program that has none of its own for the same
 
 
 def xla_knows(options):
@@ -45,26 +47,25 @@ def xla_knows(options):
     return True
 
 
-@pytest.fixture(scope="session")
-def compile_with():
-    """compile_with(options): compiler options of every program from now on that has none of its own for the same."""
-    chosen, real = {}, compiler.get_compile_options
+@functools.wraps(compiler.get_compile_options)
+def get_compile_options(*args, real=compiler.get_compile_options, env_options_overrides=None, **options):
+    return real(*args, env_options_overrides={**CHOSEN, **(env_options_overrides or {})}, **options)
 
-    def get_compile_options(*args, env_options_overrides=None, **options):
-        return real(*args, env_options_overrides={**chosen, **(env_options_overrides or {})}, **options)
 
-    def choose(options):
-        chosen.clear()
-        chosen.update(options)
+def pytest_sessionstart():
+    compiler.get_compile_options = get_compile_options
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", get_compile_options)
-        yield choose
+
+def pytest_sessionfinish():
+    compiler.get_compile_options = get_compile_options.__wrapped__
 
 
 def pytest_collection_modifyitems(items):
     # The longest modules first, so that no process works on one of them at the end, alone.
     items.sort(key=lambda item: "integration" not in item.path.parts)
+    # In a module those first that are not optimised: it changes over once.
+    place = {path: i for i, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (place[item.path], item.get_closest_marker("optimised") is not None))
     if jax.default_backend() == "gpu":
         return
     for item in items:
@@ -72,15 +73,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="JAX has no GPU here"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def optimisations(request, compile_with):
-    """LLVM optimises where a module is marked `optimised`; programs of the other kind are forgotten."""
-    without = request.node.get_closest_marker("optimised") is None
-    if BY_MARK and request.config.stash.get(WITHOUT, False) != without:
-        request.config.stash[WITHOUT] = without
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """LLVM optimises what a test marked `optimised` and its fixtures compile; other programs are forgotten."""
+    without = item.get_closest_marker("optimised") is None
+    if BY_MARK and item.config.stash.get(WITHOUT, False) != without:
+        item.config.stash[WITHOUT] = without
         jax.config.update("jax_disable_most_optimizations", without)
         options = CHEAP if without and xla_knows(CHEAP) else {}
-        compile_with(options)
+        CHOSEN.clear()
+        CHOSEN.update(options)
         # For the processes that a test starts.
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(without))
         os.environ["XLA_FLAGS"] = " ".join(
