@@ -20,8 +20,6 @@ from dsv4_jax.ops.formats.ue8m0 import quantise_ue8m0
 from dsv4_jax.ops.write.append_swa import SWARing, append_swa, resolve_writes
 from dsv4_jax.ops.write.rows import set_rows
 
-pytestmark = pytest.mark.optimised
-
 BF16 = ml_dtypes.bfloat16
 MANY = 700
 INT_MAX, INT_MIN = np.int32(2**31 - 1), np.int32(-(2**31))
@@ -133,6 +131,7 @@ def normal(rng, tokens, width=512, dtype=np.float32):
     return (rng.standard_normal((tokens, width)) * 2.0 ** rng.integers(-20, 20, (tokens, 1))).astype(dtype)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("form", ["uint8", "ue8m0"])
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_any_mix_of_slots_positions_and_padding(implementation, rng, dtype, form):
@@ -186,6 +185,7 @@ def test_number_of_rows_is_data(implementation, rng, rows):
     check(new_ring(3, rows), normal(rng, 60), slots, positions, implementation=implementation)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("form", ["uint8", "ue8m0"])
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_values_no_rule_should_forget(implementation, rng, dtype, form):
@@ -292,6 +292,7 @@ def assert_in_place(ring, compiled):
             assert not operation.startswith("copy")
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32"])
 def test_a_donated_stack_is_updated_in_place(dtype):
     if "cpu" not in dispatch.available():

@@ -16,8 +16,6 @@ from dsv4_jax.ops.segments import StepTokens
 from dsv4_jax.ops.write.append_swa import SWARing
 from dsv4_jax.ops.write.append_swa_fused import RawWindow, append_swa_fused
 
-pytestmark = pytest.mark.optimised
-
 EPS = 1e-6
 IMPLEMENTATIONS = [
     pytest.param(("jnp", "cpu"), id="jnp-cpu"),
@@ -104,6 +102,7 @@ def test_what_is_stored_is_the_normalised_rotated_token(implementation, rng, dty
         np.testing.assert_array_equal(bits(a[0]), bits(b[0]))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("form", ["fp8", "fp8_ue8m0"])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

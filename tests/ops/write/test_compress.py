@@ -35,8 +35,6 @@ from dsv4_jax.ops.write.compress import Projections, compress, compress_indexer
 from dsv4_jax.ops.write.compressor_tail import closing_positions
 from dsv4_jax.ops.write.running_tail import RunningTail
 
-pytestmark = pytest.mark.optimised
-
 KINDS = [
     pytest.param(g, id=n)
     for n, g in {"csa": CSA, "hca": HCA, "hca-running": RUNNING, "nvfp4": NVFP4, "mxfp4": MXFP4}.items()
@@ -168,7 +166,7 @@ def test_steps_of_any_mix_store_what_the_definition_says(implementation, rng, g,
     )
 
 
-@pytest.mark.parametrize("dtype", [np.float32, BF16])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(BF16, marks=pytest.mark.optimised)])
 @pytest.mark.parametrize("g", KINDS)
 def test_native_codes_are_those_of_jax_numpy(rng, g, dtype):
     """All but those on a rounding boundary, and the tail bit for bit."""
@@ -343,6 +341,7 @@ def assert_in_place(g, implementation, tokens=2, layers=6):
     assert not shapes & set(copies)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("g", KINDS)
 def test_a_donated_stack_is_updated_in_place(g):
     if "cpu" not in dispatch.available():

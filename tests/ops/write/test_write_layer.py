@@ -29,8 +29,6 @@ from dsv4_jax.ops.write.append_swa_fused import RawWindow, append_swa_fused
 from dsv4_jax.ops.write.compress import Projections, compress, compress_indexer
 from dsv4_jax.ops.write.write_layer import LayerInputs, LayerState, write_layer
 
-pytestmark = pytest.mark.optimised
-
 SLOTS, LAYERS = 5, 2
 LAYERS_OF = {
     "csa": (CSA, NVFP4, np.float32),
@@ -140,6 +138,7 @@ def check_bits(rng, implementation, entries, keys, dtype):
     assert_same_bits(jax.tree.map(lambda x: x[0], states[0]), jax.tree.map(lambda x: x[0], before))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["csa", "hca"])
 def test_it_is_one_call_and_in_place(rng, kind, platform):
