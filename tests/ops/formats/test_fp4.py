@@ -26,12 +26,13 @@ def reference(x, format):
         else:
             scale = 2.0 ** np.ceil(np.log2(float(amax) / 6.0))
         scales.append(scale)
-        for v in part.astype(np.float64) / scale:
-            distance = np.abs(VALUES - abs(v))
-            best = np.flatnonzero(distance == distance.min())
-            code = best[0] if len(best) == 1 else best[best % 2 == 0][0]  # a tie goes to the even code
-            codes.append(int(code) + (8 if np.signbit(v) else 0))
-    return np.array(codes), np.array(scales)
+        v = part.astype(np.float64) / scale
+        distance = np.abs(VALUES - np.abs(v)[:, None])
+        best = distance == distance.min(axis=1, keepdims=True)
+        even = np.arange(8) % 2 == 0
+        best &= even | (best.sum(axis=1, keepdims=True) == 1)  # a tie goes to the even code
+        codes.append(best.argmax(axis=1) + 8 * np.signbit(v))
+    return np.concatenate(codes), np.array(scales)
 
 
 @pytest.mark.parametrize("format", FORMATS)
