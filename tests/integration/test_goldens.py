@@ -8,8 +8,6 @@ from stepper import Stepper
 
 import dsv4_jax
 
-pytestmark = pytest.mark.optimised
-
 DATA = Path(__file__).parents[1] / "data"
 TINY = Path(dsv4_jax.__file__).parent / "data" / "tiny_dsv4"
 
@@ -29,6 +27,7 @@ def golden(request):
     return name, dsv4_jax.from_pretrained(path, **overrides), arrays
 
 
+@pytest.mark.optimised
 def test_prompts_of_all_lengths(golden):
     """One ragged batch of every prompt: last logits and greedy continuation."""
     name, model, arrays = golden
