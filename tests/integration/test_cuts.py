@@ -86,16 +86,6 @@ def test_ragged_mix_of_prefill_and_decode(model, ids, whole):
         np.testing.assert_allclose(got, whole[:end], **TOLERANCE, err_msg=f"slot {slot}")
 
 
-def test_order_of_a_batch(model, ids):
-    """generate gives each prompt the same tokens and logits in any batch."""
-    prompts = [ids[:150], ids[20:25], ids[5:134], ids[:1]]
-    tokens, logits = dsv4_jax.generate(model, prompts, 8, cache_dtype="fp32", return_logits=True)
-    turned, turned_logits = dsv4_jax.generate(model, prompts[::-1], 8, cache_dtype="fp32", return_logits=True)
-    assert tokens == turned[::-1]
-    for a, b in zip(logits, turned_logits[::-1], strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_slot_used_before(model, ids, whole, length):
     """A slot that a longer request used, then one of 1 to 3 tokens, full of NaN besides."""

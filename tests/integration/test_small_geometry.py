@@ -36,10 +36,28 @@ def test_cuts_make_no_difference(model, ids):
         np.testing.assert_allclose(feed(model, ids, cuts), whole, rtol=0, atol=5e-5)
 
 
-def test_generate(model, ids):
-    prompts = [ids[:20], ids[:3]]
-    tokens = dsv4_jax.generate(model, prompts, 6, cache_dtype="fp32")
-    assert [len(t) for t in tokens] == [6, 6]
-    for prompt, new in zip(prompts, tokens, strict=True):
-        whole = feed(model, [*prompt, *new, *ids][:LENGTH], ())
-        assert np.argmax(whole, axis=-1)[len(prompt) - 1 : len(prompt) + 5].tolist() == new
+@pytest.fixture(scope="module")
+def prompts(ids):
+    return [ids[:31], ids[20:25], ids[5:34], ids[:1]]
+
+
+def generate(model, prompts):
+    return dsv4_jax.generate(model, prompts, 8, cache_dtype="fp32", return_logits=True)
+
+
+def test_generate(model, ids, prompts):
+    tokens, logits = generate(model, prompts)
+    assert [len(t) for t in tokens] == [8] * 4
+    for prompt, new, got in zip(prompts, tokens, logits, strict=True):
+        whole = feed(model, [*prompt, *new, *ids][:LENGTH], ())[len(prompt) - 1 : len(prompt) + 7]
+        assert np.argmax(whole, axis=-1).tolist() == new
+        np.testing.assert_allclose(got, whole, rtol=0, atol=5e-5)
+
+
+def test_order_of_a_batch(model, prompts):
+    """generate gives each prompt the same tokens and logits in any batch."""
+    tokens, logits = generate(model, prompts)
+    turned, turned_logits = generate(model, prompts[::-1])
+    assert tokens == turned[::-1]
+    for a, b in zip(logits, turned_logits[::-1], strict=True):
+        np.testing.assert_array_equal(a, b)
