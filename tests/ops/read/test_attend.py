@@ -74,13 +74,12 @@ def visible_vectors(case, t):
     slots, rows = case.ring.nope.shape[1:3]
     if not 0 <= slot < slots or p < 0:
         return np.zeros((0, 512))
-    own = {}
+    seen = np.arange(max(0, p - case.window + 1), p + 1)
+    vectors = [decoded(at(case.ring, LAYER, slot, seen % rows))]
     if case.fresh is not None:
         own = {int(q): i for i, (s, q) in enumerate(zip(case.slots, case.positions, strict=True)) if s == slot}
-    vectors = [
-        decoded(at(case.fresh, own[x]) if x in own else at(case.ring, LAYER, slot, x % rows))
-        for x in range(max(0, p - case.window + 1), p + 1)
-    ]
+        fresh = [i for i, x in enumerate(seen.tolist()) if x in own]
+        vectors[0][fresh] = decoded(at(case.fresh, [own[x] for x in seen[fresh].tolist()]))
     if case.entries is not None:
         per_block = case.entries.nope.shape[2]
         count = min((p + 1) // case.ratio, case.most)
@@ -88,8 +87,8 @@ def visible_vectors(case, t):
         wanted = wanted[(wanted >= 0) & (wanted < count)]
         blocks = case.table[slot, wanted // per_block]
         wanted, blocks = wanted[blocks >= 0], blocks[blocks >= 0]
-        vectors.extend(decoded(at(case.entries, LAYER, blocks, wanted % per_block)))
-    return np.stack(vectors)
+        vectors.append(decoded(at(case.entries, LAYER, blocks, wanted % per_block)))
+    return np.concatenate(vectors)
 
 
 @dataclasses.dataclass
