@@ -45,7 +45,7 @@ def main(checkpoint: str, new_tokens: int = 24) -> None:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}",
     }
     arguments = [address, checkpoint, str(new_tokens)]
     processes = [
