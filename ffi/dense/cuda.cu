@@ -3,8 +3,6 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
 #include "common/export.h"
 #include "common/launched.h"
 #include "common/operands.h"
