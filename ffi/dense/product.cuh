@@ -21,8 +21,8 @@ constexpr int shared_bytes() {
   return kRing > kSums ? kRing : kSums;
 }
 
-// Calls before_stores(), then store(token, row, sum) for each of the block's. `rows`: the first of them, x: (tokens,
-// columns).
+// Calls before_stores(), then store(token, row, sum) for each of the block's. `rows`: the first of them, `from`:
+// (tokens, columns).
 template <int kPlaces, int kTiles, int kAhead, typename Store, typename Before>
 __device__ __forceinline__ void multiply_rows(const __nv_bfloat16* rows, const __nv_bfloat16* from, int tokens,
                                               int columns, uint8_t* shared, const Store& store,
